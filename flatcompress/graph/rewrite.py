@@ -1,0 +1,141 @@
+"""Small rewrites of an exported graph: in-place operators made functional, guards dropped, attention written out."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from flatcompress.errors import UserError
+from flatcompress.graph.runtime import HOLDER
+
+aten = torch.ops.aten
+_GUARDS = ("_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range")
+
+
+def is_guard(node: fx.Node) -> bool:
+    """Checks that torch.export leaves behind; they compute nothing."""
+    return any(str(node.target).startswith(f"aten.{name}") for name in _GUARDS)
+
+
+def written_argument(node: fx.Node) -> fx.Node | None:
+    """The node an operator writes to, or None for a functional one."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return None
+    for argument, value in zip(schema.arguments, node.args):
+        if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, fx.Node):
+            return value
+    return None
+
+
+def functional(target: Any, where: str) -> Any:
+    """``aten.add_.Tensor`` -> ``aten.add.Tensor``; other targets unchanged. UserError when there is no counterpart."""
+    schema = getattr(target, "_schema", None)
+    if schema is None or not schema.is_mutable or target is aten.batch_norm.default:
+        return target
+    packet, overload = target._schema.name.split("::")[1], target._overloadname
+    name = packet.removesuffix("_")
+    found = getattr(getattr(aten, name, None), overload, None) if name != packet else None
+    if found is None or found._schema.is_mutable:
+        raise UserError(f"{where}: the operator {target} writes in place and has no functional form.")
+    return found
+
+
+def drop_whole_slices(graph: fx.Graph) -> None:
+    """``x[:]`` leaves a slice from 0 to the end behind; remove it."""
+    for node in list(graph.nodes):
+        if node.target is aten.slice.Tensor and not node.kwargs:
+            bounds: list[Any] = [*node.args[2:], None, None, None]
+            start, end, step = bounds[:3]
+            if start in (0, None) and end in (None, 2**63 - 1) and step in (1, None):
+                node.replace_all_uses_with(node.args[0])
+                graph.erase_node(node)
+
+
+def decompose_attention(gm: fx.GraphModule, example_input: torch.Tensor) -> None:
+    """Write every scaled_dot_product_attention out: softmax(q k^T * scale + mask) v (arXiv 1706.03762, eq. 1)."""
+    for node in list(gm.graph.nodes):
+        if node.op == "call_function" and node.target is aten.scaled_dot_product_attention.default:
+            _Attention(gm, node, example_input).replace()
+
+
+class _Attention:
+    """One attention node and the nodes that replace it."""
+
+    _NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+
+    def __init__(self, gm: fx.GraphModule, node: fx.Node, example_input: torch.Tensor) -> None:
+        self.gm, self.node, self.example_input = gm, node, example_input
+        given: dict[str, Any] = {**dict(zip(self._NAMES, node.args)), **node.kwargs}
+        self.query, self.key, self.value = given["query"], given["key"], given["value"]
+        self.mask, self.scale = given.get("attn_mask"), given.get("scale")
+        self.dropout = float(given.get("dropout_p") or 0.0)
+        if given.get("is_causal") or given.get("enable_gqa"):
+            raise UserError(f"module {node.meta['path']!r}: causal or grouped-query attention is not supported.")
+
+    def replace(self) -> None:
+        scale = self.scale if self.scale is not None else 1.0 / math.sqrt(self.query.meta["val"].shape[-1])
+        with self.gm.graph.inserting_before(self.node):
+            keys = self._call(aten.transpose.int, (self.key, -2, -1))
+            scores = self._call(aten.matmul.default, (self.query, keys))
+            scores = self._masked(self._call(aten.mul.Tensor, (scores, scale)))
+            weights = self._call(aten.softmax.int, (scores, -1))
+            if self.dropout > 0.0:
+                weights = self._dropped(weights)
+            result = self._call(aten.matmul.default, (weights, self.value))
+        self.node.replace_all_uses_with(result)
+        self.gm.graph.erase_node(self.node)
+
+    def _masked(self, scores: fx.Node) -> fx.Node:
+        if self.mask is None or _keeps_everything(self.gm, self.mask, self.example_input):
+            return scores
+        if self.mask.meta["val"].dtype is not torch.bool:
+            return self._call(aten.add.Tensor, (scores, self.mask))
+        hidden = self._call(aten.logical_not.default, (self.mask,))
+        return self._call(aten.masked_fill.Scalar, (scores, hidden, float("-inf")))
+
+    def _dropped(self, weights: fx.Node) -> fx.Node:
+        name = f"{HOLDER}.attention_dropout_{self.node.name}"
+        self.gm.add_submodule(name, nn.Dropout(self.dropout))
+        node = self.gm.graph.call_module(name, (weights,))
+        node.meta.update(weights.meta)
+        return node
+
+    def _call(self, target: Any, args: tuple[Any, ...]) -> fx.Node:
+        node = self.gm.graph.call_function(target, args)
+        values = fx.map_arg(args, lambda n: n.meta["val"])
+        fake = next(v.meta["val"] for v in args if isinstance(v, fx.Node))
+        with fake.fake_mode:
+            node.meta["val"] = target(*values)
+        node.meta["path"] = self.node.meta["path"]
+        return node
+
+
+def _keeps_everything(gm: fx.GraphModule, mask: fx.Node, example_input: torch.Tensor) -> bool:
+    """Whether a mask that depends on shapes alone hides nothing (as transformers' ViT builds it)."""
+    value = _constant_value(gm, mask, example_input, {})
+    if not isinstance(value, torch.Tensor):
+        return False
+    return bool(value.all()) if value.dtype is torch.bool else not bool(value.any())
+
+
+def _constant_value(gm: fx.GraphModule, node: fx.Node, example_input: torch.Tensor, memo: dict[fx.Node, Any]) -> Any:
+    """The value of ``node`` when it does not depend on the input's values, else None."""
+    if node in memo:
+        return memo[node]
+    if node.op != "call_function":
+        return None
+    if node.target is aten.sym_size.int:
+        source, dim = node.args
+        if isinstance(source, fx.Node) and source.op == "placeholder":
+            return example_input.shape[dim]  # type: ignore[index]
+        return None
+    values = {n: _constant_value(gm, n, example_input, memo) for n in node.all_input_nodes}
+    if any(v is None for v in values.values()):
+        return None
+    args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)  # type: ignore[misc]
+    memo[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+    return memo[node]
