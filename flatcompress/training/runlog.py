@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from flatcompress.errors import UserError
-from flatcompress.training.storage import to_json, write_error
+from flatcompress.training.storage import plain, to_json, write_error
 
 MAX_LINE = 8 << 20  # a line longer than this is not ours
 _LOG_KEPT = "The log up to here and all finished checkpoints are kept."
@@ -50,7 +50,7 @@ class RunLog:
 
     def event(self, kind: str, **fields: Any) -> dict[str, Any]:
         """Append one event and return it as it was written. RunError when the disk refuses it."""
-        event = {"event": kind, "time": datetime.now(UTC).isoformat(timespec="milliseconds"), **fields}
+        event = plain({"event": kind, "time": datetime.now(UTC).isoformat(timespec="milliseconds"), **fields})
         line = (to_json(event) + "\n").encode("utf-8", "backslashreplace")
         try:
             start = os.fstat(self._file).st_size
