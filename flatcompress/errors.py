@@ -38,3 +38,9 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> UserError:
     guess = nearest(str(name), names)
     hint = f" Did you mean {guess!r}?" if guess else ""
     return UserError(f"unknown {kind} {name!r}.{hint} Allowed: {', '.join(names)}.")
+
+
+class Interrupted(Exception):
+    """The run was asked to stop (SIGINT, SIGTERM) and has saved where it was. Exit code 130."""
+
+    exit_code = 130

@@ -1,0 +1,42 @@
+# Fresh machine with Python 3.11+ and make: `make demo`, then `make test`.
+PYTHON ?= python3
+BIN := .venv/bin
+.PHONY: demo test test-slow lint format clean bench-quick
+
+demo: .venv/.installed  ## install and run the quickstart recipe to a verified ONNX file
+	$(BIN)/flatcompress run configs/quickstart.yaml
+
+test: .venv/.test-installed  ## the tests, without the slow ones
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-slow: .venv/.test-installed  ## everything that takes long
+	$(BIN)/python -m pytest -m slow
+
+lint: .venv/.dev-installed  ## style, types and import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: .venv/.dev-installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench-quick: .venv/.installed  ## every quick benchmark; prints tables, writes benchmarks/results/
+	$(BIN)/python -m benchmarks --quick
+
+clean:
+	rm -rf .venv runs build dist *.egg-info
+
+.venv/.installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -e .
+	touch $@
+
+.venv/.test-installed: .venv/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[test]"
+	touch $@
+
+.venv/.dev-installed: .venv/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[dev]"
+	touch $@

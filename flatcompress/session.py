@@ -1,0 +1,340 @@
+"""One run in one folder: the lock, the log, the checkpoints, the signals, and where to go on.
+
+The pipeline asks the session where to begin, tells it when a stage is entered and left, and never touches a file.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import signal
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import torch
+import yaml
+
+from flatcompress.errors import Interrupted, RunError, UserError
+from flatcompress.plan import apply_plan
+from flatcompress.recipe import Recipe
+from flatcompress.stages.workpiece import Workpiece
+from flatcompress.training import checkpoint
+from flatcompress.training.runfolder import RunFolder
+from flatcompress.training.runlog import RunLog
+
+if TYPE_CHECKING:
+    from flatcompress.training.checkpoint import Checkpoint
+
+HARMLESS = ("output_dir", "name", "device", "threads", "checkpoint_every")
+
+
+class Session:
+    """A context manager around one run. ``display`` receives every event as a dict and shows it, or is None.
+
+    UserError when the folder is in use, cannot be written, or holds a run of another recipe.
+    """
+
+    def __init__(self, path: Path, recipe: Recipe, restart: bool, display: Callable[[dict[str, Any]], None] | None):
+        self.folder = RunFolder(path)
+        self.recipe = recipe
+        self.restart = restart
+        self.display = display
+        self.main = int(os.environ.get("RANK", "0")) == 0
+        self.elapsed = 0.0
+        self._log: RunLog | None = None
+        self._stage: str | None = None
+        self._stack = ExitStack()
+        self._found: Checkpoint | None = None
+
+    # ------------------------------------------------------------------ opening and closing
+
+    def __enter__(self) -> Session:
+        with ExitStack() as stack:
+            if self.main:
+                self.folder.create()
+                stack.enter_context(self.folder.locked())
+                if self.restart:
+                    self._clear()
+                first_changed = self._check_recipe()
+                if first_changed is not None:
+                    checkpoint.rewind(self.folder.checkpoints, first_changed)
+                self._log = stack.enter_context(RunLog(self.folder.log))
+                self.folder.write_recipe(self.recipe.to_yaml())
+            self.stop = stack.enter_context(StopRequest())
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if isinstance(error, Interrupted | RunError | KeyboardInterrupt):
+            self.emit("stopped", reason=str(error) or type(error).__name__)
+        self._stack.close()
+
+    def _clear(self) -> None:
+        checkpoint.rewind(self.folder.checkpoints, 0)
+        f = self.folder
+        for path in (f.log, f.ledger, f.report, f.certificate, *f.path.glob("model*.onnx"), f.recipe):
+            path.unlink(missing_ok=True)
+
+    def _check_recipe(self) -> int | None:
+        """None when the folder's recipe is this one; else the first stage that changed, if that is still to come."""
+        text = self.folder.read_recipe()
+        if text is None:
+            return None
+        try:
+            before = yaml.safe_load(text)
+        except yaml.YAMLError:
+            before = None
+        if not isinstance(before, dict):
+            raise UserError(f"{self.folder.recipe}: not a recipe any more. Run with --restart to begin afresh.")
+        changes = list(_differences(before, self.recipe.to_dict()))
+        if not changes:
+            return None
+        found = checkpoint.load_latest(self.folder.checkpoints)
+        done = 0 if found is None else found.stage_index + int(found.finished)
+        first = min(_stage_of(path) for path, _, _ in changes)
+        if first < done or (found is not None and not found.finished and first == 0):
+            lines = "\n".join(f"  {path}: {old!r} -> {new!r}" for path, old, new in changes)
+            raise UserError(
+                f"{self.folder.path} holds a run of another recipe, and what changed was already used:\n{lines}\n"
+                "Run with --restart to begin afresh (its results are removed), or give this run another name."
+            )
+        return first
+
+    # ------------------------------------------------------------------ events
+
+    def emit(self, event: str, **fields: Any) -> None:
+        """Write one event to the log and show it."""
+        if not self.main:
+            return
+        row = {"event": event, "stage": self._stage, **fields}
+        if self._log is not None:
+            kept = {k: v for k, v in row.items() if k != "event"}
+            row = self._log.event(event, **kept)
+        if self.display is not None:
+            self.display(row)
+
+    # ------------------------------------------------------------------ resume
+
+    def restore(self, work: Workpiece) -> int:
+        """Bring ``work`` to where the last run stopped; returns the index of the stage to run next."""
+        found = self._found = checkpoint.load_latest(self.folder.checkpoints)
+        if found is None:
+            return 0
+        finished = found if found.finished else self._before(found)
+        if finished is None:
+            return 0
+        work.plan = finished.plan
+        work.model = apply_plan(work.model.cpu(), finished.plan, work.example().cpu())
+        try:
+            work.model.load_state_dict(finished.state_dict)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[-1].strip()
+            raise RunError(f"{finished.path}: the weights do not fit the plan: {reason} Use --restart.") from None
+        work.model.to(work.device)
+        work.ledger = list(finished.extra["ledger"])
+        work.passes = int(finished.extra["passes"])
+        work.certificate = finished.extra.get("certificate")
+        work.artifacts = {k: self.folder.path / v for k, v in finished.extra.get("artifacts", {}).items()}
+        return finished.stage_index + 1
+
+    def _before(self, found: Checkpoint) -> Checkpoint | None:
+        """The finished stage before the one that ``found`` is in the middle of."""
+        index = found.stage_index - 1
+        if index < 0:
+            return None
+        return checkpoint.load(self.folder.checkpoints / stage_id(self.recipe, index))
+
+    def begin(self, work: Workpiece, first: int) -> None:
+        """Log what is about to run, and where."""
+        self.emit(
+            "run",
+            name=self.recipe.name,
+            recipe_hash=work.recipe_hash,
+            resumed_at=stage_id(self.recipe, first) if 0 < first < len(self.recipe.stages) else None,
+            stages=[stage_id(self.recipe, i) for i in range(len(self.recipe.stages))],
+            first=first,
+            data=work.data.name,
+            classes=list(work.data.classes),
+            held_out=work.data.held_out_domain,
+            environment=environment(work),
+        )
+        if self.main and not self.folder.preview.exists():
+            work.data.preview().save(self.folder.preview)
+
+    # ------------------------------------------------------------------ stages
+
+    def enter(self, work: Workpiece, index: int) -> None:
+        """Stage ``index`` begins; hands the state of an interrupted one to the workpiece."""
+        self._stage = stage_id(self.recipe, index)
+        entry = self.recipe.stages[index]
+        found, self._found = self._found, None
+        work.resume = None
+        self.elapsed = 0.0
+        if found is not None and not found.finished and found.stage == self._stage:
+            work.resume = {**found.state, "model": found.state_dict}
+            self.elapsed = float(found.extra.get("seconds", 0.0))
+        work.progress = Progress(self, work, self.recipe.checkpoint_every)
+        config = entry.config
+        self.emit(
+            "stage",
+            index=index,
+            of=len(self.recipe.stages),
+            method=getattr(config, "method", getattr(config, "profile", None)),
+            epochs=getattr(config, "epochs", None),
+            resumed_at_step=found.step if work.resume is not None and found is not None else None,
+        )
+
+    def leave(self, work: Workpiece, index: int) -> None:
+        """Stage ``index`` is done: keep it."""
+        self.emit("row", row=work.ledger[-1])
+        if self.main:
+            extra = {
+                "ledger": work.ledger,
+                "passes": work.passes,
+                "certificate": work.certificate,
+                "artifacts": {k: v.name for k, v in work.artifacts.items()},
+            }
+            checkpoint.save_stage(
+                self.folder.checkpoints,
+                stage_id(self.recipe, index),
+                work.plan,
+                work.model.state_dict(),
+                extra=extra,
+            )
+            self.folder.write_ledger(work.ledger)
+        work.accelerator.wait_for_everyone()
+        if self.stop.requested and index + 1 < len(self.recipe.stages):
+            raise Interrupted(f"stopped after stage {self._stage}")
+
+    def finish(self, work: Workpiece) -> None:
+        """Every stage is done."""
+        self._stage = None
+        self.emit("done", onnx=str(work.artifacts["onnx"].name) if "onnx" in work.artifacts else None)
+
+    def report(self) -> Path:
+        """Write report.html from the folder's files."""
+        from flatcompress import report
+
+        return report.build(self.folder.path)
+
+
+class Progress:
+    """Saves a stage's state every N steps or minutes, and when the user asks to stop."""
+
+    def __init__(self, session: Session, work: Workpiece, every: int | str) -> None:
+        self._session, self._work = session, work
+        self._steps = every if isinstance(every, int) else None
+        self._seconds = None if isinstance(every, int) else seconds(every)
+        self._last = self._started = time.monotonic()
+
+    @property
+    def stop_requested(self) -> bool:
+        """True after SIGINT or SIGTERM."""
+        return self._session.stop.requested
+
+    def due(self, step: int) -> bool:
+        """Is a save due after ``step``?"""
+        if self._steps is not None:
+            return step % self._steps == 0
+        return self._seconds is not None and time.monotonic() - self._last >= self._seconds
+
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """Write a checkpoint inside the running stage."""
+        self._last = time.monotonic()
+        session, work = self._session, self._work
+        if session.main and session._stage is not None:
+            checkpoint.save_progress(
+                session.folder.checkpoints,
+                session._stage,
+                step,
+                work.plan,
+                state["model"],
+                extra={"seconds": session.elapsed + self._last - self._started},
+                state={k: v for k, v in state.items() if k != "model"},
+            )
+
+
+class StopRequest:
+    """SIGINT and SIGTERM set a flag; the second one stops at once. Restores the old handlers at the end."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._old: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._old[number] = signal.signal(number, self._handle)
+        except ValueError:  # not in the main thread: the host program owns the signals
+            pass
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, old in self._old.items():
+            signal.signal(number, old)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+
+def seconds(text: str) -> float:
+    """Seconds of '90s', '5m' or '2h'.
+
+    >>> seconds("5m")
+    300.0
+    """
+    return float(text[:-1]) * {"s": 1, "m": 60, "h": 3600}[text[-1]]
+
+
+def stage_id(recipe: Recipe, index: int) -> str:
+    """Name of stage ``index`` in the run folder, like '1-prune'."""
+    return f"{index}-{recipe.stages[index].kind}"
+
+
+def environment(work: Workpiece) -> dict[str, Any]:
+    """Versions and machine, for the log and the certificate."""
+    import importlib.metadata as metadata
+
+    packages = ("flatcompress", "torch", "torch-pruning", "brevitas", "onnx", "onnxruntime", "accelerate", "numpy")
+    found = {}
+    for name in packages:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            warnings.warn(f"package {name} has no metadata; its version is not recorded", stacklevel=2)
+    return {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "device": str(work.device),
+        "threads": torch.get_num_threads(),
+        "processes": work.accelerator.num_processes,
+        "packages": found,
+    }
+
+
+def _differences(before: Any, after: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Leaves that differ between two recipes, harmless keys left out."""
+    if path in HARMLESS:
+        return
+    if isinstance(before, dict) and isinstance(after, dict):
+        for key in [*before, *(k for k in after if k not in before)]:
+            yield from _differences(before.get(key), after.get(key), f"{path}.{key}" if path else str(key))
+    elif isinstance(before, list) and isinstance(after, list) and path == "stages":
+        for i in range(max(len(before), len(after))):
+            old, new = before[i] if i < len(before) else None, after[i] if i < len(after) else None
+            yield from _differences(old, new, f"{path}.{i}")
+    elif before != after:
+        yield path, before, after
+
+
+def _stage_of(path: str) -> int:
+    parts = path.split(".")
+    return int(parts[1]) if parts[0] == "stages" and len(parts) > 1 else 0

@@ -1,0 +1,142 @@
+"""The ledger: one row of measurements per finished stage, every number measured here and nowhere else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flatcompress import flat, graph
+from flatcompress.plan import Plan, apply_plan
+from flatcompress.stages.workpiece import Workpiece
+from flatcompress.training.loop import accuracy, loader
+
+SHARPNESS_SAMPLES = 256
+SHARPNESS_RHO = 0.05
+
+
+def measure(work: Workpiece, stage: str, method: str, seconds: float, passes: int) -> dict[str, Any]:
+    """A ledger row for ``work`` as it is now: accuracy, sharpness, size and cost. What was not measured is None."""
+    twin = float_twin(work)
+    row = {
+        "stage": stage,
+        "method": method,
+        **accuracies(work, lambda dataset: accuracy(work.model, dataset, work.device)),
+        "sharpness": sharpness(work),
+        "params": sum(p.numel() for p in twin.parameters()),
+        "nonzero": nonzero(work.model),
+        "macs": graph.total_macs(twin, work.example().cpu()),
+        "bytes": weight_bytes(work.model),
+        "seconds": seconds,
+        "passes": passes,
+        "latency_ms": None,
+    }
+    work.emit("layers", layers=layer_rows(work, twin))
+    return row
+
+
+def accuracies(work: Workpiece, score: Callable[[Any], float]) -> dict[str, Any]:
+    """``score`` on test, held-out domain and every corrupted copy; None where the data set has none."""
+    data = work.data
+    corruptions = {name: score(dataset) for name, dataset in data.corrupted.items()}
+    return {
+        "accuracy": {
+            "test": score(data.test),
+            "held_out": score(data.held_out) if data.held_out is not None else None,
+            "corrupted": sum(corruptions.values()) / len(corruptions) if corruptions else None,
+        },
+        "corruptions": corruptions,
+    }
+
+
+def float_twin(work: Workpiece) -> nn.Module:
+    """The float model with the same channels, on the CPU, weights fresh: what size and cost are counted on."""
+    steps = [s for s in work.plan.steps if s.kind != "quantizers"]
+    return apply_plan(work.build().cpu(), Plan(steps), work.example().cpu())
+
+
+def train_batches(work: Workpiece, samples: int, size: int = 128) -> list[tuple[Tensor, Tensor]]:
+    """The first batches of a fixed shuffle of the training split, on the model's device."""
+    n = min(samples, len(work.data.train))
+    order = torch.randperm(len(work.data.train), generator=torch.Generator().manual_seed(0)).tolist()[:n]
+    batches = [order[i : i + size] for i in range(0, n, size)]
+    return [(x.to(work.device), y.to(work.device)) for x, y in loader(work.data.train, batches)]
+
+
+def sharpness(work: Workpiece) -> float:
+    """One-step sharpness: mean over batches of L(w + e) - L(w), ||e|| = 0.05, eval mode (knowledge: S1)."""
+    batches = train_batches(work, SHARPNESS_SAMPLES)
+    return float(flat.sharpness.sharpness(work.model, batches, nn.functional.cross_entropy, rho=SHARPNESS_RHO))
+
+
+def sharpness_report(work: Workpiece, samples: int) -> dict[str, Any]:
+    """Every sharpness measure of the flat room on ``samples`` training samples."""
+    return flat.sharpness.report(work.model, train_batches(work, samples), nn.functional.cross_entropy)
+
+
+def weights(model: nn.Module) -> Iterable[tuple[str, nn.Module, Tensor, int]]:
+    """(name, module, values, bits) of every weight: the integers of a quantized layer, else the floats at 32 bits."""
+    for name, module in model.named_modules():
+        if hasattr(module, "weight_spec"):
+            spec = module.weight_spec()
+            yield name, module, spec.values, spec.bits
+        elif isinstance(module, nn.Conv2d | nn.Linear | nn.Conv1d | nn.Conv3d):
+            yield name, module, module.weight.detach(), 32
+
+
+def nonzero(model: nn.Module) -> int:
+    """Parameters that are not zero; a quantized weight counts by its integer, scales of quantizers do not count."""
+    counted = {id(m.weight) for _, m, _, _ in weights(model)}
+    total = sum(int(torch.count_nonzero(values)) for _, _, values, _ in weights(model))
+    scales = {id(p) for p in quantizer_parameters(model)}
+    rest = (p for p in model.parameters() if id(p) not in counted and id(p) not in scales)
+    return total + sum(int(torch.count_nonzero(p)) for p in rest)
+
+
+def quantizer_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The learned scales, or nothing for a float model."""
+    from flatcompress import quant
+
+    return list(quant.scale_parameters(model).values())
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of the parameters at their true width: bits x weights, 4 bytes for everything else."""
+    counted = {id(m.weight) for _, m, _, _ in weights(model)}
+    bits = sum(values.numel() * b for _, _, values, b in weights(model))
+    rest = sum(p.numel() for p in model.parameters() if id(p) not in counted)
+    return math.ceil(bits / 8) + 4 * rest
+
+
+def layer_rows(work: Workpiece, twin: nn.Module) -> list[dict[str, Any]]:
+    """What the report shows per layer: channels, bits, bytes, sparsity, cost and flatness."""
+    original = dict(work.build().named_modules())
+    costs = graph.macs(twin, work.example().cpu())
+    flatness = layer_sharpness(work)
+    rows = []
+    for name, module, values, bits in weights(work.model):
+        before = original.get(name)
+        rows.append(
+            {
+                "name": name,
+                "kind": "conv" if values.ndim > 2 else "linear",
+                "channels": values.shape[0],
+                "channels_before": before.weight.shape[0] if before is not None else None,
+                "weight_bits": bits if bits < 32 else None,
+                "activation_bits": None,
+                "bytes": math.ceil(values.numel() * bits / 8),
+                "sparsity": 1.0 - int(torch.count_nonzero(values)) / values.numel(),
+                "sharpness": flatness.get(name),
+                "macs": costs.get(name),
+            }
+        )
+    return rows
+
+
+def layer_sharpness(work: Workpiece) -> dict[str, float]:
+    """Loss rise when one layer alone is perturbed by ||e|| = 0.05, on one batch."""
+    batches = train_batches(work, 128)
+    return flat.sharpness.layer_sharpness(work.model, batches, nn.functional.cross_entropy, rho=SHARPNESS_RHO)

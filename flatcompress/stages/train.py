@@ -1,0 +1,93 @@
+"""The train stage, and the piece of it that every stage that trains shares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flatcompress import flat
+from flatcompress.stages.configs import TrainConfig, TrainingKeys
+from flatcompress.stages.workpiece import Workpiece
+from flatcompress.training.loop import Job, accuracy, make_base_optimizer
+
+
+def parameter_groups(model: nn.Module, weight_decay: float, no_decay: set[int] | None = None) -> list[dict[str, Any]]:
+    """Two groups: matrices and filters decay, vectors (biases, norms) and the ids in ``no_decay`` do not."""
+    excluded = no_decay or set()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decays = [p for p in trained if p.ndim > 1 and id(p) not in excluded]
+    rest = [p for p in trained if p.ndim <= 1 or id(p) in excluded]
+    groups = [{"params": decays, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    return [g for g in groups if g["params"]]
+
+
+def make_job(
+    work: Workpiece,
+    config: TrainingKeys,
+    *,
+    epochs: int | None = None,
+    first_epoch: int = 0,
+    no_decay: set[int] | None = None,
+    loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+    method: str | None = None,
+    hyper: dict[str, Any] | None = None,
+    **plugs: Any,
+) -> Job:
+    """A training job for ``work.model`` under ``config``; ``plugs`` go to the flat engine's slots."""
+    accelerator = work.accelerator
+    model = accelerator.prepare(work.model)
+    o = config.optimizer
+    base = make_base_optimizer(
+        parameter_groups(model, o.weight_decay, no_decay), o.name, o.lr, o.weight_decay, o.momentum, o.nesterov, o.betas
+    )
+    optimizer = flat.create(
+        method or config.flat_method(),
+        model,
+        base,
+        scaler=accelerator.scaler,
+        max_grad_norm=config.max_grad_norm,
+        **(config.hyper if hyper is None else hyper),
+        **plugs,
+    )
+    return Job(
+        model=model,
+        optimizer=optimizer,
+        train=work.data.train,
+        accelerator=accelerator,
+        loss=loss or nn.CrossEntropyLoss(label_smoothing=config.label_smoothing),
+        epochs=epochs or config.epochs,
+        first_epoch=first_epoch,
+        schedule_epochs=config.epochs,
+        batch_size=work.batch_size,
+        workers=work.workers,
+        seed=work.seed,
+        schedule=config.schedule,
+        select=config.select,
+        validate=lambda: accuracy(model, work.data.val, accelerator.device),
+        emit=work.emit,
+        progress=work.progress,
+        resume=work.resume,
+    )
+
+
+def finish(work: Workpiece, job: Job) -> None:
+    """Take the trained module out of its wrappers and count the passes."""
+    work.model = job.accelerator.unwrap_model(job.model, keep_fp32_wrapper=False)
+    work.passes += int(getattr(job.optimizer, "passes", 0))
+    job.accelerator.free_memory()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def run(work: Workpiece, config: TrainConfig) -> Workpiece:
+    """Train ``work.model`` with the flat method of ``config``; the plan stays as it is."""
+    from flatcompress.training.loop import fit, restore_best
+
+    job = make_job(work, config)
+    fit(job)
+    restore_best(job)
+    finish(work, job)
+    return work
