@@ -1,0 +1,131 @@
+"""Training-time augmentation of whole batches: crop, shift, flip, colour jitter, greyscale.
+
+All randomness of an epoch is one table of uniform numbers, a row per sample, drawn from (seed, epoch): the same
+sample gets the same change whatever the batches, the workers or the step a run was resumed at.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flatcompress.data.seeds import generator
+from flatcompress.errors import UserError, unknown
+
+_COLUMNS = 12
+_LUMA = (0.299, 0.587, 0.114)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to do; zero switches a change off."""
+
+    crop: float = 0.0  # smallest share of the area that a random resized crop keeps, e.g. 0.7
+    shift: float = 0.0  # largest shift, as a share of the side, e.g. 0.125
+    flip: float = 0.0  # probability of a horizontal flip
+    jitter: float = 0.0  # strength of brightness, contrast, saturation and hue jitter
+    grayscale: float = 0.0  # probability of losing all colour
+
+
+PRESETS = {
+    "none": None,
+    "standard": Settings(shift=0.125, flip=0.5),  # the CIFAR habit: pad by an eighth and crop, flip
+    "domainbed": Settings(crop=0.7, flip=0.5, jitter=0.3, grayscale=0.1),  # arXiv 2007.01434
+}
+
+
+def parse(option: Any, seed: int) -> Augment | None:
+    """An `Augment` from a preset's name, a mapping of settings, or None. UserError on anything else."""
+    if option is None or option is False:
+        return None
+    if isinstance(option, str):
+        if option not in PRESETS:
+            raise unknown("augment preset", option, PRESETS)
+        settings = PRESETS[option]
+        return Augment(settings, seed) if settings else None
+    if not isinstance(option, dict):
+        raise UserError(f"data option 'augment' must be a preset's name or settings, found {option!r}")
+    known = [f.name for f in fields(Settings)]
+    for key, value in option.items():
+        if key not in known:
+            raise unknown("augment setting", key, known)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+            raise UserError(f"augment setting {key!r} must be between 0 and 1, found {value!r}")
+    return Augment(Settings(**option), seed)
+
+
+class Augment:
+    """Apply `Settings` to float images [B, C, H, W] in 0..1."""
+
+    def __init__(self, settings: Settings, seed: int) -> None:
+        self.settings, self.seed = settings, seed
+        self._drawn: tuple[tuple[int, int], Tensor] | None = None
+
+    def __repr__(self) -> str:
+        return f"Augment({asdict(self.settings)})"
+
+    def __call__(self, images: Tensor, indices: Tensor, total: int, epoch: int) -> Tensor:
+        """Augment the samples ``indices`` of a set of ``total`` for ``epoch``."""
+        if self._drawn is None or self._drawn[0] != (total, epoch):
+            table = torch.rand(total, _COLUMNS, generator=generator(self.seed, "augment", epoch))
+            self._drawn = ((total, epoch), table)
+        draws = self._drawn[1][indices]
+        s = self.settings
+        if s.crop or s.shift or s.flip:
+            images = _geometry(images, draws, s)
+        if s.jitter:
+            images = _jitter(images, draws, s.jitter)
+        if s.grayscale and images.shape[1] == 3:
+            images = torch.where((draws[:, 11] < s.grayscale).view(-1, 1, 1, 1), _luma(images), images)
+        return images
+
+
+def _geometry(images: Tensor, draws: Tensor, s: Settings) -> Tensor:
+    """Crop, shift and flip as one affine sampling of each image."""
+    area = 1 - draws[:, 0] * (1 - s.crop) if s.crop else torch.ones(len(draws))
+    aspect = torch.exp((2 * draws[:, 1] - 1) * math.log(4 / 3) / 2) if s.crop else torch.ones(len(draws))
+    width, height = (area.sqrt() * aspect).clamp(max=1), (area.sqrt() / aspect).clamp(max=1)
+    across = (2 * draws[:, 2] - 1) * (1 - width + 2 * s.shift)
+    down = (2 * draws[:, 3] - 1) * (1 - height + 2 * s.shift)
+    mirror = torch.where(draws[:, 4] < s.flip, -1.0, 1.0)
+    theta = torch.zeros(len(draws), 2, 3)
+    theta[:, 0, 0], theta[:, 0, 2] = width * mirror, across
+    theta[:, 1, 1], theta[:, 1, 2] = height, down
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    padding = "zeros" if s.shift else "border"
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode=padding, align_corners=False)
+
+
+def _luma(images: Tensor) -> Tensor:
+    weights = torch.tensor(_LUMA).view(1, 3, 1, 1)
+    return (images * weights).sum(1, keepdim=True).expand_as(images)
+
+
+def _jitter(images: Tensor, draws: Tensor, strength: float) -> Tensor:
+    """Brightness, contrast, saturation and hue factors in 1 +- strength, as DomainBed's colour jitter."""
+    factor = (1 + strength * (2 * draws[:, 5:8] - 1)).unsqueeze(-1).unsqueeze(-1)
+    images = images * factor[:, 0:1]
+    mean = images.mean((1, 2, 3), keepdim=True)
+    images = mean + (images - mean) * factor[:, 1:2]
+    if images.shape[1] == 3:
+        grey = _luma(images)
+        images = grey + (images - grey) * factor[:, 2:3]
+        images = _turn_hue(images, (2 * draws[:, 8] - 1) * strength)
+    return images.clamp(0, 1)
+
+
+def _turn_hue(images: Tensor, turns: Tensor) -> Tensor:
+    """Rotate colours about the grey axis by ``turns`` of a full circle (the YIQ approximation of a hue shift)."""
+    cos, sin = torch.cos(2 * math.pi * turns), torch.sin(2 * math.pi * turns)
+    third, root = (1 - cos) / 3, sin / math.sqrt(3)
+    rows = [
+        torch.stack([cos + third, third - root, third + root], 1),
+        torch.stack([third + root, cos + third, third - root], 1),
+        torch.stack([third - root, third + root, cos + third], 1),
+    ]
+    return torch.einsum("bij,bjhw->bihw", torch.stack(rows, 1), images)

@@ -1,0 +1,117 @@
+"""What every data set becomes: normalised image sets for training, selection, test, the unseen domain, corruptions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from flatcompress.data.augment import Augment
+from flatcompress.data.pixels import Pixels, Shape
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+Batch = tuple[Tensor, Tensor]
+
+
+def collate(batch: Batch) -> Batch:
+    """The identity: `ImageSet.__getitems__` already returns a batch. Pass as a DataLoader's ``collate_fn``."""
+    return batch
+
+
+@dataclass(frozen=True)
+class Part:
+    """Raw samples: rows of ``pixels`` with their labels, domains and source images; each tensor is int64 [N]."""
+
+    pixels: Pixels
+    rows: Tensor
+    labels: Tensor
+    domain_ids: Tensor
+    identities: Tensor
+
+    def take(self, chosen: Tensor) -> Part:
+        """The samples at positions (or under a mask) ``chosen``."""
+        return Part(
+            self.pixels, self.rows[chosen], self.labels[chosen], self.domain_ids[chosen], self.identities[chosen]
+        )
+
+
+class ImageSet(Dataset[Batch]):
+    """Normalised float32 images [C, H, W] with int64 labels; whole batches through ``__getitems__``.
+
+    ``labels``, ``domain_ids`` (position in the bundle's domains) and ``identities`` (the source image) are int64 [N].
+    With augmentation, what a sample looks like depends on the seed, the epoch (`set_epoch`) and its index alone.
+    """
+
+    def __init__(
+        self,
+        part: Part,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        augment: Augment | None = None,
+    ) -> None:
+        channels = part.pixels.shape[0]
+        self.part, self.augment = part, augment
+        self.labels, self.domain_ids, self.identities = part.labels, part.domain_ids, part.identities
+        self._mean = torch.tensor(mean or [0.0] * channels).view(-1, 1, 1)
+        self._std = torch.tensor(std or [1.0] * channels).view(-1, 1, 1)
+        # In shared memory: persistent loader workers must see the epoch change.
+        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        images, labels = self.__getitems__([range(len(self))[index]])
+        return images[0], labels[0]
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        where = torch.as_tensor(indices, dtype=torch.int64)
+        images = self.part.pixels.gather(self.part.rows[where]).float().div_(255)
+        if self.augment is not None:
+            images = self.augment(images, where, len(self), int(self._epoch))
+        return images.sub_(self._mean).div_(self._std), self.labels[where]
+
+    def pixels(self, indices: Sequence[int]) -> Tensor:
+        """uint8 [B, C, H, W]: the stored images, neither augmented nor normalised."""
+        return self.part.pixels.gather(self.part.rows[torch.as_tensor(indices, dtype=torch.int64)])
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that augmentation draws for; without augmentation nothing changes."""
+        self._epoch.fill_(epoch)
+
+
+@dataclass(frozen=True)
+class DataBundle:
+    """A loaded data set. ``mean`` and ``std`` are per channel and apply to pixels in 0..1.
+
+    ``train``, ``val`` and ``test`` come from the source domains and share no source image; ``val`` is for model
+    selection alone. ``held_out`` is the unseen domain. ``corrupted`` maps "kind/severity" to a corrupted part of
+    ``test``. ``skipped`` says which files were left out, and why, where the recipe allowed that.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    input_shape: Shape
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    train: ImageSet
+    val: ImageSet
+    test: ImageSet
+    held_out: ImageSet | None
+    corrupted: Mapping[str, ImageSet] = field(default_factory=dict)
+    domains: tuple[str, ...] = ()
+    held_out_domain: str | None = None
+    skipped: tuple[str, ...] = ()
+
+    def preview(self, columns: int = 12) -> Image.Image:
+        """A sheet of samples, one labelled row per domain, then the corruptions at their highest severity."""
+        from flatcompress.data.preview import sheet
+
+        return sheet(self, columns)

@@ -1,0 +1,64 @@
+"""The preview sheet: what the data looks like, domain by domain and corrupted."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from PIL import Image, ImageDraw
+
+if TYPE_CHECKING:
+    from flatcompress.data.bundle import DataBundle, ImageSet
+
+_LABEL, _GAP, _TILE = 150, 2, 48
+
+
+def sheet(bundle: DataBundle, columns: int = 12) -> Image.Image:
+    """An RGB image: one labelled row per domain (one for all where there are none), then one per corruption kind."""
+    rows = _domain_rows(bundle, columns) + _corrupted_rows(bundle, columns)
+    height, width = bundle.input_shape[1:]
+    scale = max(1, round(_TILE / max(height, width)))
+    tile = (width * scale, height * scale) if max(height, width) <= 2 * _TILE else (_TILE, _TILE)
+    canvas = Image.new("RGB", (_LABEL + columns * (tile[0] + _GAP), len(rows) * (tile[1] + _GAP)), "white")
+    draw = ImageDraw.Draw(canvas)
+    for line, (label, images) in enumerate(rows):
+        top = line * (tile[1] + _GAP)
+        draw.text((4, top + tile[1] // 2 - 5), label.encode("latin-1", "replace").decode("latin-1")[:24], fill="black")
+        for column, picture in enumerate(images):
+            canvas.paste(picture.resize(tile, Image.Resampling.NEAREST), (_LABEL + column * (tile[0] + _GAP), top))
+    return canvas
+
+
+def _domain_rows(bundle: DataBundle, columns: int) -> list[tuple[str, list[Image.Image]]]:
+    if not bundle.domains:
+        return [(bundle.name, _pictures(bundle.train, torch.arange(len(bundle.train)), columns))]
+    rows = []
+    for number, domain in enumerate(bundle.domains):
+        unseen = domain == bundle.held_out_domain
+        images = bundle.held_out if unseen and bundle.held_out is not None else bundle.train
+        members = (images.domain_ids == number).nonzero().flatten()
+        if len(members):
+            rows.append((f"{domain} (held out)" if unseen else domain, _pictures(images, members, columns)))
+    return rows
+
+
+def _corrupted_rows(bundle: DataBundle, columns: int) -> list[tuple[str, list[Image.Image]]]:
+    hardest = {key.partition("/")[0]: key for key in sorted(bundle.corrupted)}
+    return [
+        (key, _pictures(bundle.corrupted[key], torch.arange(len(bundle.corrupted[key])), columns))
+        for key in sorted(hardest.values())
+    ]
+
+
+def _pictures(images: ImageSet, members: torch.Tensor, columns: int) -> list[Image.Image]:
+    """Up to ``columns`` samples, the classes in turn, always the same ones."""
+    order = images.labels[members].argsort(stable=True)
+    step = max(1, len(order) // columns)
+    chosen = members[order[::step][:columns]]
+    return [_picture(pixels) for pixels in images.pixels(chosen.tolist())]
+
+
+def _picture(pixels: torch.Tensor) -> Image.Image:
+    if pixels.shape[0] in (1, 2):
+        return Image.fromarray(pixels[0].numpy()).convert("RGB")
+    return Image.fromarray(pixels[:3].permute(1, 2, 0).contiguous().numpy())

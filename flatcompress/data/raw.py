@@ -1,0 +1,35 @@
+"""What a data set's function returns: raw parts, before normalisation, augmentation and corruption."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from flatcompress.data.bundle import Part
+from flatcompress.errors import unknown
+
+
+@dataclass(frozen=True)
+class RawData:
+    """Parts of a data set; ``domain_ids`` count positions in ``domains``."""
+
+    classes: tuple[str, ...]
+    train: Part
+    val: Part
+    test: Part
+    held_out: Part | None = None
+    domains: tuple[str, ...] = ()
+    held_out_domain: str | None = None
+    corrupted: dict[str, Part] = field(default_factory=dict)
+    skipped: tuple[str, ...] = ()
+
+
+def held_out_name(value: Any, domains: Iterable[str]) -> str | None:
+    """The held-out domain's name; None, "" and "none" mean none. UserError lists the domains otherwise."""
+    names = tuple(domains)
+    if value is None or str(value).lower() in ("", "none"):
+        return None
+    if str(value) not in names:
+        raise unknown("held_out domain", str(value), names)
+    return str(value)
