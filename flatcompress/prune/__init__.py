@@ -1,1 +1,43 @@
-"""prune"""
+"""Channels and masks: what can be cut, what should be, and the cut itself.
+
+The room knows nothing of flat minima, quantizers or recipes. `find_groups` gives the coupled channels, `score` their
+importance, `adaptive_radius` AdaSAP's perturbation radius; `SoftMask` holds removed channels at zero while training
+goes on and `shrink` cuts them for good; `prune` does it all at once. `masks` is for unstructured and N:M zeros.
+"""
+
+from __future__ import annotations
+
+from flatcompress.prune.budget import Budget, choose
+from flatcompress.prune.cost import CostModel, Width
+from flatcompress.prune.groups import Group, Member, Survey
+from flatcompress.prune.importance import IMPORTANCES, NEEDS_GRADIENTS, RunningScore, score
+from flatcompress.prune.oneshot import prune
+from flatcompress.prune.radius import adaptive_radius, relative_sizes
+from flatcompress.prune.ranking import RANKINGS, Limits
+from flatcompress.prune.schedule import SCHEDULES
+from flatcompress.prune.soft import SoftMask, shrink
+from flatcompress.prune.survey import find_groups, survey
+
+__all__ = [
+    "IMPORTANCES",
+    "NEEDS_GRADIENTS",
+    "RANKINGS",
+    "SCHEDULES",
+    "Budget",
+    "CostModel",
+    "Group",
+    "Limits",
+    "Member",
+    "RunningScore",
+    "SoftMask",
+    "Survey",
+    "Width",
+    "adaptive_radius",
+    "choose",
+    "find_groups",
+    "prune",
+    "relative_sizes",
+    "score",
+    "shrink",
+    "survey",
+]

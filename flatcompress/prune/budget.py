@@ -1,0 +1,113 @@
+"""Budgets, not knobs: how small, fast or light the model must become, and which units that costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from flatcompress.errors import UserError, unknown
+from flatcompress.prune.cost import Cost, CostModel
+from flatcompress.prune.groups import Group
+from flatcompress.prune.ranking import Ladder, Limits
+
+KINDS = ("ratio", "macs", "params", "bytes", "cost")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What must be met.
+
+    ``kind`` ratio: ``value`` is the share of prunable units to remove, in (0, 1). macs, params, bytes, cost: at most
+    ``value`` may be left; up to 1 as a share of the dense model, above 1 absolute. ``cost`` (kind cost) maps the
+    widths of all layers ({name: Width(inputs, outputs, groups)}) to a number, such as milliseconds from a latency
+    table; ``absolute`` says that its ``value`` is absolute even below 1. ``weight_bits`` is for kind bytes.
+    """
+
+    kind: str = "ratio"
+    value: float = 0.5
+    cost: Cost | None = None
+    weight_bits: float = 8
+    absolute: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise unknown("pruning budget", self.kind, KINDS)
+        if self.kind == "ratio" and not 0 < self.value < 1:
+            raise UserError(
+                f"ratio is the share of channels to remove, above 0 and below 1; found {self.value}"
+                + (" (that would empty every layer)." if self.value >= 1 else ".")
+            )
+        if self.value <= 0:
+            raise UserError(f"a {self.kind} budget must be above 0, found {self.value}.")
+        if (self.kind == "cost") != (self.cost is not None):
+            raise UserError("a budget of kind 'cost' needs a cost function, and only that kind takes one.")
+
+    def measure(self, costs: CostModel) -> Cost:
+        """The function of the widths that the budget bounds."""
+        if self.kind == "bytes":
+            return lambda widths: costs.bytes(widths, self.weight_bits)
+        if self.kind == "cost":
+            assert self.cost is not None
+            return self.cost
+        return costs.macs if self.kind == "macs" else costs.params
+
+    def limit(self, dense: float) -> float:
+        """The absolute bound, given what the dense model costs."""
+        return self.value if self.absolute or self.value > 1 else self.value * dense
+
+
+def choose(
+    groups: Sequence[Group],
+    scores: Sequence[Tensor],
+    budget: Budget,
+    limits: Limits | None = None,
+    *,
+    costs: CostModel | None = None,
+    keep: Sequence[Tensor] | None = None,
+) -> list[Tensor]:
+    """Which units stay, bool [units] per group: the least important ones go until ``budget`` is met.
+
+    ``costs`` is needed for every budget but a ratio. ``keep``: units removed before, which go first.
+    UserError: the budget cannot be met within ``limits`` (the message says the smallest that can).
+    """
+    ladder = Ladder(groups, scores, limits or Limits(), keep)
+    gone = _for_ratio(ladder, budget.value) if budget.kind == "ratio" else _for_cost(ladder, budget, costs)
+    chosen = ladder.keep(gone)
+    return chosen if keep is None else [now & before for now, before in zip(chosen, keep, strict=True)]
+
+
+def _for_ratio(ladder: Ladder, ratio: float) -> list[int]:
+    most = ladder.removed_share(ladder.first(len(ladder.rungs)))
+    if ratio > most + 1e-9:
+        raise UserError(
+            f"ratio {ratio:g} cannot be met: at most {most:.4g} of the channels may go within round_to, min_channels "
+            "and floor. Lower the ratio or loosen those."
+        )
+    return ladder.at_share(ratio)
+
+
+def _for_cost(ladder: Ladder, budget: Budget, costs: CostModel | None) -> list[int]:
+    if costs is None:
+        raise UserError(f"a {budget.kind} budget needs a CostModel.")
+    measure = budget.measure(costs)
+    dense = measure(costs.dense)
+    limit = budget.limit(dense)
+
+    def cost_of(gone: Sequence[int]) -> float:
+        return measure(costs.widths(ladder.groups, ladder.keep(gone)))
+
+    gone = ladder.smallest(lambda removed: cost_of(removed) <= limit)
+    if gone is None:
+        raise UserError(_too_small(budget, limit, dense, cost_of(ladder.first(len(ladder.rungs)))))
+    return gone
+
+
+def _too_small(budget: Budget, limit: float, dense: float, least: float) -> str:
+    share = not budget.absolute and budget.value <= 1
+    asked, can = (f"{budget.value:g}", f"{least / dense:.4g}") if share else (f"{limit:g}", f"{least:.6g}")
+    return (
+        f"{budget.kind} {asked} cannot be met: the smallest that can is {can} (dense: {dense:.6g}), with every layer "
+        "at its floor. Raise the budget, or lower round_to, min_channels or floor."
+    )

@@ -1,0 +1,138 @@
+"""What a model costs as a function of its widths: MACs, parameters, bytes, without building the smaller model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from flatcompress.prune import axes
+from flatcompress.prune.attention import find_attention
+from flatcompress.prune.channels import keep_channels
+from flatcompress.prune.coupling import evaluating
+from flatcompress.prune.groups import Group
+
+
+class Width(NamedTuple):
+    """Channels of one layer after a cut, and its convolution groups."""
+
+    inputs: int
+    outputs: int
+    groups: int
+
+
+Widths = dict[str, Width]
+Cost = Callable[[Widths], float]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A convolution or linear layer.
+
+    ``positions``: outputs per channel and sample. ``kernel``: weights per pair of channels.
+    """
+
+    width: Width
+    positions: int
+    kernel: int
+    bias: bool
+    depthwise: bool
+
+    def weights(self, width: Width) -> int:
+        """Weights at ``width``."""
+        return width.outputs * (width.inputs // width.groups) * self.kernel
+
+
+class CostModel:
+    """Layers of ``model`` with what a forward of ``example_input`` says about them; costs of any widths.
+
+    >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1))
+    >>> costs = CostModel(net, torch.zeros(1, 3, 10, 10))
+    >>> costs.macs(costs.dense), costs.params(costs.dense)
+    (15872.0, 260.0)
+    """
+
+    def __init__(self, model: nn.Module, example_input: Tensor) -> None:
+        self.layers = _measure(model, example_input)
+        outputs = [block.output for block in find_attention(model) if block.output in self.layers]
+        self.attention = [(name, self.layers[name].positions) for name in outputs]
+        weighted = sum(layer.weights(layer.width) for layer in self.layers.values())
+        biases = sum(layer.width.outputs for layer in self.layers.values() if layer.bias)
+        self._norms = {
+            name: sum(p.numel() for p in module.parameters(recurse=False))
+            for name, module in model.named_modules()
+            if axes.cuttable(module) and name not in self.layers and not isinstance(module, (_ConvNd, nn.Linear))
+        }
+        total = sum(p.numel() for p in model.parameters())
+        self._fixed = total - weighted - biases - sum(self._norms.values())
+
+    @property
+    def dense(self) -> Widths:
+        """Widths of the model as it is."""
+        found = {name: layer.width for name, layer in self.layers.items()}
+        return found | {name: Width(0, -1, 1) for name in self._norms}
+
+    def widths(self, groups: Sequence[Group], keep: Sequence[Tensor]) -> Widths:
+        """Widths after keeping ``keep`` (bool [units] per group)."""
+        found = self.dense
+        for (name, axis), mask in keep_channels(groups, keep).items():
+            kept = int(mask.sum())
+            if name in self._norms:
+                found[name] = Width(0, kept * self._norms[name] // len(mask), 1)
+            elif name in found:
+                found[name] = _narrowed(found[name], axis, kept, len(mask), self.layers[name].depthwise)
+        return found
+
+    def macs(self, widths: Widths) -> float:
+        """Multiply-accumulates per sample of convolutions, linear layers and attention products."""
+        products = sum(2 * widths[name].inputs * tokens * tokens for name, tokens in self.attention)
+        return float(products + sum(k.positions * k.weights(widths[n]) for n, k in self.layers.items()))
+
+    def params(self, widths: Widths) -> float:
+        """Parameters."""
+        own = sum(k.weights(widths[n]) + k.bias * widths[n].outputs for n, k in self.layers.items())
+        return float(own + self._norm_parameters(widths) + self._fixed)
+
+    def bytes(self, widths: Widths, weight_bits: float = 8) -> float:
+        """Bytes of weights at ``weight_bits`` and a 32-bit bias per output channel (BatchNorm folded); rest float32."""
+        own = sum(k.weights(widths[n]) * weight_bits / 8 + 4 * widths[n].outputs for n, k in self.layers.items())
+        return float(own + 4 * self._fixed)
+
+    def _norm_parameters(self, widths: Widths) -> int:
+        return sum(n if widths[name].outputs < 0 else widths[name].outputs for name, n in self._norms.items())
+
+
+def _narrowed(width: Width, axis: str, kept: int, total: int, depthwise: bool) -> Width:
+    if depthwise:
+        inputs = width.inputs * kept // total
+        return Width(inputs, kept, inputs)
+    return width._replace(outputs=kept) if axis == axes.OUT else width._replace(inputs=kept)
+
+
+def _measure(model: nn.Module, example_input: Tensor) -> dict[str, Layer]:
+    found: dict[str, Layer] = {}
+
+    def record(name: str, module: nn.Module, output: Tensor) -> None:
+        outputs = axes.width(module, axes.OUT)
+        width = Width(axes.width(module, axes.IN), outputs, module.groups if isinstance(module, _ConvNd) else 1)
+        weight = module.get_parameter("weight")
+        kernel = weight.numel() * width.groups // (width.inputs * outputs)
+        positions = output.numel() // (outputs * len(example_input))
+        found[name] = Layer(width, positions, kernel, module.bias is not None, axes.is_depthwise(module))
+
+    hooks = [
+        m.register_forward_hook(lambda mod, _, out, n=n: record(n, mod, out))
+        for n, m in model.named_modules()
+        if isinstance(m, (_ConvNd, nn.Linear))
+    ]
+    try:
+        with torch.no_grad(), evaluating(model):
+            model(example_input)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
