@@ -1,0 +1,264 @@
+"""Float model <-> quantized model, in place: `quantize` decides and does it, `apply` does it again from the plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from flatcompress.errors import UserError
+from flatcompress.graph import install, installed_graph, trace
+from flatcompress.plan import Plan, Step
+from flatcompress.quant import operators, placement
+from flatcompress.quant.lsq import Observer, StepQuantizer
+from flatcompress.quant.methods import QUANTIZERS, float_dtype
+from flatcompress.quant.modules import ActivationQuantizer, QuantizedLayer, quantize_layer
+
+HOLDER = "quantizers"
+
+
+class Quantizers(nn.ModuleDict):
+    """A quantized model's activation quantizers by name, and the plan data they were made from."""
+
+    data: dict[str, Any]
+
+
+def quantize(
+    model: nn.Module,
+    weight_bits: int = 4,
+    activation_bits: int | None = 4,
+    *,
+    example_input: torch.Tensor | None = None,
+    method: str = "lsq",
+    first_last_bits: int = 8,
+    input_bits: int = 8,
+    input_signed: bool = True,
+    residual_bits: int = 8,
+    per_channel: bool = True,
+    ignore: Iterable[str] = (),
+    bits: Mapping[str, Any] | None = None,
+) -> Plan:
+    """Put quantizers into ``model``, in place; the same object, under the same state-dict names.
+
+    ``weight_bits``, ``activation_bits``: 2..8 (``activation_bits=None``: weights only). ``method``: a name in
+    `QUANTIZERS`. ``first_last_bits``: weights of the first and last layers and the last one's input. ``input_bits``,
+    ``input_signed``: the network's input. ``residual_bits``: signed tensors that enter a residual add. ``ignore``:
+    layers (or ``re:`` patterns, or parents) that stay float. ``bits``: per layer or pattern an integer (weights) or
+    ``{"weight": .., "activation": ..}``. ``example_input``: [B, ...]; without it ``model.input_shape`` is used.
+
+    Weight scales are set from the weights; activation scales by `calibrate`, or else by the first batch. Returns the
+    `Plan` that `flatcompress.apply_plan` repeats; `explain` says what was decided and why. Raises UserError for
+    bits outside 2..8, names that match nothing and models that cannot be traced.
+
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(32, 2))
+    >>> plan = quantize(model, 4, 4, example_input=torch.randn(2, 3, 4, 4))
+    >>> [(row["name"], row["bits"], row["signed"]) for row in plan.of_kind("quantizers")[0]["activations"]]
+    [('input', 8, True), ('2', 8, False)]
+    """
+    settings = placement.Settings(
+        weight_bits, activation_bits, first_last_bits, input_bits, residual_bits, input_signed, tuple(ignore),
+        dict(bits or {}),
+    )  # fmt: skip
+    entry = QUANTIZERS[method]
+    example = _example(model, example_input)
+    data = _convert(model, example, entry.name, per_channel, settings)
+    return Plan([Step("quantizers", data)])
+
+
+def apply(model: nn.Module, data: dict[str, Any], example_input: torch.Tensor | None = None) -> nn.Module:
+    """Repeat a plan's quantizers on a freshly built model; load the checkpoint's state dict afterwards.
+
+    UserError names the first difference when the model does not give the placement that the plan recorded.
+    """
+    try:
+        settings = placement.Settings(**{**data["settings"], "ignore": tuple(data["settings"]["ignore"])})
+        shape, method, per_channel = tuple(data["input_shape"]), data["method"], data["per_channel"]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"plan: the 'quantizers' step is incomplete ({error}).") from None
+    example = example_input if example_input is not None else torch.zeros(2, *shape)
+    found = _convert(model, _on_model(model, example), method, per_channel, settings)
+    for key in ("layers", "activations"):
+        _compare(key, data.get(key, []), found[key])
+    return model
+
+
+def _compare(key: str, recorded: list[dict[str, Any]], found: list[dict[str, Any]]) -> None:
+    strip = [{k: v for k, v in row.items() if k != "why"} for row in recorded]
+    other = [{k: v for k, v in row.items() if k != "why"} for row in found]
+    for a, b in zip(strip, other):
+        if a != b:
+            raise UserError(f"plan: this model does not fit; {key}: the plan has {a}, the model gives {b}.")
+    if len(strip) != len(other):
+        raise UserError(
+            f"plan: this model does not fit; the plan has {len(strip)} {key}, the model gives {len(other)}."
+        )
+
+
+def _convert(
+    model: nn.Module, example: torch.Tensor, method: str, per_channel: bool, settings: placement.Settings
+) -> dict[str, Any]:
+    if hasattr(model, HOLDER):
+        what = "is quantized already" if is_quantized(model) else f"has an attribute {HOLDER!r} of its own"
+        raise UserError(f"the model {what}.")
+    gm = trace(model, example)
+    operators.hoist_scalars(gm)
+    layers, tensors, floats = placement.place(gm, model, settings)
+    make = QUANTIZERS[method].make
+    holder = Quantizers()
+    for row in tensors:
+        injected = make("activation", bits=row.bits, signed=row.signed)
+        quantizer = ActivationQuantizer(injected, row.bits, row.signed)
+        _set_name(quantizer.tensor_quant, f"{HOLDER}.{row.name}")
+        holder[row.name] = quantizer
+    holder.data = _data(example, method, per_channel, settings, layers, tensors, floats)
+    for layer in layers:
+        module = model.get_submodule(layer.name)
+        quantize_layer(module, make("weight", bits=layer.bits, signed=True, layer=module, per_channel=per_channel))
+        _set_name(quantized_layers(module)[""].weight_quant.tensor_quant, layer.name)
+    holder.to(example.device, float_dtype(model)).train(model.training)
+    model.add_module(HOLDER, holder)
+    gm.add_module(HOLDER, holder)
+    operators.insert(gm, tensors, HOLDER)
+    install(model, gm)
+    return holder.data
+
+
+def _data(
+    example: torch.Tensor, method: str, per_channel: bool, settings: placement.Settings,
+    layers: list[placement.LayerRow], tensors: list[operators.TensorRow], floats: dict[str, str],
+) -> dict[str, Any]:  # fmt: skip
+    return {
+        "method": method,
+        "per_channel": per_channel,
+        "input_shape": list(example.shape[1:]),
+        "settings": {**asdict(settings), "ignore": list(settings.ignore)},
+        "layers": [{"name": r.name, "bits": r.bits, "why": r.why} for r in layers],
+        "activations": [{"name": r.name, "bits": r.bits, "signed": r.signed, "why": r.why} for r in tensors],
+        "float": floats,
+    }
+
+
+def _set_name(quantizer: Any, name: str) -> None:
+    if isinstance(quantizer, StepQuantizer):
+        quantizer.name = name
+
+
+def _example(model: nn.Module, example_input: torch.Tensor | None) -> torch.Tensor:
+    if example_input is not None:
+        if not bool(torch.isfinite(example_input).all()):
+            raise UserError("example_input contains NaN or infinity.")
+        return _on_model(model, example_input)
+    shape = getattr(model, "input_shape", None)
+    if shape is None:
+        raise UserError(
+            f"{type(model).__name__} does not say the size of its input: pass example_input, or set model.input_shape."
+        )
+    return _on_model(model, torch.zeros(2, *shape))
+
+
+def _on_model(model: nn.Module, example: torch.Tensor) -> torch.Tensor:
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    return example.to(device, float_dtype(model)) if example.is_floating_point() else example.to(device)
+
+
+# -- using a quantized model ---------------------------------------------------------------------------------------
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether `quantize` or `apply` has been here."""
+    return isinstance(getattr(model, HOLDER, None), Quantizers)
+
+
+def holder_of(model: nn.Module) -> Quantizers:
+    """The activation quantizers of a quantized model. UserError for any other model."""
+    if not is_quantized(model):
+        raise UserError(f"{type(model).__name__} is not quantized: call flatcompress.quant.quantize first.")
+    return getattr(model, HOLDER)
+
+
+def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
+    """The layers with quantized weights, by qualified name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLayer)}
+
+
+def activation_quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
+    """The activation quantizers, by qualified name."""
+    return {f"{HOLDER}.{n}": q for n, q in holder_of(model).items()}  # type: ignore[misc]
+
+
+def tensor_quantizers(model: nn.Module) -> dict[str, nn.Module]:
+    """Every tensor quantizer of a quantized model, weights first, by the name that reports use."""
+    found = {n: layer.weight_quant.tensor_quant for n, layer in quantized_layers(model).items()}
+    return {**found, **{n: q.tensor_quant for n, q in activation_quantizers(model).items()}}
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, batches: Iterable[torch.Tensor]) -> None:
+    """Set every activation scale from data: one pass in eval mode, activations unquantized, weights quantized.
+
+    ``batches``: input tensors [B, ...] (or (input, label) pairs). Raises UserError for no batch, and for NaN naming
+    the quantizer that met it; a quantizer that saw only zeros warns by name. Stock Brevitas quantizers collect their
+    own statistics in training mode instead.
+    """
+    holder_of(model)
+    chosen = {n: q for n, q in tensor_quantizers(model).items() if isinstance(q, StepQuantizer) and q.per_sample}
+    modes = {m: m.training for m in model.modules()}
+    for name, quantizer in chosen.items():
+        quantizer.observer = Observer(name)
+    count = 0
+    try:
+        model.eval()
+        for batch in batches:
+            model(batch[0] if isinstance(batch, tuple | list) else batch)
+            count += 1
+        observers = {name: q.observer for name, q in chosen.items()}
+    finally:
+        for quantizer in chosen.values():
+            quantizer.observer = None
+        for module, mode in modes.items():
+            module.training = mode
+    if not count:
+        raise UserError("calibration needs at least one batch.")
+    for name, quantizer in chosen.items():
+        observer = observers[name]
+        if observer is not None and observer.count:
+            quantizer.start_from_observer(observer)
+
+
+def scale_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Every learned scale (and offset) of the quantizers by quantizer name, in a fixed order; stock ones as well."""
+    found: dict[str, nn.Parameter] = {}
+    for name, quantizer in tensor_quantizers(model).items():
+        for key, parameter in quantizer.named_parameters():
+            last = key.split(".")[-1]
+            found[name if last in ("scale", "value") else f"{name}.{last}"] = parameter
+    return found
+
+
+def scale_names(model: nn.Module) -> set[str]:
+    """The qualified names of the scale parameters, as ``named_parameters`` gives them."""
+    ids = {id(p) for p in scale_parameters(model).values()}
+    return {n for n, p in model.named_parameters() if id(p) in ids}
+
+
+def explain(model: nn.Module) -> list[dict[str, Any]]:
+    """What was decided, a row each: ``name``, ``what`` (weight, activation or float), ``bits``, ``signed``, ``why``."""
+    data = holder_of(model).data
+    rows = [
+        {"name": r["name"], "what": "weight", "bits": r["bits"], "signed": True, "why": r["why"]}
+        for r in data["layers"]
+    ]
+    rows += [{"what": "activation", **row, "name": f"{HOLDER}.{row['name']}"} for row in data["activations"]]
+    rows += [{"name": n, "what": "float", "bits": None, "signed": None, "why": w} for n, w in data["float"].items()]
+    return rows
+
+
+def graph_of(model: nn.Module) -> fx.Graph:
+    """The graph a quantized model runs."""
+    holder_of(model)
+    graph = installed_graph(model)
+    assert graph is not None
+    return graph

@@ -1,0 +1,230 @@
+"""Learned step size quantization, LSQ (arXiv 1902.08153), as one autograd function and one module.
+
+    Q(v; s) = s * clip(round(v / s), -Qn, Qp)                                                       (eq. 1, 2)
+    dQ/ds   = round(v/s) - v/s inside the range, -Qn below it, Qp above it                           (eq. 3)
+    dQ/dv   = 1 inside the range, else 0                                                             (eq. 5)
+    the gradient of s is multiplied by 1 / sqrt(N * Qp); s starts at 2 * mean|v| / sqrt(Qp)          (sections 2.1, 2.2)
+
+Signed grids have Qn = 2^(b-1), Qp = 2^(b-1) - 1, unsigned ones Qn = 0, Qp = 2^b - 1; zero is always exact. N is the
+number of elements that share one scale: weights per channel, or features per sample for an activation.
+
+The integers an exporter writes are `StepQuantizer.integers`: the very division and rounding the forward does.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+
+from flatcompress.errors import RunError, UserError
+from flatcompress.graph import ActivationSpec
+
+MIN_BITS, MAX_BITS = 2, 8
+FLOOR = 1e-6  # a scale never acts below this share of where it started (positive-scale guard)
+_GUARD_INTERVAL = 100  # on an accelerator the guard's answer costs a synchronisation, so it is asked for rarely
+
+
+def grid(bits: int, signed: bool) -> tuple[int, int]:
+    """(Qn, Qp), the numbers of negative and positive levels. UserError for bits outside 2..8.
+
+    >>> grid(3, signed=True), grid(3, signed=False)
+    ((4, 3), (0, 7))
+    """
+    if isinstance(bits, bool) or not isinstance(bits, int) or not MIN_BITS <= bits <= MAX_BITS:
+        raise UserError(f"bits must be an integer in {MIN_BITS}..{MAX_BITS}; found {bits!r}.")
+    return (2 ** (bits - 1), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+
+
+def initial_scale(mean_abs: torch.Tensor, max_abs: torch.Tensor, bits: int, signed: bool) -> torch.Tensor:
+    """LSQ's start 2 * mean|v| / sqrt(Qp), from 6 bits on never wider than max|v| / Qp.
+
+    The paper's rule is for few bits: at 8 bits it makes the step of Gaussian weights 0.14 sigma where 0.03 sigma
+    already reaches the largest of them, which throws two bits away.
+    """
+    qp = grid(bits, signed)[1]
+    start = 2.0 * mean_abs / math.sqrt(qp)
+    return torch.minimum(start, max_abs / qp) if bits >= 6 else start
+
+
+class _Quantize(torch.autograd.Function):
+    """Eq. 1-5 above. Saves v and s alone and computes v/s again in backward: half of the memory of keeping both."""
+
+    @staticmethod
+    def forward(ctx: Any, v: torch.Tensor, scale: torch.Tensor, step: torch.Tensor, qn: int, qp: int, g: float) -> Any:
+        ctx.save_for_backward(v, step)
+        ctx.range = qn, qp, g
+        ctx.scale_shape = scale.shape
+        return (v / step).round_().clamp_(-qn, qp).mul_(step)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        v, step = ctx.saved_tensors
+        qn, qp, g = ctx.range
+        z = v / step
+        # hardtanh's backward is the straight-through mask in one pass, with the paper's strict inequalities
+        grad_v = torch.ops.aten.hardtanh_backward(grad, z, -qn, qp) if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return grad_v, None, None, None, None, None
+        return grad_v, _scale_gradient(grad, z, qn, qp, ctx.scale_shape).mul_(g), None, None, None, None
+
+
+def _scale_gradient(grad: torch.Tensor, z: torch.Tensor, qn: int, qp: int, shape: torch.Size) -> torch.Tensor:
+    """sum of grad * dQ/ds over the elements of each scale; overwrites z."""
+    clipped = z.clamp(-qn, qp)
+    inside = torch.ops.aten.hardtanh_backward(z, z, -qn, qp)  # z inside the range, 0 outside
+    residual = clipped.round_().sub_(inside)
+    if math.prod(shape) == 1:
+        return torch.dot(grad.flatten(), residual.flatten()).view(shape)
+    return residual.mul_(grad).flatten(1).sum(1).view(shape)
+
+
+class StepQuantizer(nn.Module):
+    """A tensor quantizer with a learned scale: what Brevitas calls a ``tensor_quant``, with LSQ inside.
+
+    ``shape``: the scale's shape, broadcastable to what is quantized; () for one scale per tensor. ``per_sample``:
+    an activation (dimension 0 is the batch, which does not count in N). State: the parameter ``scale`` and the
+    buffer ``initial`` (the scale's start; 0 while there is none), so a state dict is complete.
+    """
+
+    initial: torch.Tensor
+    _zero_point: torch.Tensor
+    _bit_width: torch.Tensor
+
+    def __init__(self, bits: int, signed: bool, shape: tuple[int, ...] = (), per_sample: bool = False) -> None:
+        super().__init__()
+        self.bits, self.signed, self.per_sample = bits, signed, per_sample
+        self.qn, self.qp = grid(bits, signed)
+        self.name = "?"  # set by whoever places the quantizer, for messages
+        self.scale = nn.Parameter(torch.ones(shape))
+        self.register_buffer("initial", torch.zeros(shape))
+        self.register_buffer("_zero_point", torch.zeros(()), persistent=False)
+        self.register_buffer("_bit_width", torch.tensor(float(bits)), persistent=False)
+        self._ready, self._calls, self._warned = False, 0, False
+        self.observer: Observer | None = None
+
+    # -- state ---------------------------------------------------------------------------------------------------
+
+    @property
+    def ready(self) -> bool:
+        """Whether the scale has been set from data or loaded."""
+        if not self._ready:
+            self._ready = bool((self.initial > 0).all())
+        return self._ready
+
+    @torch.no_grad()
+    def start_from(self, mean_abs: torch.Tensor, max_abs: torch.Tensor) -> None:
+        """Set the scale by `initial_scale` of the given statistics (each of the scale's number of elements)."""
+        self.set_scale(initial_scale(mean_abs, max_abs, self.bits, self.signed))
+
+    def start_from_observer(self, observer: Observer) -> None:
+        """Set the scale from what an `Observer` collected."""
+        self.start_from(torch.tensor(observer.mean_abs), torch.tensor(observer.largest))
+
+    @torch.no_grad()
+    def set_scale(self, start: torch.Tensor) -> None:
+        """Set the scale and remember it as the start. A dead tensor (all zero) gets 1 / Qp and a named warning."""
+        start = start.to(self.scale).reshape(self.scale.shape)
+        if not bool(torch.isfinite(start).all()):
+            raise UserError(f"quantizer {self.name!r}: the data it is set from contains NaN or infinity.")
+        dead = start <= 0
+        if bool(dead.any()):
+            if self.scale.dim() == 0 or bool(dead.all()):
+                warnings.warn(f"quantizer {self.name!r}: everything it saw is zero (a dead tensor).", stacklevel=3)
+            start = torch.where(dead, torch.full_like(start, 1.0 / self.qp), start)
+        self.scale.copy_(start)
+        self.initial.copy_(start)
+        self._ready = True
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._ready = False
+        super()._load_from_state_dict(*args, **kwargs)
+
+    # -- the quantizer -------------------------------------------------------------------------------------------
+
+    def step(self) -> torch.Tensor:
+        """The scale that acts: the learned one, kept positive. RunError when it is not finite; names the quantizer."""
+        scale = self.scale.detach()
+        if scale.is_cuda:
+            self._calls += 1
+            if self._calls % _GUARD_INTERVAL:
+                return torch.maximum(scale, self.initial * FLOOR)
+        if bool((scale > self.initial * FLOOR).all()):
+            return scale
+        if not bool(torch.isfinite(scale).all()):
+            raise RunError(f"quantizer {self.name!r}: its scale is not finite any more. Lower the learning rate.")
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"quantizer {self.name!r}: its scale fell to {float(scale.min()):.3g} and is held at {FLOOR:g} of its "
+                "start. Lower the learning rate of the scales.",
+                stacklevel=3,
+            )
+        return torch.maximum(scale, self.initial * FLOOR)
+
+    def gradient_scale(self, v: torch.Tensor) -> float:
+        """1 / sqrt(N * Qp), N = elements per scale."""
+        n = v.numel() // max(v.shape[0], 1) if self.per_sample else v.numel() // self.scale.numel()
+        return 1.0 / math.sqrt(max(n, 1) * self.qp)
+
+    def quantize(self, v: torch.Tensor) -> torch.Tensor:
+        """Q(v), same shape. The first tensor an activation quantizer ever sees sets its scale."""
+        if self.observer is not None:
+            return self.observer.see(v)
+        if v.dtype in (torch.float16, torch.bfloat16):  # 8-bit integers times a scale do not fit in half precision
+            v = v.float()
+        if not self._ready and not self.ready:
+            self.start_from(v.detach().abs().mean(), v.detach().abs().amax())
+        return self._apply_grid(v)
+
+    def _apply_grid(self, v: torch.Tensor) -> torch.Tensor:
+        return _Quantize.apply(v, self.scale, self.step(), self.qn, self.qp, self.gradient_scale(v))
+
+    def forward(self, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Brevitas's interface: value, scale, zero point, bit width."""
+        return self.quantize(v), self.scale, self._zero_point, self._bit_width
+
+    @torch.no_grad()
+    def integers(self, v: torch.Tensor) -> torch.Tensor:
+        """The integers of Q(v), float dtype: computed as the forward computes them."""
+        return (v / self.step()).round_().clamp_(-self.qn, self.qp)
+
+    def activation_spec(self) -> ActivationSpec:
+        """The grid as plain numbers. UserError while no data has set the scale."""
+        self._require_ready()
+        return ActivationSpec(float(self.step()), self.bits, self.signed)
+
+    def _require_ready(self) -> None:
+        if not self.ready:
+            raise UserError(f"quantizer {self.name!r} has seen no data: call calibrate(model, batches) first.")
+
+    def extra_repr(self) -> str:
+        return f"{self.bits} bit, {'signed' if self.signed else 'unsigned'}, scales={self.scale.numel()}"
+
+
+class Observer:
+    """Collects what an activation quantizer needs to set its scale, letting the tensor pass unquantized."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.total, self.count, self.largest = 0.0, 0, 0.0
+        self.low, self.high = math.inf, -math.inf
+
+    @torch.no_grad()
+    def see(self, v: torch.Tensor) -> torch.Tensor:
+        low, high, total = (float(t) for t in (v.amin(), v.amax(), v.abs().sum(dtype=torch.float64)))
+        if not math.isfinite(total):
+            raise UserError(f"calibration data gives NaN or infinity at quantizer {self.name!r}.")
+        self.low, self.high = min(self.low, low), max(self.high, high)
+        self.largest = max(self.largest, abs(low), abs(high))
+        self.total, self.count = self.total + total, self.count + v.numel()
+        return v
+
+    @property
+    def mean_abs(self) -> float:
+        """Mean of |v| over everything seen."""
+        return self.total / max(self.count, 1)

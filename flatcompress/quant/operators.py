@@ -1,0 +1,96 @@
+"""The operators of a traced graph, sorted by what they do to a quantized tensor; and the two edits of a graph."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from flatcompress.graph.cost import MATMULS
+
+aten = torch.ops.aten
+
+SHAPES = {
+    aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int, aten.transpose.int,
+    aten.permute.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default,
+    aten.contiguous.default, aten.clone.default, aten.t.default, aten.movedim.int, aten.alias.default,
+}  # fmt: skip
+# values are moved, dropped or repeated, and zeros added; never changed
+PASSES = SHAPES | {
+    aten.expand.default, aten.slice.Tensor, aten.select.int, aten.chunk.default, aten.split.Tensor,
+    aten.split_with_sizes.default, aten.unbind.int, aten.max_pool2d.default, aten.max_pool2d_with_indices.default,
+    aten.max_pool1d.default, aten.adaptive_max_pool2d.default, aten.upsample_nearest2d.vec, aten.roll.default,
+    operator.getitem,
+}  # fmt: skip
+RELUS = {aten.relu.default, aten.relu6.default}
+NONNEGATIVE = RELUS | {
+    aten.softmax.int,
+    aten.sigmoid.default,
+    aten.hardsigmoid.default,
+    aten.abs.default,
+    aten.exp.default,
+}
+POOLS = {aten.adaptive_avg_pool2d.default, aten.avg_pool2d.default, aten.adaptive_avg_pool1d.default}
+MEANS = {aten.mean.dim}
+FREE_LAYERS = {
+    aten.conv1d.default, aten.conv2d.default, aten.conv2d.padding, aten.conv3d.default, aten.linear.default,
+    aten.conv_transpose2d.input, aten.conv_transpose1d.default, aten.embedding.default,
+}  # fmt: skip
+
+
+@dataclass
+class TensorRow:
+    """A tensor that gets a quantizer after ``node``; ``readers`` take its output instead of the node's."""
+
+    name: str
+    bits: int
+    signed: bool
+    why: str
+    node: fx.Node
+    readers: list[fx.Node]
+
+
+def first(node: fx.Node) -> fx.Node:
+    first = node.args[0]
+    assert isinstance(first, fx.Node)
+    return first
+
+
+def is_zero_pad(node: fx.Node) -> bool:
+    mode = node.args[2] if len(node.args) > 2 else node.kwargs.get("mode", "constant")
+    value = node.args[3] if len(node.args) > 3 else node.kwargs.get("value", 0.0)
+    return not isinstance(mode, str) or mode != "constant" or not value
+
+
+def hoist_scalars(gm: fx.GraphModule) -> None:
+    """(c * q) k^T -> c * (q k^T): an attention that scales its query first would need a second grid for it."""
+    for product in [n for n in gm.graph.nodes if n.target in MATMULS]:
+        for factor in [a for a in product.args if isinstance(a, fx.Node)]:
+            while factor.target in SHAPES and len(factor.users) == 1:
+                factor = first(factor)
+            scaling = factor.target in (aten.mul.Tensor, aten.div.Tensor) and isinstance(factor.args[1], int | float)
+            if not scaling or len(factor.users) != 1:
+                continue
+            assert callable(factor.target)
+            with gm.graph.inserting_after(product):
+                scaled = gm.graph.call_function(factor.target, (product, factor.args[1]))
+            scaled.meta.update(product.meta)
+            product.replace_all_uses_with(scaled, delete_user_cb=lambda user, new=scaled: user is not new)
+            factor.replace_all_uses_with(first(factor))
+            gm.graph.erase_node(factor)
+    gm.graph.lint()
+
+
+def insert(gm: fx.GraphModule, rows: list[TensorRow], holder: str) -> None:
+    """Put a ``call_module`` of ``holder.name`` after each row's node. The modules must exist on ``gm``."""
+    for row in rows:
+        with gm.graph.inserting_after(row.node):
+            node = gm.graph.call_module(f"{holder}.{row.name}", (row.node,))
+        node.meta.update(row.node.meta)
+        node.meta["path"] = f"{holder}.{row.name}"
+        for reader in row.readers:
+            reader.replace_input_with(row.node, node)
+    gm.graph.lint()
+    gm.recompile()
