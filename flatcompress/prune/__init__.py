@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from flatcompress.prune.budget import Budget, choose
 from flatcompress.prune.cost import CostModel, Width
+from flatcompress.prune.gradual import ChannelSchedule
 from flatcompress.prune.groups import Group, Member, Survey
 from flatcompress.prune.importance import IMPORTANCES, NEEDS_GRADIENTS, RunningScore, score
 from flatcompress.prune.oneshot import prune
@@ -24,6 +25,7 @@ __all__ = [
     "RANKINGS",
     "SCHEDULES",
     "Budget",
+    "ChannelSchedule",
     "CostModel",
     "Group",
     "Limits",

@@ -109,9 +109,15 @@ def plan_of(groups: Sequence[Group], keep: Sequence[Tensor]) -> Plan:
     layers: dict[str, dict[str, Any]] = {}
     for (name, axis), mask in keep_channels(groups, keep).items():
         layers.setdefault(name, {})[axis] = {"of": len(mask), "keep": runs(mask)}
-    kept, total = (sum(int(k.sum()) for k in keep), sum(g.units for g in groups))
-    data = {"layers": layers, "attributes": head_counts(groups, keep), "kept_units": kept, "total_units": total}
+    kept, total = channel_count(groups, keep)
+    data = {"layers": layers, "attributes": head_counts(groups, keep), "kept_channels": kept, "total_channels": total}
     return Plan([Step("channels", data)])
+
+
+def channel_count(groups: Sequence[Group], keep: Sequence[Tensor]) -> tuple[int, int]:
+    """(kept, total) channels of ``groups``; an attention head counts as all of its channels."""
+    kept = sum(int(units.sum()) * group.channels // group.units for group, units in zip(groups, keep, strict=True))
+    return kept, sum(group.channels for group in groups)
 
 
 def apply(model: nn.Module, data: dict[str, Any], example_input: Tensor | None = None) -> nn.Module:

@@ -80,8 +80,3 @@ class Survey:
         """One line per group: its units and layers, or why it is left alone."""
         lines = [f"{g.name}: {g.units} {g.kind} in {len(g.members)} layers" for g in self.groups]
         return "\n".join(lines + [f"{g.name}: not cut: {g.reason}" for g in self.protected])
-
-
-def head_group(name: str, heads: int, members: list[Member], counts: tuple[tuple[str, str, int], ...]) -> Group:
-    """The group of an attention block's heads."""
-    return Group(name, heads, tuple(members), "heads", counts)

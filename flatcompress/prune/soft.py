@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from flatcompress.errors import RunError, UserError
 from flatcompress.plan import Plan
 from flatcompress.prune import axes
-from flatcompress.prune.channels import Surgery, head_counts, keep_channels, plan_of
+from flatcompress.prune.channels import Surgery, channel_count, head_counts, keep_channels, plan_of
 from flatcompress.prune.groups import Group
 from flatcompress.prune.survey import cut_equals_mask
 
@@ -32,21 +32,9 @@ class SoftMask:
             self.remove_(keep)
 
     @property
-    def total(self) -> int:
-        """Units of all groups."""
-        return sum(g.units for g in self.groups)
-
-    @property
-    def kept(self) -> int:
-        """Units still there."""
-        return sum(int(k.sum()) for k in self.keep)
-
-    @property
     def channels(self) -> tuple[int, int]:
-        """(kept, total) channels: a head counts as all of its channels."""
-        sizes = [g.channels / g.units for g in self.groups]
-        kept = sum(int(k.sum()) * s for k, s in zip(self.keep, sizes, strict=True))
-        return round(kept), round(sum(g.channels for g in self.groups))
+        """(kept, total) channels; an attention head counts as all of its channels."""
+        return channel_count(self.groups, self.keep)
 
     def remove_(self, keep: Sequence[Tensor]) -> None:
         """Remove what ``keep`` (bool [units] per group) leaves out, and zero it. A removed unit never comes back."""

@@ -1,0 +1,136 @@
+"""Pruning during training: at every event a few more channels are held at zero; at the end one physical cut."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flatcompress.errors import UserError
+from flatcompress.plan import Plan
+from flatcompress.prune.budget import Budget, choose
+from flatcompress.prune.cost import CostModel
+from flatcompress.prune.importance import IMPORTANCES, NEEDS_GRADIENTS, RunningScore, score
+from flatcompress.prune.oneshot import nothing_pruned, require_groups
+from flatcompress.prune.ranking import Limits
+from flatcompress.prune.schedule import left_after
+from flatcompress.prune.soft import SoftMask, shrink
+from flatcompress.prune.survey import survey
+
+
+class ChannelSchedule:
+    """Removes channels of ``model`` in ``events`` steps, one every ``every`` optimizer steps.
+
+    In the training loop: `observe` after a backward (gradient scores are averaged between events, arXiv 2110.10811),
+    the optimizer's step, then `step`. After the phase `shrink` cuts. `scores` and `mask` are for AdaSAP's radius.
+    ``kind``: exponential | cubic | one_shot, on what is left of the budget's measure.
+    UserError at construction, with the model untouched: nothing can be pruned, or the budget is out of reach.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_input: Tensor,
+        budget: Budget | None = None,
+        *,
+        events: int = 10,
+        every: int = 30,
+        kind: str = "exponential",
+        importance: str = "group_l2",
+        limits: Limits | None = None,
+        ignore: Sequence[str] = (),
+        **options: Any,
+    ) -> None:
+        _ = IMPORTANCES[importance]
+        left_after(kind, 1.0, 0.5, 0, events)
+        if every < 1:
+            raise UserError(f"prune events must be at least 1 step apart, found every={every}.")
+        self.model, self.example_input = model, example_input
+        self.budget, self.limits = budget or Budget(), limits or Limits()
+        self.events, self.every, self.kind = events, every, kind
+        self.importance, self.options = importance, options
+        found = survey(model, example_input, ignore)
+        require_groups(model, found)
+        self.groups, self.protected = found.groups, found.protected
+        self.mask = SoftMask(self.groups)
+        self.steps = self.event = 0
+        self._costs = None if self.budget.kind == "ratio" else CostModel(model, example_input)
+        self._running = RunningScore(self.groups, importance, **options) if importance in NEEDS_GRADIENTS else None
+        self._check_reachable()
+
+    def _check_reachable(self) -> None:
+        # Whether a budget can be met depends on how many units may go, not on which.
+        even = [torch.zeros(group.units) for group in self.groups]
+        keep = choose(self.groups, even, self.budget, self.limits, costs=self._costs)
+        if all(bool(units.all()) for units in keep):
+            raise UserError(nothing_pruned(self.budget))
+
+    @property
+    def done(self) -> bool:
+        """All events have been."""
+        return self.event >= self.events
+
+    def observe(self) -> None:
+        """Take in the gradients that are there now; nothing to do for scores that need none."""
+        if self._running is not None and not self.done:
+            self._running.update()
+
+    def scores(self) -> list[Tensor]:
+        """Scores [units] per group of the weights as they are, or averaged since the last event."""
+        if self._running is not None and self._running.count:
+            return self._running.scores()
+        return score(self.groups, self.importance, **self.options)
+
+    def step(self) -> bool:
+        """Call after each optimizer step: holds removed channels at zero; True where more were removed."""
+        self.steps += 1
+        due = not self.done and self.steps % self.every == 0
+        if due:
+            self._remove(self.event + 1)
+        else:
+            self.mask.apply_()
+        return due
+
+    def _remove(self, event: int) -> None:
+        budget = self._target(event)
+        if budget is not None:
+            keep = choose(self.groups, self.scores(), budget, self.limits, costs=self._costs, keep=self.mask.keep)
+            self.mask.remove_(keep)
+        self.event = event
+        if self._running is not None:
+            self._running.reset()
+
+    def _target(self, event: int) -> Budget | None:
+        """The budget of one event; None while there is nothing to remove yet."""
+        if event >= self.events:
+            return self.budget
+        if self._costs is None:
+            ratio = 1 - left_after(self.kind, 1.0, 1 - self.budget.value, event, self.events)
+            return Budget("ratio", ratio) if ratio > 0 else None
+        dense = self.budget.measure(self._costs)(self._costs.dense)
+        left = left_after(self.kind, dense, self.budget.limit(dense), event, self.events)
+        return Budget(self.budget.kind, left, self.budget.cost, self.budget.weight_bits, absolute=True)
+
+    def finish(self) -> None:
+        """Go to the final budget now, whatever events are missing."""
+        if not self.done:
+            self._remove(self.events)
+
+    def shrink(self) -> Plan:
+        """`finish`, check that cut and masked model agree, and cut; returns the plan. See `shrink`."""
+        self.finish()
+        return shrink(self.model, self.groups, self.mask, self.example_input)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counters, removed units and score averages: plain numbers and tensors."""
+        running = None if self._running is None else self._running.state_dict()
+        return {"steps": self.steps, "event": self.event, "mask": self.mask.state_dict(), "running": running}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue in the middle of the phase, on a model that holds the weights of that moment."""
+        self.steps, self.event = int(state["steps"]), int(state["event"])
+        self.mask.load_state_dict(state["mask"])
+        if self._running is not None and state["running"] is not None:
+            self._running.load_state_dict(state["running"])
