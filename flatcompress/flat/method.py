@@ -1,0 +1,57 @@
+"""A member of the family as plain data: which steps, which points, how their gradients are put together.
+
+WHEN      method.when(step): does this step do the extra work?
+PROBES    method.program(step): a generator that yields the points where gradients are taken, is sent each
+          gradient, and returns the COMBINED one; SAM is
+              g0 = yield HERE
+              return (yield Probe(ball(step, g0)))
+          DIRECTION and BALL are functions that a program calls between two probes.
+OTHERWISE the program of the steps that WHEN leaves out
+UPDATE    what applies the combined gradient, normally the base optimizer
+AFTER     what happens once the weights have moved: state for the next step
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from flatcompress.flat.ball import Ball
+from flatcompress.flat.context import HERE, Program, Step
+from flatcompress.flat.vectors import Vector
+
+When = Callable[[Step], bool]
+Update = Callable[[Step, Vector, Callable[[], None]], None]
+After = Callable[[Step, Sequence[Vector], Vector], None]
+
+
+def always(step: Step) -> bool:
+    """WHEN: every step."""
+    return True
+
+
+def plain(step: Step) -> Program:
+    """The ordinary gradient, one pass."""
+    return (yield HERE)
+
+
+def base_update(step: Step, combined: Vector, apply: Callable[[], None]) -> None:
+    """UPDATE: the base optimizer's own step."""
+    apply()
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row; the module's text says what each part does.
+
+    ball: the ball that ``program`` uses, if it has one.
+    needs_probes: AFTER wants the gradients at the probes, so they are kept (and averaged over micro-batches).
+    """
+
+    program: Callable[[Step], Program] = plain
+    ball: Ball | None = None
+    when: When = always
+    otherwise: Callable[[Step], Program] = plain
+    update: Update = base_update
+    after: After | None = None
+    needs_probes: bool = False

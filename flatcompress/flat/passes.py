@@ -1,0 +1,199 @@
+"""The passes of one step: move to a point, evaluate the closure, come back to exactly w."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flatcompress.errors import UserError
+from flatcompress.flat import vectors
+from flatcompress.flat.closures import Closure, Reading, evaluate
+from flatcompress.flat.context import Probe, Program, Step
+from flatcompress.flat.distributed import Replicas, unscale_
+from flatcompress.flat.freeze import Buffers, RandomState, replayed
+from flatcompress.flat.vectors import Vector
+
+
+@dataclass
+class Run:
+    """What a program made of its passes. ``absent``: parameters that no pass gave a gradient."""
+
+    combined: Vector
+    probes: list[Vector]
+    losses: list[Tensor]
+    absent: list[bool]
+    backwards: int
+    from_here: bool
+    finite: bool
+
+    def plus(self, other: Run) -> Run:
+        """The sum of two runs over different micro-batches."""
+        return Run(
+            vectors.add(self.combined, other.combined),
+            [vectors.add(a, b) for a, b in zip(self.probes, other.probes)],
+            [a + b for a, b in zip(self.losses, other.losses)],
+            [a and b for a, b in zip(self.absent, other.absent)],
+            self.backwards,
+            self.from_here,
+            self.finite and other.finite,
+        )
+
+    def over(self, count: int) -> Run:
+        """Divide sums by the number of micro-batches, in place."""
+        share = 1.0 / count
+        for vector in (self.combined, *self.probes):
+            torch._foreach_mul_(vector, share)
+        self.losses = [loss * share for loss in self.losses]
+        return self
+
+
+class Points:
+    """Moves tensors to w + shift and back. The saved copies keep their storage from step to step."""
+
+    def __init__(self) -> None:
+        self._saved: dict[int, Tensor] = {}
+        self._fresh: set[int] = set()
+        self.radius: Tensor | None = None
+
+    def begin(self) -> None:
+        """A new step: the copies are of older weights."""
+        self._fresh = set()
+        self.radius = None
+
+    @contextmanager
+    def at(self, params: Sequence[Tensor], probe: Probe) -> Iterator[None]:
+        """Inside, the weights are at w + shift; afterwards they are w, bit for bit, whatever happened inside."""
+        pairs = [(p, e) for p, e in zip(params, probe.shift or ()) if e is not None]
+        pairs.extend(probe.outside)
+        if not pairs:
+            yield
+            return
+        targets, deltas = [t for t, _ in pairs], [e for _, e in pairs]
+        saved = self._save(targets)
+        self.radius = vectors.norm(deltas)
+        try:
+            vectors.add_(targets, deltas)
+            torch.clear_autocast_cache()  # autocast around step() would go on using the cast copies of w
+            yield
+        finally:
+            with torch.no_grad():
+                vectors.copy_(targets, saved)
+            torch.clear_autocast_cache()
+
+    def _save(self, targets: Sequence[Tensor]) -> Vector:
+        """Copies taken once a step. Allocating them anew each time costs page faults, so their storage is kept."""
+        stale = [t for t in targets if id(t) not in self._fresh]
+        for t in stale:
+            kept = self._saved.get(id(t))
+            if kept is None or kept.shape != t.shape or kept.dtype != t.dtype or kept.device != t.device:
+                self._saved[id(t)] = torch.empty_like(t, requires_grad=False)
+        vectors.copy_([self._saved[id(t)] for t in stale], [t.detach() for t in stale])
+        self._fresh.update(id(t) for t in stale)
+        return [self._saved[id(t)] for t in targets]
+
+
+@dataclass
+class Passes:
+    """Evaluates the probes of one program over its closures."""
+
+    model: nn.Module
+    step: Step
+    points: Points
+    buffers: Buffers
+    replicas: Replicas
+    scaler: Any
+    synced: bool
+    replay: bool
+    probes: list[Vector] = field(default_factory=list)
+    present: list[list[bool]] = field(default_factory=list)
+    fillers: set[int] = field(default_factory=set)
+    from_here: bool = True
+    finite: bool = True
+    _noise: RandomState | None = None
+
+    def run(self, program: Program, closures: Sequence[Closure], second: Sequence[Closure], keep: bool) -> Run:
+        """Send every gradient to the program until it returns the combined one."""
+        self.step.losses = []
+        if self.replay:
+            self._noise = RandomState.now(self._devices())
+        combined: Vector = []
+        gradient: Vector | None = None
+        try:
+            while self.finite or self.replicas.size > 1:  # other processes may be waiting for our share
+                probe = next(program) if gradient is None else program.send(gradient)
+                gradient = self.gradient(probe, second if probe.auxiliary else closures)
+            program.close()
+        except StopIteration as stop:
+            combined = stop.value
+        never = [not any(there) for there in zip(*self.present)]
+        absent = [lost or id(g) in self.fillers for lost, g in zip(never, combined)]
+        losses = [loss.mean() for loss in self.step.losses]
+        probes = self.probes if keep else []
+        return Run(combined, probes, losses, absent, len(self.present), self.from_here, self.finite)
+
+    def gradient(self, probe: Probe, closures: Sequence[Closure]) -> Vector:
+        """The mean gradient over ``closures`` at w + shift; an empty list when the probe asks for losses alone."""
+        first = not self.step.losses
+        if first:
+            self.from_here = probe.shift is None and not probe.outside
+        if not closures:
+            raise UserError("this method combines two losses: call step(closure, auxiliary_closure)")
+        if probe.keep is not None and len(closures) > 1:
+            raise UserError("choosing samples works on one closure at a time; use chunks='independent'")
+        with ExitStack() as stack:
+            stack.enter_context(self.replicas.alone())
+            stack.enter_context(self.points.at(self.step.params, probe))
+            if not first:
+                stack.enter_context(self.buffers.frozen())
+                stack.enter_context(_others_untouched(self.model, self.step))
+                stack.enter_context(replayed(self._noise, self._devices()))
+            readings = [evaluate(closure, self.step.params, probe) for closure in closures]
+        losses = [reading.loss for reading in readings]
+        self.step.losses.append(losses[0] if len(losses) == 1 else torch.stack([loss.mean() for loss in losses]))
+        return self._collect(readings) if probe.backward else []
+
+    def _collect(self, readings: Sequence[Reading]) -> Vector:
+        total, present = _filled(self.step.params, readings)
+        self.finite = unscale_(total, self.scaler) and self.finite
+        if self.synced:
+            gone, self.finite = self.replicas.mean_(total, [not there for there in present], self.finite)
+            present = [not g for g in gone]
+        self.present.append(present)
+        self.fillers.update(id(g) for g, there in zip(total, present) if not there)
+        self.probes.append(total)
+        return total
+
+    def _devices(self) -> set[torch.device]:
+        return {p.device for p in self.step.params}
+
+
+def _filled(params: Sequence[Tensor], readings: Sequence[Reading]) -> tuple[Vector, list[bool]]:
+    """The mean over closures, zeros where there is no gradient, and where there was one."""
+    present = [any(g is not None for g in column) for column in zip(*(r.gradients for r in readings))]
+    vectors_ = [[torch.zeros_like(p) if g is None else g for p, g in zip(params, r.gradients)] for r in readings]
+    total = vectors_[0]
+    for more in vectors_[1:]:
+        vectors.add_(total, more)
+    if len(vectors_) > 1:
+        torch._foreach_mul_(total, 1.0 / len(vectors_))
+    return total, present
+
+
+@contextmanager
+def _others_untouched(model: nn.Module, step: Step) -> Iterator[None]:
+    """Parameters of the model that another optimizer owns keep the gradient of the first pass alone."""
+    mine = {id(p) for group in step.base.param_groups for p in group["params"]}
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in mine]
+    kept = [p.grad for p in others]
+    for p in others:
+        p.grad = None
+    try:
+        yield
+    finally:
+        for p, grad in zip(others, kept):
+            p.grad = grad
