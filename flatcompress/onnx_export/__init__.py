@@ -1,1 +1,14 @@
-"""onnx_export"""
+"""ONNX files of their true size, at full integer speed, that carry their own proof.
+
+`export` lowers a model to integers and writes it; `certify` measures the file against the torch reference,
+`verify` repeats that anywhere, `bench` times it. This room knows nothing of how a model was trained, and of
+quantizers only the two methods in `flatcompress.graph.lowering_spec`.
+"""
+
+from __future__ import annotations
+
+from flatcompress.onnx_export.exporting import Exported, export
+from flatcompress.onnx_export.lowering import lower
+from flatcompress.onnx_export.profiles import PROFILES
+
+__all__ = ["PROFILES", "Exported", "export", "lower"]

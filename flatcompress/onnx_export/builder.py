@@ -38,6 +38,7 @@ class GraphBuilder:
         self.constants: dict[str, onnx.TensorProto] = {}
         self._known: dict[tuple[str, tuple[int, ...], bytes], str] = {}
         self._count = 0
+        self._named: dict[str, int] = {}
 
     def fresh(self) -> str:
         """A tensor name not used before."""
@@ -49,7 +50,7 @@ class GraphBuilder:
         """Say that a written form needs at least ``opset``."""
         self.needed = max(self.needed, opset)
 
-    def constant(self, array: NDArray[Any]) -> str:
+    def constant(self, array: NDArray[Any] | np.generic) -> str:
         """The name of an initializer with these values; equal constants are stored once."""
         array = np.asarray(array)  # ascontiguousarray would turn a scalar into a vector
         key = (str(array.dtype), array.shape, array.tobytes())
@@ -80,6 +81,9 @@ class GraphBuilder:
     ) -> list[str]:
         """Append a node with several outputs; returns their names."""
         self.need(SINCE.get(kind, 1))
+        if name:  # runtimes want names to be unique; a layer called twice is one path
+            self._named[name] = self._named.get(name, 0) + 1
+            name += f":{self._named[name]}" if self._named[name] > 1 else ""
         made = [self.fresh() for _ in range(outputs)]
         self.nodes.append(helper.make_node(kind, list(inputs), made, name=name or None, **attributes))
         return made

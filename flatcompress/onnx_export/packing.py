@@ -55,7 +55,7 @@ def pack(codes: NDArray[np.integer], width: int) -> NDArray[np.unsignedinteger]:
     count = max(1, -(-flat.size // per_word))
     rows = np.zeros((per_word, count), kind)
     rows.reshape(-1)[: flat.size] = flat
-    shifts = (np.arange(per_word, dtype=kind) * kind(width)).reshape(-1, 1)
+    shifts = np.arange(0, per_word * width, width, dtype=kind).reshape(-1, 1)
     return np.bitwise_or.reduce(rows << shifts, axis=0, keepdims=True)
 
 
@@ -99,6 +99,22 @@ def value_range(values: NDArray[np.integer], bits: int) -> tuple[int, int]:
     if -half <= low and high < half:
         return bits, -half
     return max(1, int(high - low).bit_length()), low
+
+
+def row_signs(values: NDArray[np.integer], bits: int) -> NDArray[np.int8] | None:
+    """Signs [out] that bring every row of [out, ...] back to the signed ``bits``-bit grid, where that saves bytes.
+
+    A BatchNorm with a negative gamma turns a channel's -2**(bits-1) into +2**(bits-1), which one more bit for the
+    whole tensor would have to pay for; a sign per channel, multiplied after unpacking, is cheaper.
+    """
+    half = 1 << (bits - 1)
+    rows = values.reshape(values.shape[0], -1) if values.ndim > 1 else values.reshape(1, -1)
+    if values.ndim < 2 or values.size < 8 * (WORTH_BYTES + rows.shape[0]) or int(rows.max()) != half:
+        return None
+    turned = rows.max(axis=1) == half
+    if (rows[turned] <= -half).any() or rows.min() < -half:
+        return None
+    return np.where(turned, -1, 1).astype(np.int8)
 
 
 def theoretical_bytes(values: NDArray[np.integer], bits: int) -> float:
@@ -169,4 +185,14 @@ def encode(values: NDArray[np.integer], encoding: Encoding) -> Stored:
         raise UserError(f"groups of {encoding.m} do not divide a tensor of shape {values.shape}.")
     # Non-zeros first and in order; the positions of zeros fill groups that have fewer than n.
     index = np.sort(np.argsort(groups == 0, axis=1, kind="stable")[:, : encoding.n], axis=1)
-    return Stored(np.take_along_axis(groups, index, axis=1).reshape(-1) - encoding.offset, index.reshape(-1))
+    kept = np.take_along_axis(groups, index, axis=1).reshape(-1)
+    return Stored(kept.astype(np.int64) - encoding.offset, index.reshape(-1))
+
+
+def encoded_bytes(values: NDArray[np.integer], encoding: Encoding) -> int:
+    """Bytes of one tensor's words in ``encoding``, without the graph around them."""
+    stored = encode(values, encoding)
+    total = packed_bytes(stored.values.size, encoding.width)
+    if stored.marks is not None:
+        total += packed_bytes(stored.marks.size, 1 if encoding.kind == "mask" else encoding.m.bit_length() - 1)
+    return total

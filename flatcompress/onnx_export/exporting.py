@@ -1,0 +1,132 @@
+"""`export`: a trained model, quantized or not, as one ONNX file that stands alone."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from torch import fx, nn
+
+import flatcompress
+from flatcompress.errors import UserError
+from flatcompress.onnx_export.layers import MODULES
+from flatcompress.onnx_export.lowering import lower
+from flatcompress.onnx_export.operators import FUNCTIONS
+from flatcompress.onnx_export.profiles import PROFILES, Profile
+from flatcompress.onnx_export.writer import WEIGHTED, Writer
+
+EMITTERS = (MODULES, FUNCTIONS)
+
+
+@dataclass
+class Exported:
+    """What `export` made. ``reference``: the torch module that the file must match; ``layers``: a row per layer.
+
+    ``bytes``: of the file. ``theoretical_bytes``: of its weights, bits per weight or mask plus non-zeros.
+    """
+
+    path: Path
+    profile: str
+    reference: fx.GraphModule
+    layers: list[dict[str, Any]]
+    bytes: int
+    theoretical_bytes: int
+    opset: int
+    warnings: list[str] = field(default_factory=list)
+
+
+def export(
+    model: nn.Module,
+    example_input: torch.Tensor,
+    path: str | Path,
+    profile: str = "packed",
+    *,
+    opset: int | None = None,
+    metadata: dict[str, str] | None = None,
+    class_names: list[str] | None = None,
+) -> Exported:
+    """Write ``model`` (as it is in eval mode) to ``path``; the model is not changed.
+
+    example_input: float [B, C, H, W], any B; the file takes any batch size. Its one input is called ``input``, its
+    output ``output``. opset: raise it above the lowest that the profile and the model's operators allow.
+    metadata: text for the file's metadata_props, beside the writer's own ``flatcompress`` entries. UserError when
+    the model cannot be traced or written, or does not go with the profile; nothing is left at ``path`` then.
+    """
+    chosen: Profile = PROFILES[profile].make()
+    reference = lower(model, example_input)
+    _check_fits(reference, chosen)
+    writer, made = _write(reference, chosen, opset, _metadata(chosen, metadata, class_names))
+    onnx.checker.check_model(made, full_check=True)
+    target = Path(path)
+    data = made.SerializeToString()
+    _write_atomically(target, data)
+    theoretical = sum(row["theoretical_bytes"] for row in writer.layers)
+    return Exported(target, profile, reference, writer.layers, len(data), round(theoretical), writer.builder.opset)
+
+
+def _write(
+    reference: fx.GraphModule, profile: Profile, opset: int | None, metadata: dict[str, str]
+) -> tuple[Writer, onnx.ModelProto]:
+    """Write once to learn which opset the operators need, and again where that is more than was assumed."""
+    wanted = _opset(profile, opset)
+    writer = Writer(reference, profile, wanted, EMITTERS)
+    made = writer.write(metadata, flatcompress.__version__)
+    if writer.builder.needed > wanted:
+        writer = Writer(reference, profile, writer.builder.needed, EMITTERS)
+        made = writer.write(metadata, flatcompress.__version__)
+    made.metadata_props.add(key="flatcompress.layers", value=_layer_text(writer.layers))
+    return writer, made
+
+
+def _opset(profile: Profile, opset: int | None) -> int:
+    known = onnx.defs.onnx_opset_version()
+    if opset is not None and not profile.opset <= opset <= known:
+        raise UserError(f"opset {opset!r}: profile {profile.name!r} takes {profile.opset} to {known}.")
+    return opset or profile.opset
+
+
+def _check_fits(reference: fx.GraphModule, profile: Profile) -> None:
+    integers = [m for m in reference.modules() if isinstance(m, WEIGHTED)]
+    if profile.integer and not integers:
+        raise UserError(
+            f"profile {profile.name!r} stores integer weights, but no layer is quantized: add a quantize stage, or "
+            "choose 'float32' or 'float16'."
+        )
+    if not profile.integer and integers:
+        raise UserError(
+            f"profile {profile.name!r} is for float models, but {len(integers)} layers are quantized: choose "
+            "'packed', 'int8', 'int4' or 'qonnx'."
+        )
+
+
+def _metadata(profile: Profile, metadata: dict[str, str] | None, class_names: list[str] | None) -> dict[str, str]:
+    found = {"flatcompress.version": flatcompress.__version__, "flatcompress.profile": profile.name}
+    if class_names is not None:
+        found["classes"] = json.dumps(class_names, ensure_ascii=False, separators=(",", ":"))
+    for key, value in (metadata or {}).items():
+        if not isinstance(key, str) or not isinstance(value, str):
+            raise UserError(f"metadata must map text to text, found {key!r}: {value!r}.")
+        found[key] = value
+    return found
+
+
+def _layer_text(layers: list[dict[str, Any]]) -> str:
+    """{name: [weight bits, activation bits, share of zeros]}, short because it is in every file."""
+    rows = {r["name"]: [r["weight_bits"], r["activation_bits"], round(r["sparsity"], 3)] for r in layers}
+    return json.dumps(rows, separators=(",", ":"))
+
+
+def _write_atomically(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({error}).") from None

@@ -1,0 +1,240 @@
+"""The layers of a lowered model: what an integer runtime computes, written in torch.
+
+Quantized tensors are carried as float tensors of *codes* in 0..255, as they lie in a uint8 tensor of the file: a
+signed b-bit grid is stored with zero point 128, because onnxruntime fuses an addition only when all its tensors
+have one type, and because its u8 x s8 kernels are the fast ones. Sums of products are exact (float32 below 2**24,
+float64 above), and one multiplication by ``s_x * s_w / s_y``, rounded half to even, brings a sum to the next grid,
+in the order in which onnxruntime's kernels do it (arXiv 1712.05877, eq. 3 to 5).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from flatcompress.errors import UserError
+from flatcompress.graph.lowering_spec import ActivationSpec
+
+EXACT = 1 << 24  # float32 holds every integer up to here
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A uint8 grid: ``real = scale * (code - zero_point)``, codes limited to ``low..high``."""
+
+    scale: float
+    zero_point: int
+    low: int
+    high: int
+    bits: int
+
+    @classmethod
+    def of(cls, spec: ActivationSpec, where: str) -> Grid:
+        """The stored grid of an activation quantizer. UserError when uint8 cannot hold it."""
+        shift = 128 if spec.signed else 0
+        zero, scale = spec.zero_point + shift, float(torch.tensor(spec.scale, dtype=torch.float32))
+        if not 1 <= spec.bits <= 8:
+            raise UserError(f"{where}: activations of {spec.bits} bits; an exported file holds 1 to 8.")
+        if not 0 <= zero <= 255:
+            raise UserError(f"{where}: zero point {spec.zero_point} lies outside the 8-bit range.")
+        if not 0 < scale < float("inf"):
+            raise UserError(f"{where}: its scale is {spec.scale!r}; calibrate or train the quantizer first.")
+        return cls(scale, zero, spec.qmin + shift, spec.qmax + shift, spec.bits)
+
+    def clamped(self, low: float, high: float) -> Grid:
+        """The grid after a clamp of the real value: rounding is monotone, so clamping codes is the same thing."""
+        return replace(self, low=max(self.low, self._code(low)), high=min(self.high, self._code(high)))
+
+    def _code(self, real: float) -> int:
+        if real in (float("inf"), float("-inf")):
+            return 255 if real > 0 else 0
+        code = torch.round(torch.tensor(real, dtype=torch.float32) / torch.tensor(self.scale, dtype=torch.float32))
+        return min(255, max(0, int(code) + self.zero_point))
+
+    def clamp(self, codes: Tensor) -> Tensor:
+        """Codes limited to the grid."""
+        return codes.clamp(self.low, self.high)
+
+
+def scale32(value: float) -> Tensor:
+    """A float32 scalar tensor: products of scales must round as the runtime's do."""
+    return torch.tensor(value, dtype=torch.float32)
+
+
+class Quantize(nn.Module):
+    """Real values -> codes, as QuantizeLinear followed by Clip."""
+
+    def __init__(self, grid: Grid) -> None:
+        super().__init__()
+        self.grid = grid
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.grid.clamp(torch.round(x / scale32(self.grid.scale)) + self.grid.zero_point)
+
+
+class Dequantize(nn.Module):
+    """Codes -> real values, as DequantizeLinear."""
+
+    def __init__(self, grid: Grid) -> None:
+        super().__init__()
+        self.grid = grid
+
+    def forward(self, codes: Tensor) -> Tensor:
+        return (codes - self.grid.zero_point) * scale32(self.grid.scale)
+
+
+class ClampCodes(nn.Module):
+    """ReLU and its like on codes."""
+
+    def __init__(self, grid: Grid) -> None:
+        super().__init__()
+        self.grid = grid
+
+    def forward(self, codes: Tensor) -> Tensor:
+        return self.grid.clamp(codes)
+
+
+class IntegerLayer(nn.Module):
+    """A convolution or linear layer on codes: int8 weights, int32 bias, and one rescaling at the end.
+
+    weight: int8, [out, ...]; scale: float32 [out]; bias: int32 [out] at scale ``s_x * scale`` or None. Without
+    ``out_grid`` the result is real: ``sum * (s_x * scale)``.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        in_grid: Grid,
+        out_grid: Grid | None,
+        weight_bits: int,
+        attributes: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_grid, self.out_grid, self.weight_bits = in_grid, out_grid, weight_bits
+        self.attributes = attributes or {}
+        self.register_buffer("weight", weight.to(torch.int8))
+        self.register_buffer("scale", scale.to(torch.float32))
+        self.register_buffer("bias", bias)
+        self.weight: Tensor
+        self.scale: Tensor
+        self.bias: Tensor | None
+
+    @property
+    def kind(self) -> str:
+        """ "linear" or "conv"."""
+        return "linear" if self.weight.dim() == 2 else "conv"
+
+    def forward(self, codes: Tensor) -> Tensor:
+        kind = self._exact_type()
+        total = self._products(codes.to(kind) - self.in_grid.zero_point, self.weight.to(kind))
+        shape = [-1] + [1] * (0 if self.kind == "linear" else self.weight.dim() - 2)
+        if self.bias is not None:
+            total = total + self.bias.to(kind).reshape(shape)
+        return rescale(total, scale32(self.in_grid.scale) * self.scale.reshape(shape), self.out_grid)
+
+    def _products(self, x: Tensor, weight: Tensor) -> Tensor:
+        if self.kind == "linear":
+            return F.linear(x, weight)
+        convolve = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[weight.dim()]
+        return convolve(x, weight, **self.attributes)
+
+    def _exact_type(self) -> torch.dtype:
+        grid = self.in_grid
+        largest = max(grid.high - grid.zero_point, grid.zero_point - grid.low, 1)
+        total = float(self.weight.abs().flatten(1).to(torch.float64).sum(1).max()) * largest
+        total += float(self.bias.abs().max()) if self.bias is not None else 0.0
+        return torch.float32 if total < EXACT else torch.float64
+
+
+def rescale(total: Tensor, scale: Tensor, out_grid: Grid | None) -> Tensor:
+    """Exact integer sums at ``scale`` -> codes of ``out_grid``, or real values where there is none."""
+    if out_grid is None:
+        return total.to(torch.float32) * scale
+    codes = torch.round(total.to(torch.float32) * (scale / scale32(out_grid.scale)))
+    return out_grid.clamp(codes + out_grid.zero_point)
+
+
+class IntegerAdd(nn.Module):
+    """Codes + codes -> codes: ``fma(a, s_a/s_c, fma(b, s_b/s_c, z_c - (s_a/s_c z_a + s_b/s_c z_b)))``.
+
+    The two fused multiply-adds are onnxruntime's; float64 holds each product exactly, so rounding the sum to
+    float32 once is the fused operation.
+    """
+
+    def __init__(self, first: Grid, second: Grid, out_grid: Grid) -> None:
+        super().__init__()
+        self.first, self.second, self.out_grid = first, second, out_grid
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        out = self.out_grid
+        ratio_a = scale32(self.first.scale) / scale32(out.scale)
+        ratio_b = scale32(self.second.scale) / scale32(out.scale)
+        fixed = out.zero_point - (ratio_a * self.first.zero_point + ratio_b * self.second.zero_point)
+        partial = (b.double() * ratio_b.double() + fixed.double()).float()
+        total = (a.double() * ratio_a.double() + partial.double()).float()
+        return out.clamp(torch.round(total))
+
+
+class IntegerPool(nn.Module):
+    """Global average pooling of codes over height and width: the sum times ``s_x / (s_y * pixels)``."""
+
+    def __init__(self, in_grid: Grid, out_grid: Grid) -> None:
+        super().__init__()
+        self.in_grid, self.out_grid = in_grid, out_grid
+
+    def forward(self, codes: Tensor) -> Tensor:
+        pixels = codes.shape[-1] * codes.shape[-2]
+        total = (codes - self.in_grid.zero_point).double().sum((-2, -1), keepdim=True).float()
+        factor = scale32(self.in_grid.scale) / (scale32(self.out_grid.scale) * pixels)
+        return self.out_grid.clamp(torch.round(total * factor) + self.out_grid.zero_point)
+
+
+class IntegerMatMul(nn.Module):
+    """A product of two activations, both codes; real without ``out_grid``."""
+
+    def __init__(self, first: Grid, second: Grid, out_grid: Grid | None) -> None:
+        super().__init__()
+        self.first, self.second, self.out_grid = first, second, out_grid
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        total = torch.matmul((a - self.first.zero_point).double(), (b - self.second.zero_point).double())
+        return rescale(total, scale32(self.first.scale) * scale32(self.second.scale), self.out_grid)
+
+
+class WeightOnlyLayer(nn.Module):
+    """A convolution or linear layer with integer weights on real inputs; bias float32 or None."""
+
+    def __init__(
+        self,
+        weight: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        weight_bits: int,
+        attributes: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.weight_bits, self.attributes = weight_bits, attributes or {}
+        self.register_buffer("weight", weight.to(torch.int8))
+        self.register_buffer("scale", scale.to(torch.float32))
+        self.register_buffer("bias", bias)
+        self.weight: Tensor
+        self.scale: Tensor
+        self.bias: Tensor | None
+
+    @property
+    def kind(self) -> str:
+        """ "linear" or "conv"."""
+        return "linear" if self.weight.dim() == 2 else "conv"
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.float() * self.scale.reshape([-1] + [1] * (self.weight.dim() - 1))
+        if self.kind == "linear":
+            return F.linear(x, weight, self.bias)
+        convolve = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[weight.dim()]
+        return convolve(x, weight, self.bias, **self.attributes)

@@ -1,0 +1,128 @@
+"""The ways a file can be written: which containers the weights go into, and from which opset on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+
+from flatcompress.onnx_export import packing, unpack
+from flatcompress.onnx_export.builder import INT8, INT32, GraphBuilder
+from flatcompress.registry import Registry
+
+Weights = Mapping[str, tuple[NDArray[np.int8], int]]  # layer name -> integers and the bits of their grid
+
+PROFILES = Registry("export profile")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a layer's integers went: the name of an int8 tensor, how it is stored, and in how many bytes."""
+
+    tensor: str
+    encoding: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Profile:
+    """``integer``: needs a quantized model. ``floats``: the type of real weights. ``opset``: the lowest one."""
+
+    name: str
+    store: Callable[[GraphBuilder, Weights], dict[str, Stored]]
+    integer: bool = True
+    floats: type[np.floating] = np.float32
+    opset: int = 13
+    fold_weight_only: bool = True
+
+
+def _packed(builder: GraphBuilder, weights: Weights) -> dict[str, Stored]:
+    chosen, signs = {}, {}
+    for name, (values, bits) in weights.items():
+        signs[name] = packing.row_signs(values, bits)
+        if signs[name] is not None:
+            values = (values.astype(np.int16) * _column(signs[name], values)).astype(np.int8)
+        chosen[name] = (values, packing.choose(values, bits))
+    made = unpack.write(builder, chosen)
+    return {
+        name: Stored(
+            made[name] if signs[name] is None else _signed(builder, made[name], _column(signs[name], values)),
+            encoding.label,
+            packing.encoded_bytes(values, encoding) + (0 if signs[name] is None else values.shape[0]),
+        )
+        for name, (values, encoding) in chosen.items()
+    }
+
+
+def _column(signs: NDArray[np.int8] | None, values: NDArray[np.int8]) -> NDArray[np.int8]:
+    assert signs is not None
+    return signs.reshape([-1] + [1] * (values.ndim - 1))
+
+
+def _signed(builder: GraphBuilder, tensor: str, signs: NDArray[np.int8]) -> str:
+    """int8 times int8, by way of int32: opset 13 multiplies nothing narrower."""
+    wide = builder.op("Mul", [builder.cast(tensor, INT32), builder.cast(builder.constant(signs), INT32)])
+    return builder.cast(wide, INT8)
+
+
+def _int8(builder: GraphBuilder, weights: Weights) -> dict[str, Stored]:
+    return {n: Stored(builder.constant(v.astype(np.int8)), "int8", v.size) for n, (v, _) in weights.items()}
+
+
+def _int4(builder: GraphBuilder, weights: Weights) -> dict[str, Stored]:
+    return {name: _narrow(builder, values, bits) for name, (values, bits) in weights.items()}
+
+
+def _narrow(builder: GraphBuilder, values: NDArray[np.int8], bits: int) -> Stored:
+    """An ONNX INT2 or INT4 initializer and a Cast, which onnxruntime folds; INT8 for wider weights."""
+    width, offset = packing.value_range(values, bits)
+    fits = offset == -(1 << (width - 1))
+    if width <= 2 and fits and builder.opset >= 25:
+        kind, width = TensorProto.INT2, 2
+    elif width <= 4 and fits:
+        kind, width = TensorProto.INT4, 4
+    else:
+        return Stored(builder.constant(values.astype(np.int8)), "int8", values.size)
+    per_byte = 8 // width
+    flat = np.zeros(-(-values.size // per_byte) * per_byte, np.uint8)
+    flat[: values.size] = values.reshape(-1).astype(np.int8).view(np.uint8) & ((1 << width) - 1)
+    shifts = np.arange(per_byte, dtype=np.uint8) * np.uint8(width)
+    raw = np.bitwise_or.reduce(flat.reshape(-1, per_byte) << shifts, axis=1).astype(np.uint8).tobytes()
+    # raw_data, because the helper's typed field takes eight bytes for two values
+    tensor = builder.raw(helper.make_tensor("", kind, list(values.shape), raw, raw=True))
+    return Stored(builder.cast(tensor, INT8), f"INT{width}", len(raw))
+
+
+def packed() -> Profile:
+    """Every weight tensor at its own bits, or as mask or N:M indices and values where that is smaller."""
+    return Profile("packed", _packed)
+
+
+def int8() -> Profile:
+    """Plain int8 weights for tools that want no unpacking."""
+    return Profile("int8", _int8)
+
+
+def int4() -> Profile:
+    """ONNX INT4 and INT2 tensors with a cast: opset 21, and 25 for INT2."""
+    return Profile("int4", _int4, opset=21, fold_weight_only=False)
+
+
+def float32() -> Profile:
+    """A float model as it is, BatchNorms folded."""
+    return Profile("float32", _int8, integer=False)
+
+
+def float16() -> Profile:
+    """A float model with half-precision weights and arithmetic; input and output stay float32."""
+    return Profile("float16", _int8, integer=False, floats=np.float16)
+
+
+PROFILES.add("packed", packed, "weights at their own bits or sparse, unpacked when the file is loaded (default)")
+PROFILES.add("int8", int8, "plain int8 weights, for TensorRT, QNN, ST Edge AI")
+PROFILES.add("int4", int4, "ONNX INT4 / INT2 weights, opset 21 / 25")
+PROFILES.add("float32", float32, "a float model, for comparison")
+PROFILES.add("float16", float16, "a float model in half precision, for comparison")
