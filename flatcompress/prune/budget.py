@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -10,8 +10,10 @@ from torch import Tensor
 from flatcompress.errors import UserError, unknown
 from flatcompress.prune.cost import Cost, CostModel
 from flatcompress.prune.groups import Group
+from flatcompress.prune.knapsack import solve
 from flatcompress.prune.ranking import Ladder, Limits
 
+CostOf = Callable[[Sequence[int]], float]
 KINDS = ("ratio", "macs", "params", "bytes", "cost")
 
 
@@ -22,7 +24,8 @@ class Budget:
     ``kind`` ratio: ``value`` is the share of prunable units to remove, in (0, 1). macs, params, bytes, cost: at most
     ``value`` may be left; up to 1 as a share of the dense model, above 1 absolute. ``cost`` (kind cost) maps the
     widths of all layers ({name: Width(inputs, outputs, groups)}) to a number, such as milliseconds from a latency
-    table; ``absolute`` says that its ``value`` is absolute even below 1. ``weight_bits`` is for kind bytes.
+    table; ``absolute`` says that ``value`` is absolute even below 1. ``weight_bits`` is for kind bytes. ``knapsack``:
+    weigh importance against cost (`knapsack.solve`) instead of going down the ranking; None does so for kind cost only.
     """
 
     kind: str = "ratio"
@@ -30,6 +33,7 @@ class Budget:
     cost: Cost | None = None
     weight_bits: float = 8
     absolute: bool = False
+    knapsack: bool | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -43,6 +47,11 @@ class Budget:
             raise UserError(f"a {self.kind} budget must be above 0, found {self.value}.")
         if (self.kind == "cost") != (self.cost is not None):
             raise UserError("a budget of kind 'cost' needs a cost function, and only that kind takes one.")
+
+    @property
+    def weighs(self) -> bool:
+        """Importance is weighed against cost."""
+        return self.kind != "ratio" and (self.kind == "cost" if self.knapsack is None else self.knapsack)
 
     def measure(self, costs: CostModel) -> Cost:
         """The function of the widths that the budget bounds."""
@@ -69,11 +78,15 @@ def choose(
 ) -> list[Tensor]:
     """Which units stay, bool [units] per group: the least important ones go until ``budget`` is met.
 
+    Uniform and isomorphic rankings are never weighed against cost.
     ``costs`` is needed for every budget but a ratio. ``keep``: units removed before, which go first.
     UserError: the budget cannot be met within ``limits`` (the message says the smallest that can).
     """
-    ladder = Ladder(groups, scores, limits or Limits(), keep)
+    limits = limits or Limits()
+    ladder = Ladder(groups, scores, limits, keep)
     gone = _for_ratio(ladder, budget.value) if budget.kind == "ratio" else _for_cost(ladder, budget, costs)
+    if budget.weighs and limits.ranking == "global":
+        gone = _knapsack(ladder, scores, limits, budget, costs, gone, keep)
     chosen = ladder.keep(gone)
     return chosen if keep is None else [now & before for now, before in zip(chosen, keep, strict=True)]
 
@@ -89,19 +102,43 @@ def _for_ratio(ladder: Ladder, ratio: float) -> list[int]:
 
 
 def _for_cost(ladder: Ladder, budget: Budget, costs: CostModel | None) -> list[int]:
-    if costs is None:
-        raise UserError(f"a {budget.kind} budget needs a CostModel.")
-    measure = budget.measure(costs)
-    dense = measure(costs.dense)
-    limit = budget.limit(dense)
-
-    def cost_of(gone: Sequence[int]) -> float:
-        return measure(costs.widths(ladder.groups, ladder.keep(gone)))
-
+    cost_of, dense, limit = _bounded(ladder, budget, costs)
     gone = ladder.smallest(lambda removed: cost_of(removed) <= limit)
     if gone is None:
         raise UserError(_too_small(budget, limit, dense, cost_of(ladder.first(len(ladder.rungs)))))
     return gone
+
+
+def _bounded(ladder: Ladder, budget: Budget, costs: CostModel | None) -> tuple[CostOf, float, float]:
+    """The cost of removing so many units of every group, what the dense model costs, and the bound."""
+    if costs is None:
+        raise UserError(f"a {budget.kind} budget needs a CostModel.")
+    measure = budget.measure(costs)
+    dense = measure(costs.dense)
+    widths = costs.by_count(ladder.groups)
+    known: dict[tuple[int, ...], float] = {}
+
+    def cost_of(gone: Sequence[int]) -> float:
+        key = tuple(gone)
+        if key not in known:
+            known[key] = measure(widths(gone))
+        return known[key]
+
+    return cost_of, dense, budget.limit(dense)
+
+
+def _knapsack(
+    ladder: Ladder,
+    scores: Sequence[Tensor],
+    limits: Limits,
+    budget: Budget,
+    costs: CostModel | None,
+    start: list[int],
+    keep: Sequence[Tensor] | None,
+) -> list[int]:
+    cost_of, _, limit = _bounded(ladder, budget, costs)
+    already = [int((~k).sum()) for k in keep] if keep is not None else [0] * len(ladder.groups)
+    return solve(ladder.groups, scores, limits, cost_of, limit, start, already)
 
 
 def _too_small(budget: Budget, limit: float, dense: float, least: float) -> str:

@@ -78,13 +78,33 @@ class CostModel:
 
     def widths(self, groups: Sequence[Group], keep: Sequence[Tensor]) -> Widths:
         """Widths after keeping ``keep`` (bool [units] per group)."""
+        kept = keep_channels(groups, keep)
+        return self._narrowed({key: (int(mask.sum()), len(mask)) for key, mask in kept.items()})
+
+    def by_count(self, groups: Sequence[Group]) -> Callable[[Sequence[int]], Widths]:
+        """Widths as a function of the number of units removed per group, fast enough to search over.
+
+        Exact where all units of a member have the same number of channels, which coupling ensures but for odd models.
+        """
+        totals = {(m.name, m.axis): len(m.owner) for g in groups for m in g.members}
+        sizes = [[((m.name, m.axis), int((m.owner >= 0).sum()) / g.units) for m in g.members] for g in groups]
+
+        def widths(gone: Sequence[int]) -> Widths:
+            kept: dict[tuple[str, str], float] = {}
+            for members, count in zip(sizes, gone, strict=True):
+                for key, size in members if count else ():
+                    kept[key] = kept.get(key, totals[key]) - count * size
+            return self._narrowed({key: (round(value), totals[key]) for key, value in kept.items()})
+
+        return widths
+
+    def _narrowed(self, kept: dict[tuple[str, str], tuple[int, int]]) -> Widths:
         found = self.dense
-        for (name, axis), mask in keep_channels(groups, keep).items():
-            kept = int(mask.sum())
+        for (name, axis), (left, total) in kept.items():
             if name in self._norms:
-                found[name] = Width(0, kept * self._norms[name] // len(mask), 1)
+                found[name] = Width(0, left * self._norms[name] // total, 1)
             elif name in found:
-                found[name] = _narrowed(found[name], axis, kept, len(mask), self.layers[name].depthwise)
+                found[name] = _narrowed(found[name], axis, left, total, self.layers[name].depthwise)
         return found
 
     def macs(self, widths: Widths) -> float:

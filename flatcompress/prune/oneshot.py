@@ -12,7 +12,7 @@ from torch.nn import functional
 from flatcompress.errors import UserError
 from flatcompress.plan import Plan
 from flatcompress.prune.budget import Budget, choose
-from flatcompress.prune.cost import Cost, CostModel
+from flatcompress.prune.cost import CostModel
 from flatcompress.prune.coupling import evaluating
 from flatcompress.prune.groups import Group, Survey
 from flatcompress.prune.importance import IMPORTANCES, NEEDS_GRADIENTS, RunningScore, score
@@ -33,7 +33,7 @@ def prune(
     macs: float | None = None,
     params: float | None = None,
     bytes: float | None = None,
-    cost: tuple[Cost, float] | None = None,
+    budget: Budget | None = None,
     ranking: str = "global",
     round_to: int | None = None,
     min_channels: int = 1,
@@ -47,8 +47,8 @@ def prune(
     """Remove channels and heads of ``model`` at once, in place; returns the plan that repeats it.
 
     One budget: ``ratio`` (share of units to remove; 0.5 when nothing is given), or what may be left: ``macs``,
-    ``params``, ``bytes`` (up to 1 a share, above 1 absolute; bytes at ``weight_bits``), or ``cost=(function, value)``
-    (`Budget`). ``ranking``, ``round_to``, ``min_channels``, ``floor``: `Limits`. ``ignore``: layer names or
+    ``params``, ``bytes`` (up to 1 a share, above 1 absolute; bytes at ``weight_bits``), or a `Budget`, which also takes
+    a cost function such as a latency table. ``ranking``, ``round_to``, ``min_channels``, ``floor``: `Limits`. ``ignore``: layer names or
     ``re:PATTERN``. Gradient importances use ``.grad`` as it is, or average over ``batches`` of (input, target).
     Modules stay plain torch modules; parameters are new objects, so build the optimizer afterwards.
     UserError, with the model untouched: no such name, budget out of reach, pattern without a match, nothing to prune.
@@ -60,7 +60,7 @@ def prune(
     """
     _ = IMPORTANCES[importance]
     limits = Limits(ranking, round_to, min_channels, floor)
-    budget = _one_budget(ratio, {"macs": macs, "params": params, "bytes": bytes}, cost, weight_bits)
+    budget = _one_budget(ratio, {"macs": macs, "params": params, "bytes": bytes}, budget, weight_bits)
     found = survey(model, example_input, ignore)
     require_groups(model, found)
     scores = _scores(model, found.groups, importance, batches, loss, options)
@@ -88,11 +88,11 @@ def nothing_pruned(budget: Budget) -> str:
 
 
 def _one_budget(
-    ratio: float | None, left: dict[str, float | None], cost: tuple[Cost, float] | None, weight_bits: float
+    ratio: float | None, left: dict[str, float | None], budget: Budget | None, weight_bits: float
 ) -> Budget:
     given = [Budget(kind, value, weight_bits=weight_bits) for kind, value in left.items() if value is not None]
-    if cost is not None:
-        given.append(Budget("cost", cost[1], cost[0]))
+    if budget is not None:
+        given.append(budget)
     if ratio is not None:
         given.append(Budget("ratio", ratio))
     if len(given) > 1:
