@@ -39,48 +39,59 @@ def grid(bits: int, signed: bool) -> tuple[int, int]:
     return (2 ** (bits - 1), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
 
 
-def initial_scale(mean_abs: torch.Tensor, max_abs: torch.Tensor, bits: int, signed: bool) -> torch.Tensor:
-    """LSQ's start 2 * mean|v| / sqrt(Qp), from 6 bits on never wider than max|v| / Qp.
+def initial_scale(mean_abs: torch.Tensor, bits: int, signed: bool) -> torch.Tensor:
+    """LSQ's start 2 * mean|v| / sqrt(Qp).
 
-    The paper's rule is for few bits: at 8 bits it makes the step of Gaussian weights 0.14 sigma where 0.03 sigma
-    already reaches the largest of them, which throws two bits away.
+    At 8 bits this step is wide (0.14 sigma of Gaussian weights, where 0.03 sigma would reach the largest of them). It
+    is kept on purpose: a start at max|v| / Qp is so small a number that ordinary learning rates push it below zero.
+
+    >>> initial_scale(torch.tensor(0.9875), bits=3, signed=True)
+    tensor(1.1403)
     """
-    qp = grid(bits, signed)[1]
-    start = 2.0 * mean_abs / math.sqrt(qp)
-    return torch.minimum(start, max_abs / qp) if bits >= 6 else start
+    return 2.0 * mean_abs / math.sqrt(grid(bits, signed)[1])
 
 
 class _Quantize(torch.autograd.Function):
-    """Eq. 1-5 above. Saves v and s alone and computes v/s again in backward: half of the memory of keeping both."""
+    """Eq. 1-5 above, lean: only v and Q(v) are kept, which the operators on both sides keep anyway.
+
+    v/s and the range mask are computed again in backward, from v against the range's ends and without a division:
+    dQ/ds = (Q(v) - v * [inside]) / s. Keeping v/s and the integers instead doubles the memory of an activation.
+    """
 
     @staticmethod
     def forward(ctx: Any, v: torch.Tensor, scale: torch.Tensor, step: torch.Tensor, qn: int, qp: int, g: float) -> Any:
-        ctx.save_for_backward(v, step)
+        quantized = (v / step).round_().clamp_(-qn, qp).mul_(step)
+        ctx.save_for_backward(v, quantized, step)
         ctx.range = qn, qp, g
-        ctx.scale_shape = scale.shape
-        return (v / step).round_().clamp_(-qn, qp).mul_(step)
+        return quantized
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        v, step = ctx.saved_tensors
+        v, quantized, step = ctx.saved_tensors
         qn, qp, g = ctx.range
-        z = v / step
-        # hardtanh's backward is the straight-through mask in one pass, with the paper's strict inequalities
-        grad_v = torch.ops.aten.hardtanh_backward(grad, z, -qn, qp) if ctx.needs_input_grad[0] else None
-        if not ctx.needs_input_grad[1]:
-            return grad_v, None, None, None, None, None
-        return grad_v, _scale_gradient(grad, z, qn, qp, ctx.scale_shape).mul_(g), None, None, None, None
+        low, high = step * -qn, step * qp
+        grad_v = _inside(grad, v, low, high) if ctx.needs_input_grad[0] else None
+        grad_scale = None
+        if ctx.needs_input_grad[1]:
+            residual = _inside(v, v, low, high)
+            torch.sub(quantized, residual, out=residual)
+            grad_scale = _sum_per_scale(grad, residual, step).div_(step).mul_(g)
+        return grad_v, grad_scale, None, None, None, None
 
 
-def _scale_gradient(grad: torch.Tensor, z: torch.Tensor, qn: int, qp: int, shape: torch.Size) -> torch.Tensor:
-    """sum of grad * dQ/ds over the elements of each scale; overwrites z."""
-    clipped = z.clamp(-qn, qp)
-    inside = torch.ops.aten.hardtanh_backward(z, z, -qn, qp)  # z inside the range, 0 outside
-    residual = clipped.round_().sub_(inside)
-    if math.prod(shape) == 1:
-        return torch.dot(grad.flatten(), residual.flatten()).view(shape)
-    return residual.mul_(grad).flatten(1).sum(1).view(shape)
+def _inside(t: torch.Tensor, v: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+    """t where low < v < high, else 0 (a new tensor)."""
+    if low.numel() == 1 and not v.is_cuda:  # hardtanh's backward is this very mask in one pass over memory
+        return torch.ops.aten.hardtanh_backward(t, v, float(low), float(high))
+    return torch.where((v > low) & (v < high), t, torch.zeros((), dtype=t.dtype, device=t.device))
+
+
+def _sum_per_scale(grad: torch.Tensor, residual: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+    """sum of grad * residual over the elements of each scale; overwrites residual."""
+    if step.numel() == 1:
+        return torch.dot(grad.flatten(), residual.flatten()).view(step.shape)
+    return residual.mul_(grad).flatten(1).sum(1).view(step.shape)
 
 
 class StepQuantizer(nn.Module):
@@ -116,14 +127,13 @@ class StepQuantizer(nn.Module):
             self._ready = bool((self.initial > 0).all())
         return self._ready
 
-    @torch.no_grad()
-    def start_from(self, mean_abs: torch.Tensor, max_abs: torch.Tensor) -> None:
-        """Set the scale by `initial_scale` of the given statistics (each of the scale's number of elements)."""
-        self.set_scale(initial_scale(mean_abs, max_abs, self.bits, self.signed))
+    def start_from(self, mean_abs: torch.Tensor) -> None:
+        """Set the scale by `initial_scale` of mean|v| (one value per scale)."""
+        self.set_scale(initial_scale(mean_abs, self.bits, self.signed))
 
     def start_from_observer(self, observer: Observer) -> None:
         """Set the scale from what an `Observer` collected."""
-        self.start_from(torch.tensor(observer.mean_abs), torch.tensor(observer.largest))
+        self.start_from(torch.tensor(observer.mean_abs))
 
     @torch.no_grad()
     def set_scale(self, start: torch.Tensor) -> None:
@@ -178,7 +188,7 @@ class StepQuantizer(nn.Module):
         if v.dtype in (torch.float16, torch.bfloat16):  # 8-bit integers times a scale do not fit in half precision
             v = v.float()
         if not self._ready and not self.ready:
-            self.start_from(v.detach().abs().mean(), v.detach().abs().amax())
+            self.start_from(v.detach().abs().mean())
         return self._apply_grid(v)
 
     def _apply_grid(self, v: torch.Tensor) -> torch.Tensor:
@@ -211,7 +221,7 @@ class Observer:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.total, self.count, self.largest = 0.0, 0, 0.0
+        self.total, self.count = 0.0, 0
         self.low, self.high = math.inf, -math.inf
 
     @torch.no_grad()
@@ -220,7 +230,6 @@ class Observer:
         if not math.isfinite(total):
             raise UserError(f"calibration data gives NaN or infinity at quantizer {self.name!r}.")
         self.low, self.high = min(self.low, low), max(self.high, high)
-        self.largest = max(self.largest, abs(low), abs(high))
         self.total, self.count = self.total + total, self.count + v.numel()
         return v
 

@@ -70,7 +70,7 @@ def _weight(layer: nn.Module, bits: int, per_channel: bool, start: Any = None) -
     quantizer = StepQuantizer(bits, True, shape).to(weight)
     rows = weight.flatten(1) if per_channel else weight.reshape(1, -1)
     if start is None:
-        quantizer.start_from(rows.abs().mean(1), rows.abs().amax(1))
+        quantizer.start_from(rows.abs().mean(1))
     else:
         quantizer.set_scale(start(rows, bits))
     return injector(WeightProxy, quantizer)
