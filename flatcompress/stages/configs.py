@@ -219,6 +219,7 @@ class QuantizeConfig(TrainingKeys):
     freeze_target: Literal["task", "smooth", "both"] = Field("task", description="GAQAT: which gradient is frozen")
     granularity: Literal["quantizer", "layer"] = Field("quantizer", description="GAQAT: what is frozen together")
     refreeze: bool = Field(True, description="GAQAT: decide anew at every window")
+    scale_lr: Positive = Field(0.1, description="learning rate of the quantizer scales, as a share of optimizer.lr")
     perturb_scales: bool = Field(False, description="perturb the quantizer scales with the weights")
     distill: NonNegative = Field(0.0, description="weight of distillation from the float model")
     bias_rounding_epochs: Annotated[int, Field(ge=0)] = Field(

@@ -117,7 +117,7 @@ def layer_rows(work: Workpiece, twin: nn.Module) -> list[dict[str, Any]]:
     costs = graph.macs(twin, work.example().cpu())
     flatness = layer_sharpness(work)
     rows = []
-    for name, module, values, bits in weights(work.model):
+    for name, _, values, bits in weights(work.model):
         before = original.get(name)
         rows.append(
             {

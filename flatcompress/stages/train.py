@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -11,16 +11,22 @@ from torch import Tensor, nn
 from flatcompress import flat
 from flatcompress.stages.configs import TrainConfig, TrainingKeys
 from flatcompress.stages.workpiece import Workpiece
-from flatcompress.training.loop import Job, accuracy, make_base_optimizer
+from flatcompress.training.loop import Job, accuracy, fit, make_base_optimizer, restore_best
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, no_decay: set[int] | None = None) -> list[dict[str, Any]]:
-    """Two groups: matrices and filters decay, vectors (biases, norms) and the ids in ``no_decay`` do not."""
-    excluded = no_decay or set()
+def parameter_groups(
+    model: nn.Module, weight_decay: float, scales: Iterable[nn.Parameter] = (), scale_lr: float | None = None
+) -> list[dict[str, Any]]:
+    """Matrices and filters decay, vectors (biases, norms) do not; quantizer ``scales`` do not, and have their own lr."""
+    own = {id(p) for p in scales}
     trained = [p for p in model.parameters() if p.requires_grad]
-    decays = [p for p in trained if p.ndim > 1 and id(p) not in excluded]
-    rest = [p for p in trained if p.ndim <= 1 or id(p) in excluded]
-    groups = [{"params": decays, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in trained if p.ndim > 1 and id(p) not in own], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1 and id(p) not in own], "weight_decay": 0.0},
+        {"params": [p for p in trained if id(p) in own], "weight_decay": 0.0},
+    ]
+    if scale_lr is not None:
+        groups[2]["lr"] = scale_lr
     return [g for g in groups if g["params"]]
 
 
@@ -30,7 +36,8 @@ def make_job(
     *,
     epochs: int | None = None,
     first_epoch: int = 0,
-    no_decay: set[int] | None = None,
+    scales: Iterable[nn.Parameter] = (),
+    scale_lr: float | None = None,
     loss: Callable[[Tensor, Tensor], Tensor] | None = None,
     method: str | None = None,
     hyper: dict[str, Any] | None = None,
@@ -40,9 +47,8 @@ def make_job(
     accelerator = work.accelerator
     model = accelerator.prepare(work.model)
     o = config.optimizer
-    base = make_base_optimizer(
-        parameter_groups(model, o.weight_decay, no_decay), o.name, o.lr, o.weight_decay, o.momentum, o.nesterov, o.betas
-    )
+    groups = parameter_groups(model, o.weight_decay, scales, scale_lr)
+    base = make_base_optimizer(groups, o.name, o.lr, o.weight_decay, o.momentum, o.nesterov, o.betas)
     optimizer = flat.create(
         method or config.flat_method(),
         model,
@@ -73,21 +79,19 @@ def make_job(
     )
 
 
-def finish(work: Workpiece, job: Job) -> None:
-    """Take the trained module out of its wrappers and count the passes."""
+def finish(work: Workpiece, job: Job) -> int:
+    """Take the trained module out of its wrappers; returns the forward + backward passes that it took."""
     work.model = job.accelerator.unwrap_model(job.model, keep_fp32_wrapper=False)
-    work.passes += int(getattr(job.optimizer, "passes", 0))
     job.accelerator.free_memory()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    return int(getattr(job.optimizer, "passes", 0))
 
 
 def run(work: Workpiece, config: TrainConfig) -> Workpiece:
     """Train ``work.model`` with the flat method of ``config``; the plan stays as it is."""
-    from flatcompress.training.loop import fit, restore_best
-
     job = make_job(work, config)
     fit(job)
     restore_best(job)
-    finish(work, job)
+    work.passes += finish(work, job)
     return work

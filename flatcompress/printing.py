@@ -1,0 +1,93 @@
+"""Results as a person reads them on the terminal. Plain data in, text on stdout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from flatcompress.report import terminal
+
+
+def _console() -> Console:
+    return Console(highlight=False)
+
+
+@contextmanager
+def display(quiet: bool) -> Iterator[Any]:
+    """Live progress on stderr for the length of the block; yields a function that takes log events, or None."""
+    if quiet:
+        yield None
+        return
+    with terminal.Progress() as progress:
+        yield progress.event
+
+
+def print_result(result: dict[str, Any]) -> None:
+    """The ledger, the certificate in a line, and where the files are."""
+    console = _console()
+    console.print(terminal.ledger_table(result["ledger"]))
+    certificate = result["certificate"]
+    if certificate is not None:
+        console.print(certificate_line(certificate))
+    for label, key in (("ONNX file", "onnx"), ("report", "report"), ("run folder", "folder")):
+        if result[key]:
+            console.print(f"{label + ':':<12}{result[key]}", soft_wrap=True)
+
+
+def certificate_line(certificate: dict[str, Any]) -> str:
+    """One sentence: does it hold, and the three numbers people ask for."""
+    verdict = "holds" if certificate["holds"] else "DOES NOT HOLD"
+    parts = [f"certificate {verdict}"]
+    size, before = certificate.get("bytes"), certificate.get("float_bytes")
+    if isinstance(size, int):
+        ratio = f", {before / size:.1f} times smaller than the float file" if isinstance(before, int) else ""
+        parts.append(f"{size:,} bytes{ratio}")
+    for failure in certificate.get("failures", []):
+        parts.append(f"\n  - {failure}")
+    return "; ".join(parts)
+
+
+def print_catalogue(tables: dict[str, list[dict[str, Any]]]) -> None:
+    """One table per registry."""
+    console = _console()
+    for kind, rows in tables.items():
+        table = Table(title=kind, title_justify="left", box=None, padding=(0, 2, 0, 0), title_style="bold")
+        for heading in ("name", "what it is", "defaults", "paper"):
+            table.add_column(heading, overflow="fold")
+        for row in rows:
+            defaults = ", ".join(f"{k}={v}" for k, v in row["defaults"].items())
+            table.add_row(row["name"], row["summary"], defaults, row["paper"])
+        console.print(table)
+        console.print()
+
+
+def print_verification(outcome: dict[str, Any]) -> None:
+    """Verdict and reasons of a certificate."""
+    console = _console()
+    console.print(certificate_line(outcome))
+    checks = outcome.get("checks")
+    if isinstance(checks, dict):
+        for name, passed in checks.items():
+            console.print(f"  {'ok  ' if passed else 'FAIL'} {name}")
+
+
+def print_bench(outcome: dict[str, Any]) -> None:
+    """Latency, load time, size."""
+    print_mapping(outcome)
+
+
+def print_mapping(values: dict[str, Any], indent: str = "") -> None:
+    """Keys and values, one a line, nested by indentation."""
+    console = _console()
+    width = max((len(str(k)) for k in values), default=0)
+    for key, value in values.items():
+        if isinstance(value, dict):
+            console.print(f"{indent}{key}:")
+            print_mapping(value, indent + "  ")
+        else:
+            text = f"{value:.6g}" if isinstance(value, float) else str(value)
+            console.print(f"{indent}{key!s:<{width}}  {text}", soft_wrap=True)
