@@ -42,16 +42,22 @@ class Surgery:
 
     def cut(self, kept: Keep, counts: Mapping[str, Mapping[str, int]]) -> None:
         """Index every tensor of every layer axis in ``kept`` and set the attributes in ``counts``."""
-        for (name, axis), mask in kept.items():
-            module = self.model.get_submodule(name)
-            index = axes.local(module, axis, mask).nonzero().flatten()
-            for tensor_name, value, dim in list(axes.tensors(module, axis)):
-                self._replace(module, tensor_name, value.detach().index_select(dim, index.to(value.device)))
-            for attribute, number in axes.resized(module, axis, int(mask.sum())).items():
-                self._set(module.__dict__, attribute, number)
-        for name, attributes in counts.items():
-            for attribute, number in attributes.items():
-                self._set(self.model.get_submodule(name).__dict__, attribute, number)
+        edits = [(self.model.get_submodule(name), axis, mask) for (name, axis), mask in kept.items()]
+        # Read everything first: a grouped convolution with one input left per block looks depthwise afterwards.
+        indices = [axes.local(module, axis, mask).nonzero().flatten() for module, axis, mask in edits]
+        tensors = [[(name, dim) for name, _, dim in axes.tensors(module, axis)] for module, axis, _ in edits]
+        sizes = [axes.resized(module, axis, int(mask.sum())) for module, axis, mask in edits]
+        for (module, _, _), index, names, attributes in zip(edits, indices, tensors, sizes, strict=True):
+            for name, dim in names:
+                value = getattr(module, name).detach()
+                self._replace(module, name, value.index_select(dim, index.to(value.device)))
+            self._set_all(module, attributes)
+        for name, numbers in counts.items():
+            self._set_all(self.model.get_submodule(name), numbers)
+
+    def _set_all(self, module: nn.Module, attributes: Mapping[str, int]) -> None:
+        for attribute, number in attributes.items():
+            self._set(module.__dict__, attribute, number)
 
     def _replace(self, module: nn.Module, name: str, value: Tensor) -> None:
         if name in module._parameters:

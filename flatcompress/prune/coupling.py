@@ -162,6 +162,8 @@ def couple(model: nn.Module, example_input: Tensor, blocks: list[Attention]) -> 
     """
     graph = _graph(model, example_input, blocks)
     names = {module: name for name, module in model.named_modules()}
+    if not any(module in names for module in graph.module2node):
+        raise UserError(_unseen(model, example_input))
     covered: set[str] = set()
     found = []
     for module in list(graph.module2node):
@@ -171,6 +173,16 @@ def couple(model: nn.Module, example_input: Tensor, blocks: list[Attention]) -> 
         found.append(one)
         covered.update(k.name for k in one.links if k.axis == axes.OUT and _is_whole(model, k))
     return found
+
+
+def _unseen(model: nn.Module, example_input: Tensor) -> str:
+    with torch.no_grad(), evaluating(model):
+        output = model(example_input)
+    found = f"a tensor of {output.dtype}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
+    return (
+        f"the dependency graph of {type(model).__name__} cannot be read: its output ({found}) has no gradient path to any "
+        "layer. forward() must return logits that were not detached."
+    )
 
 
 def _is_whole(model: nn.Module, link: Link) -> bool:

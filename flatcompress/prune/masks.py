@@ -117,6 +117,8 @@ class WeightMasks:
             return None
         if axes.is_depthwise(module):
             return "a depthwise filter has one input channel"
+        if isinstance(module, _ConvNd) and module.transposed:
+            return "no hardware reads N:M patterns of transposed convolutions"
         inputs = module.get_parameter("weight").shape[1]
         return f"{inputs} input channels are no multiple of {self._nm[1]}" if inputs % self._nm[1] else None
 

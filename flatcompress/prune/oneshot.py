@@ -46,10 +46,11 @@ def prune(
 ) -> Plan:
     """Remove channels and heads of ``model`` at once, in place; returns the plan that repeats it.
 
-    One budget: ``ratio`` (share of units to remove; 0.5 when nothing is given), or what may be left: ``macs``,
-    ``params``, ``bytes`` (up to 1 a share, above 1 absolute; bytes at ``weight_bits``), or a `Budget`, which also takes
-    a cost function such as a latency table. ``ranking``, ``round_to``, ``min_channels``, ``floor``: `Limits`. ``ignore``: layer names or
-    ``re:PATTERN``. Gradient importances use ``.grad`` as it is, or average over ``batches`` of (input, target).
+    One budget: ``ratio`` (share of channels to remove; 0.5 when nothing is given), or what may be left: ``macs``,
+    ``params``, ``bytes`` (up to 1 a share, above 1 absolute; bytes at ``weight_bits``), or a `Budget`, which also
+    takes a cost function such as a latency table. ``ranking``, ``round_to``, ``min_channels``, ``floor``: `Limits`.
+    ``ignore``: layer names or ``re:PATTERN``. Gradient importances use ``.grad`` as it is, or average over
+    ``batches`` of (input, target).
     Modules stay plain torch modules; parameters are new objects, so build the optimizer afterwards.
     UserError, with the model untouched: no such name, budget out of reach, pattern without a match, nothing to prune.
 
