@@ -27,7 +27,8 @@ EMITTERS = (MODULES, FUNCTIONS)
 class Exported:
     """What `export` made. ``reference``: the torch module that the file must match; ``layers``: a row per layer.
 
-    ``bytes``: of the file. ``theoretical_bytes``: of its weights, bits per weight or mask plus non-zeros.
+    ``bytes``: of the file. ``theoretical_bytes``: of its weights, bits per weight or mask plus non-zeros. ``tensors``
+    and ``paths``: the file's tensor and the module path of every quantized node of the reference.
     """
 
     path: Path
@@ -37,7 +38,8 @@ class Exported:
     bytes: int
     theoretical_bytes: int
     opset: int
-    warnings: list[str] = field(default_factory=list)
+    tensors: dict[str, str] = field(default_factory=dict, repr=False)
+    paths: dict[str, str] = field(default_factory=dict, repr=False)
 
 
 def export(
@@ -66,7 +68,16 @@ def export(
     data = made.SerializeToString()
     _write_atomically(target, data)
     theoretical = sum(row["theoretical_bytes"] for row in writer.layers)
-    return Exported(target, profile, reference, writer.layers, len(data), round(theoretical), writer.builder.opset)
+    return Exported(
+        target,
+        profile,
+        reference,
+        writer.layers,
+        len(data),
+        round(theoretical),
+        writer.builder.opset,
+        *_quantized(writer),
+    )
 
 
 def _write(
@@ -81,6 +92,13 @@ def _write(
         made = writer.write(metadata, flatcompress.__version__)
     made.metadata_props.add(key="flatcompress.layers", value=_layer_text(writer.layers))
     return writer, made
+
+
+def _quantized(writer: Writer) -> tuple[dict[str, str], dict[str, str]]:
+    """Of the reference's nodes that put out codes: tensor names, and module paths."""
+    nodes = {node: tensor for node, tensor in writer.env.items() if node.op == "call_module"}
+    tensors = {node.name: tensor for node, tensor in nodes.items() if isinstance(tensor, str)}
+    return tensors, {node.name: node.meta.get("path") or node.name for node in nodes}
 
 
 def _opset(profile: Profile, opset: int | None) -> int:

@@ -16,6 +16,19 @@ from torch import Tensor, nn
 BIAS_LIMIT = float(1 << 30)
 
 
+def headroom(values: Tensor, bits: int) -> int:
+    """The power of two by which weights of ``bits`` bits are multiplied in an integer kernel, their scale divided.
+
+    The bias lives on the grid ``s_x * s_w``, which is coarse when both have few bits. int8 has room to spare for
+    narrow weights, and a finer ``s_w`` refines the bias's grid for nothing. Up to 64, so that a pair of u8 x s8
+    products still fits the int16 of AVX2 kernels without VNNI (2 * 255 * 64 < 2**15).
+    """
+    if bits < 8:
+        return 7 - bits
+    largest = max(1, int(values.abs().max()))
+    return max(0, (64 // largest).bit_length() - 1)
+
+
 @dataclass
 class Folded:
     """values: integers (wider than int8 where a sign flip made +128 of -128), scale: [out] > 0, bias: [out] real."""
@@ -58,13 +71,13 @@ def fold(values: Tensor, scale: Tensor, bias: Tensor | None, norms: list[nn.Modu
     return Folded(flipped, scale, shift)
 
 
-def integer_bias(folded: Folded, in_scale: float) -> tuple[Folded, Tensor | None]:
-    """The bias on the int32 grid ``in_scale * scale`` and the weights it goes with.
+def integer_bias(folded: Folded, in_scale: float, shift: int = 0) -> tuple[Folded, Tensor | None]:
+    """The bias on the int32 grid ``in_scale * scale / 2**shift``, and weights with that finer scale.
 
     A channel whose bias would leave int32 (a gamma near zero) gets a coarser scale, and its weights, tiny beside
     that bias, are rounded to it.
     """
-    scale = folded.scale.to(torch.float32)
+    scale = (folded.scale / 2**shift).to(torch.float32)
     if folded.bias is None:
         return Folded(folded.values, scale, None), None
     step = torch.tensor(in_scale, dtype=torch.float32) * scale

@@ -101,8 +101,8 @@ class ClampCodes(nn.Module):
 class IntegerLayer(nn.Module):
     """A convolution or linear layer on codes: int8 weights, int32 bias, and one rescaling at the end.
 
-    weight: int8, [out, ...]; scale: float32 [out]; bias: int32 [out] at scale ``s_x * scale`` or None. Without
-    ``out_grid`` the result is real: ``sum * (s_x * scale)``.
+    weight: int8, [out, ...], multiplied by ``2**headroom``; scale: float32 [out] of the multiplied weights; bias:
+    int32 [out] at scale ``s_x * scale`` or None. Without ``out_grid`` the result is real: ``sum * (s_x * scale)``.
     """
 
     def __init__(
@@ -113,10 +113,12 @@ class IntegerLayer(nn.Module):
         in_grid: Grid,
         out_grid: Grid | None,
         weight_bits: int,
+        headroom: int = 0,
         attributes: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.in_grid, self.out_grid, self.weight_bits = in_grid, out_grid, weight_bits
+        self.in_grid, self.out_grid = in_grid, out_grid
+        self.weight_bits, self.headroom = weight_bits, headroom
         self.attributes = attributes or {}
         self.register_buffer("weight", weight.to(torch.int8))
         self.register_buffer("scale", scale.to(torch.float32))
@@ -132,7 +134,7 @@ class IntegerLayer(nn.Module):
 
     def forward(self, codes: Tensor) -> Tensor:
         kind = self._exact_type()
-        total = self._products(codes.to(kind) - self.in_grid.zero_point, self.weight.to(kind))
+        total = self._products(codes.to(kind) - self.in_grid.zero_point, self.weight.to(kind) * 2**self.headroom)
         shape = [-1] + [1] * (0 if self.kind == "linear" else self.weight.dim() - 2)
         if self.bias is not None:
             total = total + self.bias.to(kind).reshape(shape)
@@ -147,7 +149,7 @@ class IntegerLayer(nn.Module):
     def _exact_type(self) -> torch.dtype:
         grid = self.in_grid
         largest = max(grid.high - grid.zero_point, grid.zero_point - grid.low, 1)
-        total = float(self.weight.abs().flatten(1).to(torch.float64).sum(1).max()) * largest
+        total = float(self.weight.abs().flatten(1).to(torch.float64).sum(1).max()) * largest * 2**self.headroom
         total += float(self.bias.abs().max()) if self.bias is not None else 0.0
         return torch.float32 if total < EXACT else torch.float64
 

@@ -44,27 +44,42 @@ def _clamp(w: Writer, node: fx.Node, module: integer.ClampCodes) -> str:
     return w.clip_codes(w.tensor(node.args[0]), module.grid)
 
 
-def _quantized_weight(w: Writer, node: fx.Node, module: Any, turned: bool) -> tuple[str, str]:
-    """(DequantizeLinear of the weight, name of its scale). The zero point is written out: see `writer`."""
-    b, scale = w.builder, array(module.scale)
-    axis = 1 if turned else 0
-    name, zero = b.floats(scale), b.constant(np.zeros(scale.size, np.int8))
-    return b.op("DequantizeLinear", [w.stored[node.name].tensor, name, zero], axis=axis), name
-
-
 def _integer_layer(w: Writer, node: fx.Node, module: integer.IntegerLayer) -> str:
+    """Conv or Gemm between DequantizeLinear and QuantizeLinear; [B, T, C] goes through Gemm as [B * T, C].
+
+    A MatMul and an Add would keep the bias out of the integer kernel.
+    """
     w.note_layer(node, module)
-    b = w.builder
-    turned = module.kind == "linear" and not as_matrix(node)
-    x = w.real_of(w.tensor(node.args[0]), module.in_grid)
-    weight, scale = _quantized_weight(w, node, module, turned)
-    inputs = [x, weight]
+    codes, matrix = w.tensor(node.args[0]), module.kind == "conv" or as_matrix(node)
+    if not matrix:
+        codes = w.builder.op("Reshape", [codes, w.builder.ints([-1, module.weight.shape[1]])])
+    inputs = [w.real_of(codes, module.in_grid), *_integer_inputs(w, node, module)]
+    result = _product(w, node, module, inputs, turned=False)
+    if module.out_grid is not None:
+        result = w.codes_of(result, module.out_grid)
+    return result if matrix else w.builder.op("Reshape", [result, w.builder.ints([-1, *node.meta["shape"][1:]])])
+
+
+def _integer_inputs(w: Writer, node: fx.Node, module: integer.IntegerLayer) -> list[str]:
+    """Real weight and bias out of int8 and int32. ``s_x * s_w`` is multiplied out by the runtime: a node is smaller
+    than a vector of scales. The weight's zero point is written out: see `writer`.
+    """
+    b, stored, scale = w.builder, w.stored[node.name].tensor, array(module.scale)
+    name = b.floats(scale)
+    step = b.op("Mul", [b.floats(module.in_grid.scale), name]) if module.bias is not None else ""
+    if module.kind == "conv" and module.out_grid is None:
+        # No integer kernel gives a real result here, and a DequantizeLinear of the weight would run at every call;
+        # Cast and Mul are folded when the file is loaded.
+        column = b.floats(scale.reshape([-1] + [1] * (module.weight.dim() - 1)))
+        weight = b.op("Mul", [b.cast(stored, FLOAT), column])
+        if module.bias is None:
+            return [weight]
+        return [weight, b.op("Mul", [b.cast(b.constant(array(module.bias)), FLOAT), step])]
+    zero = b.constant(np.zeros(scale.size, np.int8))
+    inputs = [b.op("DequantizeLinear", [stored, name, zero], axis=0)]
     if module.bias is not None:
-        # s_x * s_w is multiplied out by the runtime: a node is smaller than a vector of scales.
-        step = b.op("Mul", [b.floats(module.in_grid.scale), scale])
         inputs.append(b.op("DequantizeLinear", [b.constant(array(module.bias)), step], axis=0))
-    real = _product(w, node, module, inputs, turned)
-    return real if module.out_grid is None else w.codes_of(real, module.out_grid)
+    return inputs
 
 
 def _product(w: Writer, node: fx.Node, module: Any, inputs: list[str], turned: bool) -> str:

@@ -76,6 +76,7 @@ class Encoding:
 
     ``kind`` is dense, mask or nm; a stored value is ``code + offset`` with codes of ``width`` bits. ``nm`` keeps
     ``n`` of every ``m`` consecutive values; ``channels_last`` says that axis 1 was moved to the end before grouping.
+    Unpacked values are multiplied by ``2**headroom`` (see `fold.headroom`).
     """
 
     kind: str
@@ -84,6 +85,7 @@ class Encoding:
     n: int = 0
     m: int = 0
     channels_last: bool = False
+    headroom: int = 0
 
     @property
     def label(self) -> str:

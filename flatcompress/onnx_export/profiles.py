@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,9 +13,24 @@ from flatcompress.onnx_export import packing, unpack
 from flatcompress.onnx_export.builder import INT8, INT32, GraphBuilder
 from flatcompress.registry import Registry
 
-Weights = Mapping[str, tuple[NDArray[np.int8], int]]  # layer name -> integers and the bits of their grid
-
 PROFILES = Registry("export profile")
+
+
+@dataclass(frozen=True)
+class Integers:
+    """One layer's weights: int8 values, the bits of their grid, and the power of two the file multiplies them by."""
+
+    values: NDArray[np.int8]
+    bits: int
+    headroom: int = 0
+
+    @property
+    def scaled(self) -> NDArray[np.int8]:
+        """What the integer kernel gets."""
+        return (self.values.astype(np.int16) << self.headroom).astype(np.int8)
+
+
+Weights = Mapping[str, Integers]
 
 
 @dataclass(frozen=True)
@@ -41,11 +56,13 @@ class Profile:
 
 def _packed(builder: GraphBuilder, weights: Weights) -> dict[str, Stored]:
     chosen, signs = {}, {}
-    for name, (values, bits) in weights.items():
-        signs[name] = packing.row_signs(values, bits)
+    for name, layer in weights.items():
+        # Eight bits fill the container: what they leave of it is stored, not multiplied in.
+        values, shift = (layer.values, layer.headroom) if layer.bits < 8 else (layer.scaled, 0)
+        signs[name] = packing.row_signs(values, layer.bits)
         if signs[name] is not None:
             values = (values.astype(np.int16) * _column(signs[name], values)).astype(np.int8)
-        chosen[name] = (values, packing.choose(values, bits))
+        chosen[name] = (values, replace(packing.choose(values, layer.bits), headroom=shift))
     made = unpack.write(builder, chosen)
     return {
         name: Stored(
@@ -69,23 +86,24 @@ def _signed(builder: GraphBuilder, tensor: str, signs: NDArray[np.int8]) -> str:
 
 
 def _int8(builder: GraphBuilder, weights: Weights) -> dict[str, Stored]:
-    return {n: Stored(builder.constant(v.astype(np.int8)), "int8", v.size) for n, (v, _) in weights.items()}
+    return {n: Stored(builder.constant(layer.scaled), "int8", layer.values.size) for n, layer in weights.items()}
 
 
 def _int4(builder: GraphBuilder, weights: Weights) -> dict[str, Stored]:
-    return {name: _narrow(builder, values, bits) for name, (values, bits) in weights.items()}
+    return {name: _narrow(builder, layer) for name, layer in weights.items()}
 
 
-def _narrow(builder: GraphBuilder, values: NDArray[np.int8], bits: int) -> Stored:
+def _narrow(builder: GraphBuilder, layer: Integers) -> Stored:
     """An ONNX INT2 or INT4 initializer and a Cast, which onnxruntime folds; INT8 for wider weights."""
-    width, offset = packing.value_range(values, bits)
+    values = layer.values
+    width, offset = packing.value_range(values, layer.bits)
     fits = offset == -(1 << (width - 1))
     if width <= 2 and fits and builder.opset >= 25:
         kind, width = TensorProto.INT2, 2
     elif width <= 4 and fits:
         kind, width = TensorProto.INT4, 4
     else:
-        return Stored(builder.constant(values.astype(np.int8)), "int8", values.size)
+        return Stored(builder.constant(layer.scaled), "int8", values.size)
     per_byte = 8 // width
     flat = np.zeros(-(-values.size // per_byte) * per_byte, np.uint8)
     flat[: values.size] = values.reshape(-1).astype(np.int8).view(np.uint8) & ((1 << width) - 1)
@@ -93,7 +111,10 @@ def _narrow(builder: GraphBuilder, values: NDArray[np.int8], bits: int) -> Store
     raw = np.bitwise_or.reduce(flat.reshape(-1, per_byte) << shifts, axis=1).astype(np.uint8).tobytes()
     # raw_data, because the helper's typed field takes eight bytes for two values
     tensor = builder.raw(helper.make_tensor("", kind, list(values.shape), raw, raw=True))
-    return Stored(builder.cast(tensor, INT8), f"INT{width}", len(raw))
+    if not layer.headroom:
+        return Stored(builder.cast(tensor, INT8), f"INT{width}", len(raw))
+    factor = builder.constant(np.array(1 << layer.headroom, np.int32))
+    return Stored(builder.cast(builder.op("Mul", [builder.cast(tensor, INT32), factor]), INT8), f"INT{width}", len(raw))
 
 
 def packed() -> Profile:

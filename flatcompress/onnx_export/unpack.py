@@ -53,7 +53,7 @@ def _pools(tensors: Mapping[str, tuple[NDArray[np.int8], Encoding]]) -> list[_Po
 
 def _stands_alone(encoding: Encoding) -> bool:
     """8-bit dense weights are initializers already; a pool would only add nodes."""
-    return encoding.kind == "dense" and encoding.width == 8 and encoding.offset == -128
+    return encoding == Encoding("dense", 8, -128)
 
 
 def _write_pool(builder: GraphBuilder, encoding: Encoding, tensors: dict[str, NDArray[np.int8]]) -> dict[str, str]:
@@ -85,14 +85,16 @@ def _codes(builder: GraphBuilder, codes: NDArray[np.int64], width: int) -> tuple
 
 def _integers(builder: GraphBuilder, codes: NDArray[np.int64], encoding: Encoding) -> tuple[str, int]:
     """int8 values (not yet flat) and their number with padding."""
-    if encoding.width == 8 and encoding.offset == -128:
+    if encoding.width == 8 and encoding.offset == -128 and not encoding.headroom:
         return builder.constant((codes + encoding.offset).astype(np.int8)), codes.size
     if encoding.width == 8:
         wide, count = builder.cast(builder.constant(codes.astype(np.uint8)), INT32), codes.size
     else:
         wide, count = _codes(builder, codes, encoding.width)
-    shifted = builder.op("Add", [wide, builder.constant(np.array(encoding.offset, np.int32))])
-    return builder.cast(shifted, INT8), count
+    values = builder.op("Add", [wide, builder.constant(np.array(encoding.offset, np.int32))])
+    if encoding.headroom:
+        values = builder.op("Mul", [values, builder.constant(np.array(1 << encoding.headroom, np.int32))])
+    return builder.cast(values, INT8), count
 
 
 def _flat(builder: GraphBuilder, tensor: str) -> str:

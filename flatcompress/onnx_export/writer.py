@@ -23,7 +23,7 @@ from flatcompress.onnx_export import integer
 from flatcompress.onnx_export.builder import GraphBuilder
 from flatcompress.onnx_export.integer import Grid
 from flatcompress.onnx_export.packing import theoretical_bytes
-from flatcompress.onnx_export.profiles import Profile, Stored
+from flatcompress.onnx_export.profiles import Integers, Profile, Stored
 
 ModuleEmitter = Callable[["Writer", fx.Node, Any], str]
 FunctionEmitter = Callable[..., Any]
@@ -75,14 +75,15 @@ class Writer:
             producer=("flatcompress", version),
         )
 
-    def _integers(self) -> dict[str, tuple[NDArray[np.int8], int]]:
+    def _integers(self) -> dict[str, Integers]:
         found = {}
         for node in self.gm.graph.nodes:
             module = self.gm.get_submodule(str(node.target)) if node.op == "call_module" else None
             if isinstance(module, WEIGHTED):
                 values = array(module.weight)
-                turned = module.kind == "linear" and not as_matrix(node)
-                found[node.name] = (np.ascontiguousarray(values.T) if turned else values, module.weight_bits)
+                if isinstance(module, integer.WeightOnlyLayer) and module.kind == "linear" and not as_matrix(node):
+                    values = np.ascontiguousarray(values.T)
+                found[node.name] = Integers(values, module.weight_bits, getattr(module, "headroom", 0))
         return found
 
     def _placeholder(self, node: fx.Node) -> str:

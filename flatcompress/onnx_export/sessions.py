@@ -1,0 +1,111 @@
+"""onnxruntime sessions: default, unoptimized, and what the optimizer made of a file."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from flatcompress.errors import UserError
+
+PROVIDERS = ["CPUExecutionProvider"]
+QUIET = 3  # errors only: the optimizer warns about every file it saves
+
+# What onnxruntime calls the kernels that compute on integers.
+INTEGER_KERNELS = frozenset(
+    {
+        *("QLinearConv", "QLinearMatMul", "QGemm", "MatMulIntegerToFloat", "MatMulInteger", "ConvInteger"),
+        *("QLinearAdd", "QLinearMul", "QLinearConcat", "QLinearGlobalAveragePool", "QLinearAveragePool"),
+        *("QLinearSigmoid", "QLinearLeakyRelu", "QLinearSoftmax"),
+    }
+)
+
+
+def session(
+    model: str | Path | bytes, *, optimized: bool = True, threads: int = 1, save_to: Path | None = None
+) -> ort.InferenceSession:
+    """A CPU session with default options but for the thread count. UserError when onnxruntime refuses the file."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = QUIET
+    if not optimized:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if save_to is not None:
+        options.optimized_model_filepath = str(save_to)
+    try:
+        return ort.InferenceSession(model if isinstance(model, bytes) else str(model), options, providers=PROVIDERS)
+    except Exception as error:  # onnxruntime's exceptions share no base class
+        name = "the model" if isinstance(model, bytes) else model
+        raise UserError(f"{name}: onnxruntime {ort.__version__} cannot load it ({_first_line(error)}).") from None
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).splitlines()
+    return (lines[0] if lines else type(error).__name__)[:300]
+
+
+def run(handle: ort.InferenceSession, batches: Iterable[NDArray[np.float32]]) -> NDArray[np.float32]:
+    """The first output for every batch, joined."""
+    name = handle.get_inputs()[0].name
+    return np.concatenate([handle.run(None, {name: batch})[0] for batch in batches])
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """What runs after optimization: operator counts, and the operator that each named node became."""
+
+    counts: dict[str, int]
+    of: dict[str, str]
+
+    @property
+    def integer(self) -> int:
+        """How many integer kernels there are."""
+        return sum(count for kind, count in self.counts.items() if kind in INTEGER_KERNELS)
+
+
+def kernels(model: str | Path | bytes) -> Kernels:
+    """Optimize a file as a default session does and look at the result."""
+    with tempfile.TemporaryDirectory() as folder:
+        saved = Path(folder) / "optimized.onnx"
+        session(model, save_to=saved)
+        nodes = onnx.load(saved, load_external_data=False).graph.node
+    return Kernels(
+        counts=dict(sorted(Counter(node.op_type for node in nodes).items())),
+        of={_plain(node.name): node.op_type for node in nodes if node.name},
+    )
+
+
+def _plain(name: str) -> str:
+    """A node's name without what the layout optimizer appends to it."""
+    return re.sub(r"(_token_\d+|_nchwc)+$", "", name)
+
+
+def machine() -> dict[str, Any]:
+    """Where a figure was measured."""
+    import os
+    import platform
+
+    return {
+        "platform": platform.platform(terse=True),
+        "processor": _processor() or platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+    }
+
+
+def _processor() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+    found = re.search(r"model name\s*:\s*(.+)", text)
+    return found.group(1).strip() if found else ""
