@@ -6,15 +6,16 @@ are the rows of `METHODS`; stages plug into the slots ``compose``, ``radius`` an
 
 from __future__ import annotations
 
-from flatcompress.flat import curvature, sharpness, when
+from flatcompress.flat import averaging, curvature, guards, landscape, masked, radius, sharpness, terms, trust, when
 from flatcompress.flat.ball import Ball
-from flatcompress.flat.context import HERE, Probe, Program, Step
+from flatcompress.flat.context import HERE, Probe, Program, Result, Step
 from flatcompress.flat.create import create
 from flatcompress.flat.engine import FlatOptimizer
 from flatcompress.flat.method import Method
-from flatcompress.flat.methods import METHODS
+from flatcompress.flat.methods import COMBINATIONS, METHODS
 
 __all__ = [
+    "COMBINATIONS",
     "HERE",
     "METHODS",
     "Ball",
@@ -22,9 +23,17 @@ __all__ = [
     "Method",
     "Probe",
     "Program",
+    "Result",
     "Step",
+    "averaging",
     "create",
     "curvature",
+    "guards",
+    "landscape",
+    "masked",
+    "radius",
     "sharpness",
+    "terms",
+    "trust",
     "when",
 ]

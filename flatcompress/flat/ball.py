@@ -26,7 +26,9 @@ from flatcompress.flat.vectors import Vector
 if TYPE_CHECKING:
     from flatcompress.flat.context import Step
 
+Rho = float | Callable[["Step"], Any]
 Geometry = Callable[["Step", Sequence[int], Sequence[Tensor]], list[Tensor | None]]
+INFINITE = (math.inf, "inf", "infinity")
 SCOPES = ("all", "selected", "per_group", "per_tensor", "per_row")
 
 
@@ -43,6 +45,7 @@ class Ball:
         (every gradient, perturbed or not), ``per_group``, ``per_tensor``, ``per_row`` (each slice along dim 0).
     mask: masks by name, a list of masks, or ``mask(params, gradients) -> list``; 1 where perturbed.
     tiny: added to the norm.
+    key: the entry of a parameter group that replaces rho there.
     """
 
     rho: float | Callable[[Step], float | Tensor] = 0.05
@@ -53,17 +56,18 @@ class Ball:
     scope: str = "selected"
     mask: Any = None
     tiny: float = 1e-12
+    key: str = "rho"
 
     def __post_init__(self) -> None:
         if not callable(self.rho) and not (isinstance(self.rho, int | float) and 0 <= self.rho < math.inf):
-            raise UserError(f"rho is {self.rho!r}; the radius must be a finite number >= 0 (SAM's default is 0.05)")
+            raise UserError(f"{self.key} is {self.rho!r}; the radius must be a finite number >= 0, such as SAM's 0.05")
         if self.eta < 0:
             raise UserError(f"eta is {self.eta!r}; it is added to |w| and must be >= 0")
         if self.scope not in SCOPES:
             raise unknown("norm scope", self.scope, SCOPES)
         if not callable(self.geometry) and self.geometry not in GEOMETRIES:
             raise unknown("geometry", self.geometry, GEOMETRIES)
-        if self.p not in (2, math.inf, "inf", None):
+        if self.p not in (2, *INFINITE, None):
             raise UserError(f"p is {self.p!r}; allowed are 2, inf (math.inf or 'inf') and None (not normalised)")
 
     def __call__(self, step: Step, direction: Sequence[Tensor]) -> list[Tensor | None]:
@@ -72,7 +76,7 @@ class Ball:
         inner = [direction[i] for i in chosen]
         weights = _geometry(self, step, chosen, inner)
         masks = _masks(self.mask, step, chosen, direction)
-        if self.p in (math.inf, "inf"):
+        if self.p in INFINITE:
             moved = [_times(torch.sign(d), t) for d, t in zip(inner, weights)]
             factors: list[Any] = _radii(self, step, chosen)
         else:
@@ -95,7 +99,7 @@ class Ball:
         return step.scatter(moved)
 
 
-BALL_OPTIONS = tuple(field.name for field in fields(Ball) if field.name != "rho")
+BALL_OPTIONS = tuple(field.name for field in fields(Ball) if field.name not in ("rho", "key"))
 
 
 def _times(a: Tensor, b: Tensor | None) -> Tensor:
@@ -169,11 +173,11 @@ def _masks(mask: Any, step: Step, chosen: Sequence[int], direction: Sequence[Ten
 
 def _radii(ball: Ball, step: Step, chosen: Sequence[int]) -> list[float | Tensor]:
     """rho for every perturbed parameter: the radius slot, else the parameter group's own rho, else the ball's."""
-    if step.radius is not None:
+    if step.radius is not None and ball.key == "rho":
         slot = step.radius(step.params)
-        return [slot[i] for i in chosen]
+        return [_broadcast(slot[i], step.params[i]) for i in chosen]
     rho = ball.rho(step) if callable(ball.rho) else ball.rho
-    return [step.option(i, "rho", rho) for i in chosen]
+    return [step.option(i, ball.key, rho) for i in chosen]
 
 
 def _factors(
@@ -196,9 +200,7 @@ def _factors(
 
 def _factor(rho: float | Tensor, size: Tensor, tiny: float, shared: dict[Any, Any]) -> Any:
     """rho / (size + tiny), computed once for all parameters that share both."""
-    if isinstance(rho, Tensor):
-        return rho.to(size) / (size + tiny)
-    key = (rho, id(size))
+    key = (id(rho) if isinstance(rho, Tensor) else rho, id(size))
     if key not in shared:
         shared[key] = rho / (size + tiny)
     return shared[key]
@@ -228,12 +230,14 @@ def _scaled(moved: Vector, factors: Sequence[Any]) -> Vector:
         return vectors.scale(moved, factors[0])
     if moved and all(isinstance(f, int | float) for f in factors):
         return list(torch._foreach_mul(moved, [float(f) for f in factors]))
-    return [e * (_broadcast(f, e) if isinstance(f, Tensor) else f) for e, f in zip(moved, factors)]
+    return [e * f for e, f in zip(moved, factors)]
 
 
-def _broadcast(factor: Tensor, like: Tensor) -> Tensor:
+def _broadcast(factor: float | Tensor, like: Tensor) -> float | Tensor:
     """A radius of one value per row may come as [out]: give it the missing trailing dimensions."""
-    factor = factor.to(like)
+    if not isinstance(factor, Tensor):
+        return factor
+    factor = factor.detach().to(like)
     if factor.dim() == 1 and like.dim() > 1 and factor.shape[0] == like.shape[0]:
         factor = factor.reshape(-1, *[1] * (like.dim() - 1))
     return factor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,10 +32,6 @@ ZEROED = (
 NO_GRADIENT = (
     "the closure left no gradient on any trainable parameter of this optimizer; it must call loss.backward() "
     "(or scaler.scale(loss).backward()) and must not zero gradients afterwards"
-)
-NEEDS_KEEP = (
-    "this method evaluates a subset of the samples: the closure must take one argument, the indices to keep or None "
-    "for all, call backward() only when torch.is_grad_enabled(), and return one loss per sample"
 )
 
 
@@ -78,7 +75,15 @@ def evaluate(closure: Closure, params: Sequence[nn.Parameter], probe: Probe) -> 
 
 
 def _call(closure: Closure, probe: Probe) -> Any:
-    return closure() if probe.keep is None else closure(probe.keep)
+    return closure(keep=probe.keep) if takes_keep(closure) else closure()
+
+
+def takes_keep(closure: Closure) -> bool:
+    """Does the closure have a parameter ``keep``, the samples to use? Parameters of other names are its own affair."""
+    try:
+        return "keep" in inspect.signature(closure).parameters
+    except (TypeError, ValueError):
+        return False
 
 
 def _check_mark(sentinel: nn.Parameter, mark: Tensor) -> None:

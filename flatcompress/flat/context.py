@@ -35,7 +35,17 @@ class Probe:
 
 
 HERE = Probe()
-Program = Generator[Probe, Vector, Vector]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a program returns when it keeps something else for REMEMBER and UPDATE than the gradients at its probes."""
+
+    combined: Vector
+    kept: Sequence[Vector]
+
+
+Program = Generator[Probe, Vector, "Vector | Result"]
 
 
 @dataclass
@@ -56,7 +66,11 @@ class Memory:
 
 @dataclass
 class Step:
-    """One step in progress. ``params`` are the trainable parameters, in order; every vector is aligned to them."""
+    """One step in progress. ``params`` are the trainable parameters, in order; every vector is aligned to them.
+
+    selected: indices of the parameters that may be perturbed. losses: of the probes so far, a scalar or one per
+    sample. selective: the closures take ``keep``. scratch: what a part leaves for a later part of the same step.
+    """
 
     t: int
     model: nn.Module
@@ -72,6 +86,8 @@ class Step:
     radius: Callable[[list[nn.Parameter]], Sequence[Tensor | float]] | None = None
     clip: Callable[[Vector], Vector] = list
     losses: list[Tensor] = field(default_factory=list)
+    selective: bool = False
+    scratch: dict[str, Any] = field(default_factory=dict)
 
     @property
     def weights(self) -> list[nn.Parameter]:

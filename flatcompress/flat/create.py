@@ -17,7 +17,7 @@ from flatcompress.flat.ball import BALL_OPTIONS
 from flatcompress.flat.context import Step
 from flatcompress.flat.engine import Compose, FlatOptimizer, Radius, Settings
 from flatcompress.flat.method import Method, When, plain
-from flatcompress.flat.methods import METHODS
+from flatcompress.flat.methods import COMBINATIONS, METHODS
 from flatcompress.flat.when import WHEN, bernoulli, interval
 
 PERTURB = ("per_replica", "synced")
@@ -96,12 +96,16 @@ def create(
     flat = FlatOptimizer(name, model, optimizer, method, settings)
     if name != "none":
         _check_precision(flat, low_precision)
+    if radius is not None and (method.ball is None or method.ball.key != "rho"):
+        raise UserError(f"{name!r} has no single ball whose radius `radius` could replace; use 'sam', 'asam' or 'sagm'")
+    if method.check is not None:
+        method.check(flat.context())
     return flat
 
 
 def build(name: str, **hyper: Any) -> Method:
     """The `Method` of a registered name; refuses options that neither the method nor its ball has."""
-    entry = METHODS[name]
+    entry = COMBINATIONS[name] if name in COMBINATIONS else METHODS[name]
     parameters = inspect.signature(entry.make).parameters
     takes_ball = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     named = [p.name for p in parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]

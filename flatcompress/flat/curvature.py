@@ -55,19 +55,28 @@ def ggn_product(at: Probed, held: Held, v: Sequence[Tensor]) -> Vector:
 
 
 def _ggn_batch(at: Probed, x: Tensor, y: Tensor, v: Sequence[Tensor]) -> Vector:
-    with torch.enable_grad():
+    def logits() -> Tensor:
         out = at.model(x)
-        z = getattr(out, "logits", out)
-        dummy = torch.zeros_like(z, requires_grad=True)
-        pulled = torch.autograd.grad(z, at.params, dummy, create_graph=True, allow_unused=True)
-        # The derivative of J'u along u, in direction v, is J v: forward mode from two reverse passes.
-        inner = sum(((g * u).sum() for g, u in zip(pulled, v) if g is not None), torch.zeros(()))
-        (jv,) = torch.autograd.grad(inner, dummy)
+        return getattr(out, "logits", out)
+
+    jv = jacobian_product(logits, at.params, v)
+    with torch.enable_grad():
+        z = logits()
         point = z.detach().requires_grad_(True)
         (slope,) = torch.autograd.grad(at.loss(point, y), point, create_graph=True)
-        (curved,) = torch.autograd.grad((slope * jv.detach()).sum(), point)
+        (curved,) = torch.autograd.grad((slope * jv).sum(), point)
         found = torch.autograd.grad(z, at.params, curved, allow_unused=True)
     return [torch.zeros_like(p) if g is None else g for p, g in zip(at.params, found)]
+
+
+def jacobian_product(f: Callable[[], Tensor], params: Sequence[Tensor], v: Sequence[Tensor]) -> Tensor:
+    """J v for J the Jacobian of ``f()`` by ``params``: the derivative of J'u along u, from two reverse passes."""
+    with torch.enable_grad():
+        z = f()
+        u = torch.zeros_like(z, requires_grad=True)
+        pulled = torch.autograd.grad(z, params, u, create_graph=True, allow_unused=True)
+        inner = sum(((g * d).sum() for g, d in zip(pulled, v) if g is not None), torch.zeros(()))
+        return torch.autograd.grad(inner, u)[0]
 
 
 PRODUCTS = {"hessian": hessian_product, "ggn": ggn_product}

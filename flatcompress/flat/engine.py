@@ -8,6 +8,7 @@ distributed reduction happen once, on the combined gradient; the state is comple
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -126,7 +127,7 @@ class FlatOptimizer(Optimizer):
         before = self.memory.copy()
         self._stepping = True
         try:
-            step = self._context()
+            step = self.context()
             with self._buffers.kept_on_error():
                 run = self._run(step, closures, second)
             if run.finite:
@@ -149,7 +150,7 @@ class FlatOptimizer(Optimizer):
         """The name of every parameter by its id."""
         return names_of(self.model, [p for group in self.param_groups for p in group["params"]])
 
-    def _context(self) -> Step:
+    def context(self) -> Step:
         """The trainable parameters as they are now: freezing, unfreezing and new groups need no notice."""
         everything = [(p, g) for g in self.param_groups for p in g["params"]]
         live = [(j, p, g) for j, (p, g) in enumerate(everything) if p.requires_grad]
@@ -161,7 +162,7 @@ class FlatOptimizer(Optimizer):
         chosen = self.settings.perturbed
         return Step(
             t=self.t,
-            model=self.model,
+            model=unwrapped(self.model),
             base=self.base,
             params=[p for _, p, _ in live],
             indices=[j for j, _, _ in live],
@@ -181,7 +182,9 @@ class FlatOptimizer(Optimizer):
         chosen = self.method.program if self.method.when(step) else self.method.otherwise
         self._replicas.share_buffers()
         if self.settings.chunks == "joint" or len(closures) == 1:
-            run = self._passes(step).run(chosen(step), closures, second, self._keeps_probes)
+            run = self._passes(step).run(
+                chosen(step), closures, second, self.method.keeps, self.settings.compose is not None
+            )
         else:
             run = self._independent(step, chosen, closures, second)
         if self.settings.perturb == "per_replica" and self._replicas.size > 1:
@@ -197,16 +200,14 @@ class FlatOptimizer(Optimizer):
         total: Run | None = None
         for k, closure in enumerate(closures):
             extra = second[k : k + 1] if len(second) == len(closures) else second
-            run = self._passes(step).run(chosen(step), [closure], extra, self._keeps_probes)
+            run = self._passes(step).run(
+                chosen(step), [closure], extra, self.method.keeps, self.settings.compose is not None
+            )
             total = run if total is None else total.plus(run)
             if not total.finite and self._replicas.size == 1:
                 return total
         assert total is not None
         return total.over(len(closures))
-
-    @property
-    def _keeps_probes(self) -> bool:
-        return self.settings.compose is not None or self.method.needs_probes
 
     def _passes(self, step: Step) -> Passes:
         s = self.settings
@@ -214,15 +215,16 @@ class FlatOptimizer(Optimizer):
         return Passes(self.model, step, self._points, self._buffers, self._replicas, s.scaler, synced, s.replay_noise)
 
     def _reduce(self, run: Run) -> None:
-        """One reduction of the combined gradient; of the probes too when COMPOSE is to decide alike everywhere."""
-        own = [] if self.settings.compose is None else run.probes
-        separate = [probe for probe in own if not any(a is b for a, b in zip(probe, run.combined))]
+        """One reduction of the combined gradient, and of what COMPOSE, REMEMBER and UPDATE decide by where they are."""
+        done = {id(g) for g in run.combined}
         run.absent, run.finite = self._replicas.mean_(run.combined, run.absent, run.finite)
-        for probe in separate:
-            self._replicas.mean_(probe, run.absent)
+        for vector in (*run.probes, *run.kept):
+            rest = [g for g in vector if id(g) not in done]
+            done.update(id(g) for g in rest)
+            self._replicas.mean_(rest, [False] * len(rest))
 
     def _apply(self, step: Step, run: Run) -> None:
-        """COMPOSE, filters, clipping, the base optimizer, AFTER. The weights are unperturbed here."""
+        """COMPOSE, filters, clipping, REMEMBER, UPDATE. The weights are unperturbed here."""
         combined = run.combined
         if self.settings.compose is not None:
             combined, run.absent = self._composed(step, run)
@@ -231,13 +233,10 @@ class FlatOptimizer(Optimizer):
         combined = self._clip(combined)
         for p, g, gone in zip(step.params, combined, run.absent):
             p.grad = None if gone else g
-        if self.settings.safety is None:
-            self.method.update(step, combined, self._base_step)
-        else:
-            with self.settings.safety(step, combined):
-                self.method.update(step, combined, self._base_step)
-        if self.method.after is not None:
-            self.method.after(step, run.probes, combined)
+        if self.method.remember is not None:
+            self.method.remember(step, run.kept, combined)
+        with nullcontext() if self.settings.safety is None else self.settings.safety(step, combined):
+            self.method.update(step, run.kept, combined, self._base_step)
 
     def _base_step(self) -> None:
         with torch.enable_grad():
@@ -283,7 +282,7 @@ class FlatOptimizer(Optimizer):
         params = [p for group in self.param_groups for p in group["params"]]
         self.memory.values = dict(own["values"])
         for key, slot in own["slots"].items():
-            self.memory.slots[key] = {int(j): t.to(params[int(j)], copy=True) for j, t in slot.items()}
+            self.memory.slots[key] = {int(j): t.to(params[int(j)].device, copy=True) for j, t in slot.items()}
 
 
 def names_of(model: nn.Module, params: Sequence[nn.Parameter]) -> dict[int, str]:

@@ -7,8 +7,8 @@ PROBES    method.program(step): a generator that yields the points where gradien
               return (yield Probe(ball(step, g0)))
           DIRECTION and BALL are functions that a program calls between two probes.
 OTHERWISE the program of the steps that WHEN leaves out
-UPDATE    what applies the combined gradient, normally the base optimizer
-AFTER     what happens once the weights have moved: state for the next step
+REMEMBER  state for later steps, from the gradients of this one
+UPDATE    what applies the combined gradient: normally the base optimizer, with what belongs AFTER it
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from flatcompress.flat.context import HERE, Program, Step
 from flatcompress.flat.vectors import Vector
 
 When = Callable[[Step], bool]
-Update = Callable[[Step, Vector, Callable[[], None]], None]
-After = Callable[[Step, Sequence[Vector], Vector], None]
+Remember = Callable[[Step, Sequence[Vector], Vector], None]
+Update = Callable[[Step, Sequence[Vector], Vector, Callable[[], None]], None]
 
 
 def always(step: Step) -> bool:
@@ -35,7 +35,7 @@ def plain(step: Step) -> Program:
     return (yield HERE)
 
 
-def base_update(step: Step, combined: Vector, apply: Callable[[], None]) -> None:
+def base_update(step: Step, kept: Sequence[Vector], combined: Vector, apply: Callable[[], None]) -> None:
     """UPDATE: the base optimizer's own step."""
     apply()
 
@@ -45,13 +45,16 @@ class Method:
     """One row; the module's text says what each part does.
 
     ball: the ball that ``program`` uses, if it has one.
-    needs_probes: AFTER wants the gradients at the probes, so they are kept (and averaged over micro-batches).
+    keeps: REMEMBER or UPDATE want what the program kept (its `Result.kept`, else the gradients at its probes).
+        It is averaged over micro-batches and processes, so state is the same in every process.
+    check: called once with a step when an optimizer is created; raises UserError where the method cannot work.
     """
 
     program: Callable[[Step], Program] = plain
     ball: Ball | None = None
     when: When = always
     otherwise: Callable[[Step], Program] = plain
+    remember: Remember | None = None
     update: Update = base_update
-    after: After | None = None
-    needs_probes: bool = False
+    keeps: bool = False
+    check: Callable[[Step], None] | None = None

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from flatcompress.errors import UserError
 from flatcompress.flat import vectors
-from flatcompress.flat.closures import Closure, Reading, evaluate
-from flatcompress.flat.context import Probe, Program, Step
+from flatcompress.flat.closures import Closure, Reading, evaluate, takes_keep
+from flatcompress.flat.context import Probe, Program, Result, Step
 from flatcompress.flat.distributed import Replicas, unscale_
 from flatcompress.flat.freeze import Buffers, RandomState, replayed
 from flatcompress.flat.vectors import Vector
@@ -21,10 +21,15 @@ from flatcompress.flat.vectors import Vector
 
 @dataclass
 class Run:
-    """What a program made of its passes. ``absent``: parameters that no pass gave a gradient."""
+    """What a program made of its passes.
+
+    probes: the gradients at its points, for COMPOSE. kept: what REMEMBER and UPDATE get. absent: parameters that no
+    pass gave a gradient.
+    """
 
     combined: Vector
     probes: list[Vector]
+    kept: list[Vector]
     losses: list[Tensor]
     absent: list[bool]
     backwards: int
@@ -36,6 +41,7 @@ class Run:
         return Run(
             vectors.add(self.combined, other.combined),
             [vectors.add(a, b) for a, b in zip(self.probes, other.probes)],
+            [vectors.add(a, b) for a, b in zip(self.kept, other.kept)],
             [a + b for a, b in zip(self.losses, other.losses)],
             [a and b for a, b in zip(self.absent, other.absent)],
             self.backwards,
@@ -46,7 +52,7 @@ class Run:
     def over(self, count: int) -> Run:
         """Divide sums by the number of micro-batches, in place."""
         share = 1.0 / count
-        for vector in (self.combined, *self.probes):
+        for vector in (self.combined, *self.probes, *self.kept):
             torch._foreach_mul_(vector, share)
         self.losses = [loss * share for loss in self.losses]
         return self
@@ -116,25 +122,33 @@ class Passes:
     finite: bool = True
     _noise: RandomState | None = None
 
-    def run(self, program: Program, closures: Sequence[Closure], second: Sequence[Closure], keep: bool) -> Run:
+    def run(
+        self, program: Program, closures: Sequence[Closure], second: Sequence[Closure], keep: bool, compose: bool
+    ) -> Run:
         """Send every gradient to the program until it returns the combined one."""
         self.step.losses = []
+        self.step.selective = all(takes_keep(closure) for closure in closures)
         if self.replay:
             self._noise = RandomState.now(self._devices())
-        combined: Vector = []
+        result: Vector | Result = []
         gradient: Vector | None = None
         try:
             while self.finite or self.replicas.size > 1:  # other processes may be waiting for our share
                 probe = next(program) if gradient is None else program.send(gradient)
                 gradient = self.gradient(probe, second if probe.auxiliary else closures)
-            program.close()
         except StopIteration as stop:
-            combined = stop.value
+            result = stop.value
+        finally:
+            program.close()
+        combined = result.combined if isinstance(result, Result) else result
         never = [not any(there) for there in zip(*self.present)]
         absent = [lost or id(g) in self.fillers for lost, g in zip(never, combined)]
         losses = [loss.mean() for loss in self.step.losses]
-        probes = self.probes if keep else []
-        return Run(combined, probes, losses, absent, len(self.present), self.from_here, self.finite)
+        kept = list(result.kept) if isinstance(result, Result) else self.probes if len(self.probes) > 1 else []
+        probes = self.probes if compose else []
+        return Run(
+            combined, probes, kept if keep else [], losses, absent, len(self.present), self.from_here, self.finite
+        )
 
     def gradient(self, probe: Probe, closures: Sequence[Closure]) -> Vector:
         """The mean gradient over ``closures`` at w + shift; an empty list when the probe asks for losses alone."""
