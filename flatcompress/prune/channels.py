@@ -93,6 +93,8 @@ def runs(mask: Tensor) -> list[list[int]]:
 def _from_runs(pairs: Any, total: int, where: str) -> Tensor:
     mask = torch.zeros(total, dtype=torch.bool)
     last = 0
+    if not isinstance(pairs, list) or not pairs:
+        raise UserError(f"{where}: the plan keeps no channel here ({pairs!r}).")
     for pair in pairs:
         if not (isinstance(pair, list) and len(pair) == 2 and last <= pair[0] < pair[1] <= total):
             raise UserError(f"{where}: {pair!r} is no range of kept channels of {total}.")

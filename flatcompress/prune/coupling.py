@@ -180,8 +180,8 @@ def _unseen(model: nn.Module, example_input: Tensor) -> str:
         output = model(example_input)
     found = f"a tensor of {output.dtype}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
     return (
-        f"the dependency graph of {type(model).__name__} cannot be read: its output ({found}) has no gradient path to any "
-        "layer. forward() must return logits that were not detached."
+        f"the dependency graph of {type(model).__name__} cannot be read: its output ({found}) has no gradient path to "
+        "any layer. forward() must return logits that were not detached."
     )
 
 

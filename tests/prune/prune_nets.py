@@ -1,4 +1,4 @@
-"""Small networks with every kind of coupling, and the one question asked of all of them: does the cut equal the mask?"""
+"""Small networks with every kind of coupling, and the one question asked of all: does the cut equal the mask?"""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Concat(nn.Module):
 
 
 class Grouped(nn.Module):
-    """A grouped convolution, a depthwise one that doubles its channels, PReLU, InstanceNorm and per-channel GroupNorm."""
+    """A grouped convolution, a depthwise one that doubles its channels, PReLU, norms per channel, a transposed one."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -48,7 +49,7 @@ def test_cubic_schedule() -> None:
 def test_every_schedule_starts_dense_ends_at_the_target_and_never_grows(kind: str) -> None:
     left = [left_after(kind, 1.0, 0.3, r, 5) for r in range(7)]
     assert left[0] == 1 and left[5] == pytest.approx(0.3) and left[6] == left[5]
-    assert all(later <= earlier for earlier, later in zip(left, left[1:]))
+    assert all(later <= earlier for earlier, later in itertools.pairwise(left))
 
 
 def test_events_come_on_time_and_end_at_the_budget() -> None:

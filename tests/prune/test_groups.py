@@ -141,7 +141,7 @@ class Blind(Plain):
 
 
 def test_graph_that_cannot_be_read_is_a_clear_error() -> None:
-    with pytest.raises(UserError, match="Blind.*int64"):
+    with pytest.raises(UserError, match=r"Blind.*int64"):
         find_groups(Blind(), images())
 
 

@@ -122,7 +122,7 @@ def test_plan_of_another_model_is_refused_with_the_first_layer() -> None:
     with pytest.raises(UserError, match=r"conv2: the plan masks a weight of \[16, 8, 3, 3\]"):
         apply_plan(wide, plan)
     assert not list(masks.masked_layers(wide))
-    with pytest.raises(UserError, match="conv1: .* Sequential does not have"):
+    with pytest.raises(UserError, match=r"conv1: .* Sequential does not have"):
         apply_plan(nn.Sequential(nn.Linear(2, 2)), plan)
 
 
