@@ -24,11 +24,13 @@ HOLDER = "traced"  # submodule for what the trace needs and the model did not ow
 _counter = 0
 
 
-def install(model: nn.Module, gm: fx.GraphModule) -> nn.Module:
+def install(model: nn.Module, gm: fx.GraphModule, shown: fx.Graph | None = None) -> nn.Module:
     """Let ``model`` run ``gm``'s graph from now on; the same object is returned.
 
     Every module and attribute the graph names must exist on ``model`` (the holder of traced constants is moved over).
-    Raises UserError when ``forward`` has been replaced on the instance, since that would hide the graph.
+    ``shown``: the graph that `trace` and `installed_graph` give back, when it is not the one that runs (a forward that
+    imitates what the exported file does by itself). Raises UserError when ``forward`` has been replaced on the
+    instance, since that would hide the graph.
     """
     if "forward" in vars(model):
         raise UserError(
@@ -39,7 +41,7 @@ def install(model: nn.Module, gm: fx.GraphModule) -> nn.Module:
     if isinstance(holder, nn.Module) and not hasattr(model, HOLDER):
         model.add_module(HOLDER, holder)
     base = original_class(model)
-    namespace = {"forward": _compile(gm.graph), "_installed_graph": gm.graph, "_original_class": base}
+    namespace = {"forward": _compile(gm.graph), "_installed_graph": shown or gm.graph, "_original_class": base}
     model.__class__ = type(
         base.__name__, (base,), {**namespace, "__module__": base.__module__, "__doc__": base.__doc__}
     )

@@ -7,6 +7,10 @@ compose functions for a two-probe optimizer step and plain numbers (`activation_
 
 from __future__ import annotations
 
+from flatcompress.quant.batchnorm import reestimate_batchnorm
+from flatcompress.quant.compose import Alternation, ScaleBloop
+from flatcompress.quant.conflict import ScaleConflict
+from flatcompress.quant.distill import distillation_loss
 from flatcompress.quant.layers import (
     activation_quantizers,
     apply,
@@ -20,17 +24,30 @@ from flatcompress.quant.layers import (
     tensor_quantizers,
 )
 from flatcompress.quant.methods import QUANTIZERS
+from flatcompress.quant.oscillation import OscillationTracker, anneal, dampening_loss
+from flatcompress.quant.rounding import set_bias_rounding
+from flatcompress.quant.saq import QuantizedPoint
 
 __all__ = [
     "QUANTIZERS",
+    "Alternation",
+    "OscillationTracker",
+    "QuantizedPoint",
+    "ScaleBloop",
+    "ScaleConflict",
     "activation_quantizers",
+    "anneal",
     "apply",
     "calibrate",
+    "dampening_loss",
+    "distillation_loss",
     "explain",
     "is_quantized",
     "quantize",
     "quantized_layers",
+    "reestimate_batchnorm",
     "scale_names",
     "scale_parameters",
+    "set_bias_rounding",
     "tensor_quantizers",
 ]

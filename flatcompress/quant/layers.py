@@ -16,6 +16,7 @@ from flatcompress.quant import operators, placement
 from flatcompress.quant.lsq import Observer, StepQuantizer
 from flatcompress.quant.methods import QUANTIZERS, float_dtype
 from flatcompress.quant.modules import ActivationQuantizer, QuantizedLayer, quantize_layer
+from flatcompress.quant.rounding import with_rounding
 
 HOLDER = "quantizers"
 
@@ -122,7 +123,7 @@ def _convert(
     model.add_module(HOLDER, holder)
     gm.add_module(HOLDER, holder)
     operators.insert(gm, tensors, HOLDER)
-    install(model, gm)
+    install(model, with_rounding(model, gm.graph), shown=gm.graph)
     return holder.data
 
 

@@ -336,3 +336,23 @@ def _check_patterns(patterns: Iterable[str], names: list[str], paths: list[str],
             guess = nearest(pattern, names)
             hint = f" Did you mean {guess!r}?" if guess else ""
             raise UserError(f"{key}: {pattern!r} matches no layer.{hint} Layers: {', '.join(names)}.")
+
+
+def readers_of_quantizers(graph: fx.Graph, names: set[str]) -> dict[str, str]:
+    """For each activation quantizer the first quantized layer that reads it, or itself when there is none."""
+    found = {}
+    for node in graph.nodes:
+        if node.op == "call_module" and str(node.target).startswith("quantizers."):
+            found[str(node.target)] = _first_layer(node, names) or str(node.target)
+    return found
+
+
+def _first_layer(node: fx.Node, names: set[str]) -> str | None:
+    frontier = list(node.users)
+    while frontier:
+        user = frontier.pop(0)
+        if user.op == "call_module" and str(user.target) in names:
+            return None if str(user.target).startswith("quantizers.") else str(user.target)
+        if user.target in PASSES:
+            frontier.extend(user.users)
+    return None
