@@ -1,0 +1,162 @@
+"""What a run shows on the terminal: the ledger as a table, and live progress that is quiet when nobody watches.
+
+Both take the plain data of the ledger and of log events. On a terminal `Progress` keeps one live line (stage, epoch,
+loss, accuracy, time left) below a line for every finished stage; anywhere else it prints a single line a stage and
+warning, so that a log file of a batch system stays readable.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from flatcompress.report.numbers import duration, mapping, number, percent, significant, size, text
+from flatcompress.report.tables import ACCURACIES, COLUMNS, lookup
+
+
+def ledger_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """The ledger as a rich table: a row per stage, columns that nobody measured left out, a dash for a null."""
+    plain = [dict(row) for row in rows]
+    columns = [c for c in COLUMNS if c.key != "passes" and any(lookup(r, c.key) is not None for r in plain)]
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
+    table.add_column("stage", no_wrap=True)
+    table.add_column("method", style="dim", overflow="ellipsis")
+    for column in columns:
+        table.add_column(column.title.lower(), justify="right", no_wrap=True)
+    for i, row in enumerate(plain):
+        style = "bold" if i == len(plain) - 1 else ""
+        cells = [Text(column.show(lookup(row, column.key))) for column in columns]
+        table.add_row(Text(text(row.get("stage"), 24)), Text(text(row.get("method"), 24)), *cells, style=style)
+    return table
+
+
+class Progress:
+    """Shows log events as they come; a context manager.
+
+    ``console`` defaults to stderr. ``event`` takes one event dict and never raises for a strange one: showing progress
+    must not cost a run.
+
+    >>> import io
+    >>> out = io.StringIO()
+    >>> with Progress(Console(file=out)) as progress:
+    ...     progress.event({"event": "warning", "stage": "1-prune", "message": "fc keeps its channels"})
+    >>> print(out.getvalue().strip())
+    ! 1-prune: fc keeps its channels
+    """
+
+    def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self.console = console or Console(stderr=True, highlight=False)
+        self._clock = clock
+        self._live: Live | None = None
+        self._stage: dict[str, Any] = {}
+        self._epoch: dict[str, Any] = {}
+        self._entered = clock()
+        self._first: float | None = None  # epochs that were done before this process began
+
+    def __enter__(self) -> Progress:
+        if self.console.is_terminal and not self.console.is_dumb_terminal:
+            self._live = Live(self, console=self.console, refresh_per_second=4, transient=True)
+            self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if self._live is not None:
+            self._stage = {}
+            self._live.stop()
+            self._live = None
+
+    def __call__(self, event: Mapping[str, Any]) -> None:
+        """The same as `event`."""
+        self.event(event)
+
+    def event(self, event: Mapping[str, Any]) -> None:
+        """Take one event of the log."""
+        show = getattr(self, f"_on_{text(event.get('event'), 20)}", None)
+        if show is not None:
+            show(event)
+
+    def __rich__(self) -> Table | Text:
+        """The live line."""
+        if not self._stage:
+            return Text("")
+        grid = Table.grid(padding=(0, 2))
+        done, total = number(self._epoch.get("epoch")) or 0, number(self._stage.get("epochs"))
+        cells: list[Any] = [Text(self._label(), style="bold")]
+        if total:
+            cells += [
+                ProgressBar(total=total, completed=min(done, total), width=24),
+                Text(f"epoch {done:.0f}/{total:.0f}"),
+            ]
+            cells += [Text(part, style="dim") for part in (_measures(self._epoch), self._time_left()) if part]
+        else:
+            cells.append(Text(duration(self._clock() - self._entered), style="dim"))
+        grid.add_row(*cells)
+        return grid
+
+    def _on_run(self, event: Mapping[str, Any]) -> None:
+        resumed = text(event.get("resumed_at"), 60)
+        self._say(
+            f"{text(event.get('name'), 60)}: goes on at {resumed}" if resumed else text(event.get("name"), 60), "dim"
+        )
+
+    def _on_stage(self, event: Mapping[str, Any]) -> None:
+        self._stage, self._epoch, self._first = dict(event), {}, None
+        self._entered = self._clock()
+        if self._live is None:
+            epochs = number(event.get("epochs"))
+            self._say(f"{self._label()}: {epochs:.0f} epochs" if epochs else self._label())
+
+    def _on_epoch(self, event: Mapping[str, Any]) -> None:
+        self._epoch = dict(event)
+        now = number(event.get("epoch"))
+        if self._first is None and now is not None:
+            self._first = now - 1
+        self._stage.setdefault("epochs", event.get("epochs"))
+
+    def _on_row(self, event: Mapping[str, Any]) -> None:
+        row = mapping(event.get("row"))
+        name = text(event.get("stage"), 40) or text(row.get("stage"), 40)
+        shares = [(title.lower(), lookup(row, f"accuracy.{key}")) for key, title, _ in ACCURACIES]
+        parts = [f"{title} {percent(value)}" for title, value in shares if value is not None]
+        parts += [size(row["bytes"])] if row.get("bytes") is not None else []
+        parts += [duration(row["seconds"])] if row.get("seconds") is not None else []
+        self._stage, self._epoch = {}, {}
+        self._say(f"{name}  " + " · ".join(parts), mark="✓ ")
+
+    def _on_warning(self, event: Mapping[str, Any]) -> None:
+        where = text(event.get("stage"), 40)
+        self._say((f"{where}: " if where else "") + text(event.get("message"), 300), "yellow", mark="! ")
+
+    def _on_stopped(self, event: Mapping[str, Any]) -> None:
+        self._say(text(event.get("reason"), 300), "yellow", mark="! ")
+
+    def _label(self) -> str:
+        index, total = number(self._stage.get("index")), number(self._stage.get("of"))
+        place = f"[{index + 1:.0f}/{total:.0f}] " if index is not None and total is not None else ""
+        method = text(self._stage.get("method"), 30)
+        return place + text(self._stage.get("stage"), 40).split("-", 1)[-1] + (f" ({method})" if method else "")
+
+    def _time_left(self) -> str:
+        done, total = number(self._epoch.get("epoch")), number(self._stage.get("epochs"))
+        if done is None or total is None or self._first is None or done <= self._first or done >= total:
+            return ""
+        rate = (self._clock() - self._entered) / (done - self._first)
+        return f"{duration(rate * (total - done))} left"
+
+    def _say(self, line: str, style: str = "", mark: str = "") -> None:
+        if line.strip():
+            self.console.print(Text(mark + line, style=style), soft_wrap=True)
+
+
+def _measures(epoch: Mapping[str, Any]) -> str:
+    parts = [f"loss {significant(epoch['loss'])}"] if epoch.get("loss") is not None else []
+    parts += [f"val {percent(epoch['val_accuracy'])}"] if epoch.get("val_accuracy") is not None else []
+    return " · ".join(parts)
