@@ -105,7 +105,7 @@ def bench_file(file: Path, threads: int, runs: int) -> dict[str, Any]:
     """Latency, load time and size of an ONNX file, here."""
     if not file.is_file():
         raise UserError(f"{file}: not a file. Give an ONNX file, for example runs/quickstart/model.onnx.")
-    return onnx_export.bench(file, threads=threads, runs=runs)
+    return onnx_export.bench(file, threads=[threads], runs=runs)
 
 
 def rebuild_report(folder: Path) -> Path:
@@ -186,10 +186,13 @@ def export_checkpoint(folder: Path, profile: str, output: Path | None, opset: in
     if quantized == profile.startswith("float"):
         kind = "quantized" if quantized else "float"
         raise UserError(f"profile {profile!r} does not fit: the checkpoint is {kind}.")
-    path = output or folder / f"model-{profile}.onnx"
-    export_stage.write(work, ExportConfig(profile=profile, opset=opset), path)
-    assert work.certificate is not None
-    return {"onnx": str(path), **work.certificate}
+    path = output or folder / profile / "model.onnx"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path.parent}: cannot be written ({error.strerror}).") from None
+    _, certificate = export_stage.write(work, ExportConfig(profile=profile, opset=opset), path)
+    return {"onnx": str(path), **certificate}
 
 
 def measure_sharpness(folder: Path, stage: str | None, samples: int) -> dict[str, Any]:

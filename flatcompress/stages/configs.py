@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from flatcompress.errors import nearest, unknown
 
@@ -18,6 +18,20 @@ Bits = Annotated[int, Field(ge=2, le=8)]
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
+
+
+def _size(value: Any) -> Any:
+    """A number with k, M or G behind it, as people write sizes: 200k is 200,000."""
+    if isinstance(value, str) and value and value[-1] in _UNITS:
+        try:
+            return float(value[:-1]) * _UNITS[value[-1]]
+        except ValueError:
+            return value
+    return value
+
+
+_UNITS = {"k": 1e3, "M": 1e6, "G": 1e9}
+Size = Annotated[float, BeforeValidator(_size), Field(gt=0.0)]
 
 
 class Strict(BaseModel):
@@ -153,6 +167,10 @@ class PruneConfig(TrainingKeys):
     ratio: Share | None = Field(None, description="share of channels to remove (default 0.5 when no budget is given)")
     macs: Share | None = Field(None, description="budget: multiply-accumulates to keep, as a share")
     params: Share | None = Field(None, description="budget: parameters to keep, as a share")
+    bytes: Size | None = Field(
+        None, description="budget: bytes of the weights to keep, as a share or absolute (200k, 1.5M), at budget_bits"
+    )
+    budget_bits: Bits = Field(8, description="bits per weight that a bytes budget is counted at")
     flat: str | None = Field(None, description="flat method while pruning, in place of the pruning method's own")
     importance: str | None = Field(None, description="channel importance; see `flatcompress list importances`")
     schedule_steps: Annotated[int, Field(ge=1)] = Field(8, description="prune events in step 2")
@@ -161,6 +179,9 @@ class PruneConfig(TrainingKeys):
     )
     rho_min: NonNegative = Field(0.01, description="AdaSAP: radius of the most important channel")
     rho_max: Positive = Field(2.0, description="AdaSAP: radius of the least important channel, and of step 3")
+    strength: NonNegative | None = Field(
+        None, description="factor of the pull towards zero (masksparsity, group_norm, growing_reg); default: its own"
+    )
     norm: Literal["global", "per_neuron"] = Field("global", description="AdaSAP: scope of the perturbation's norm")
     warmup_share: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.12, description="share of the steps before step 2")
     prune_share: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(0.3, description="share of the steps in step 2")
@@ -182,7 +203,7 @@ class PruneConfig(TrainingKeys):
 
     @model_validator(mode="after")
     def _one_budget(self) -> PruneConfig:
-        given = [name for name in ("ratio", "macs", "params") if getattr(self, name) is not None]
+        given = [name for name in ("ratio", "macs", "params", "bytes") if getattr(self, name) is not None]
         if len(given) > 1:
             raise KeyProblem(given[1], f"give one budget, not {' and '.join(given)}.")
         if not given:

@@ -2,27 +2,127 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import nn
 
-from flatcompress import __version__, onnx_export
-from flatcompress.plan import Plan, apply_plan
+from flatcompress import onnx_export
+from flatcompress.onnx_export import latency, sessions
 from flatcompress.stages.configs import ExportConfig
-from flatcompress.stages.measure import accuracies, weights
+from flatcompress.stages.measure import accuracies
 from flatcompress.stages.workpiece import Workpiece
+from flatcompress.training.loop import loader
+from flatcompress.training.storage import write_json_atomic
+
+BATCH = 256
 
 
 def run(work: Workpiece, config: ExportConfig) -> Workpiece:
-    """Write model.onnx and certificate.json into the run folder and append the exported file's row to the ledger."""
+    """Write the ONNX file and its certificate into the run folder; the ledger gains the exported file's row.
+
+    The first export of a run is ``model.onnx``; a further profile goes to a folder of its own name.
+    """
     assert work.folder is not None
     first = "onnx" not in work.artifacts
-    path = work.folder / ("model.onnx" if first else f"model-{config.profile}.onnx")
-    write(work, config, path)
+    folder = work.folder if first else work.folder / config.profile
+    folder.mkdir(exist_ok=True)
+    row, certificate = write(work, config, folder / "model.onnx")
+    work.ledger.append(row)
     if first:
-        work.artifacts["onnx"] = path
+        work.artifacts["onnx"] = folder / "model.onnx"
+        work.certificate = certificate
     return work
+
+
+def write(work: Workpiece, config: ExportConfig, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Write ``path`` and ``certificate.json`` beside it; returns the ledger row and the certificate."""
+    model = work.model.cpu().eval()
+    example = work.example().cpu()
+    before = work.ledger[-1] if work.ledger else {}
+    exported = onnx_export.export(
+        model,
+        example,
+        path,
+        profile=config.profile,
+        opset=config.opset,
+        metadata=metadata(work, before),
+        class_names=list(work.data.classes),
+    )
+    test = work.data.test
+    batches = list(loader(test, [list(range(i, min(i + BATCH, len(test)))) for i in range(0, len(test), BATCH)]))
+    certificate = onnx_export.certify(
+        exported, [x for x, _ in batches], [y for _, y in batches], model=model, latency_runs=0
+    )
+    certificate |= beside_float(work, config, path)
+    certificate["recipe_sha256"] = work.recipe_hash
+    write_json_atomic(path.with_name("certificate.json"), certificate)
+    work.emit("layers", layers=layer_rows(certificate, before))
+    return ledger_row(work, config, path, before, certificate), certificate
+
+
+def metadata(work: Workpiece, before: dict[str, Any]) -> dict[str, str]:
+    """What makes the file usable alone: preprocessing, data, accuracy, and the recipe it came from."""
+    data = work.data
+    size = {"layout": "NCHW", "size": list(data.input_shape), "range": [0, 1], "mean": data.mean, "std": data.std}
+    accuracy = {k: round(v, 4) for k, v in before.get("accuracy", {}).items() if v is not None}
+    entries = {"preprocessing": size, "accuracy": accuracy, "data": data.name, "recipe_sha256": work.recipe_hash}
+    return {k: v if isinstance(v, str) else json.dumps(v, separators=(",", ":")) for k, v in entries.items()}
+
+
+def beside_float(work: Workpiece, config: ExportConfig, path: Path) -> dict[str, Any]:
+    """The float model's own ONNX file, in the same run: its bytes, and both latencies measured in turn."""
+    with tempfile.TemporaryDirectory() as folder:
+        dense = Path(folder) / "float32.onnx"
+        onnx_export.export(work.build().cpu().eval(), work.example().cpu(), dense, profile="float32")
+        found: dict[str, Any] = {"float": {"bytes": dense.stat().st_size, "smaller": None, "faster": None}}
+        found["float"]["smaller"] = found["float"]["bytes"] / path.stat().st_size
+        if not config.latency:
+            return {**found, "latency": None}
+        timed = latency.measure({"file": path, "float": dense}, threads=config.threads, runs=30)
+    found["float"]["latency"] = timed["float"]
+    found["float"]["faster"] = timed["float"]["median_ms"] / timed["file"]["median_ms"]
+    figures = {str(config.threads): timed["file"]}
+    return {**found, "latency": {"method": latency.METHOD, "runs": 30, "batch": 1, "threads": figures}}
+
+
+def session_score(path: Path) -> Callable[[Any], float]:
+    """A function that gives the accuracy of the exported file on a dataset, through onnxruntime."""
+    session = sessions.session(path)
+
+    def score(dataset: Any) -> float:
+        n, correct = len(dataset), 0
+        for x, y in loader(dataset, [list(range(i, min(i + BATCH, n))) for i in range(0, n, BATCH)]):
+            correct += int((sessions.run(session, [x.numpy()]).argmax(1) == np.asarray(y)).sum())
+        return correct / n
+
+    return score
+
+
+def ledger_row(
+    work: Workpiece, config: ExportConfig, path: Path, before: dict[str, Any], certificate: dict[str, Any]
+) -> dict[str, Any]:
+    """The exported file's row: everything through onnxruntime; what only torch can measure is the model's before."""
+    timing = certificate["latency"]
+    return {
+        "stage": "export",
+        "method": config.profile,
+        **accuracies(work, session_score(path)),
+        "sharpness": None,
+        "params": before.get("params"),
+        "nonzero": before.get("nonzero"),
+        "macs": before.get("macs"),
+        "bytes": path.stat().st_size,
+        "seconds": None,
+        "passes": 0,
+        "latency_ms": timing["threads"][str(config.threads)]["median_ms"] if timing else None,
+    }
+
+
+def layer_rows(certificate: dict[str, Any], before: dict[str, Any]) -> list[dict[str, Any]]:
+    """The certificate's layers as the report reads them."""
+    keys = ("name", "kind", "weight_bits", "activation_bits", "bytes", "sparsity", "kernel", "encoding")
+    return [{k: row.get(k) for k in keys} | {"channels": row["shape"][0]} for row in certificate["layers"]]

@@ -100,7 +100,7 @@ def quantizer_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The learned scales, or nothing for a float model."""
     from flatcompress import quant
 
-    return list(quant.scale_parameters(model).values())
+    return list(quant.scale_parameters(model).values()) if quant.is_quantized(model) else []
 
 
 def weight_bytes(model: nn.Module) -> int:

@@ -8,6 +8,7 @@ pruning methods are the same three steps with another importance and another fla
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,9 +20,10 @@ from flatcompress.prune.oneshot import require_groups
 from flatcompress.prune.schedule import left_after
 from flatcompress.stages.configs import PruneConfig, flat_hyper
 from flatcompress.stages.methods import PRUNE_METHODS, PruneMethod
+from flatcompress.stages.pull import Pull
 from flatcompress.stages.train import finish, make_job
 from flatcompress.stages.workpiece import Workpiece
-from flatcompress.training.loop import Job, fit, restore_best
+from flatcompress.training.loop import Job, epoch_batches, fit, restore_best
 
 
 def run(work: Workpiece, config: PruneConfig) -> Workpiece:
@@ -42,26 +44,25 @@ def run(work: Workpiece, config: PruneConfig) -> Workpiece:
 
 def rehearse(model: nn.Module, example: torch.Tensor, config: PruneConfig) -> None:
     """Cut a copy to the final budget, so that a budget that cannot be met is known before anything runs."""
-    kind, value = budget(config)
     prune.prune(
         model,
         example,
         importance="random",
+        budget=budget(config),
         ranking=config.ranking,
         round_to=config.round_to,
         min_channels=config.min_channels,
         ignore=config.ignore,
-        **{kind: value},
     )
 
 
-def budget(config: PruneConfig) -> tuple[str, float]:
-    """(kind, value): a ratio is what goes, every other budget is what stays."""
-    for kind in ("macs", "params", "ratio"):
+def budget(config: PruneConfig) -> prune.Budget:
+    """What is to be met: a ratio is what goes, every other budget is what stays."""
+    for kind in ("macs", "params", "bytes"):
         value = getattr(config, kind)
         if value is not None:
-            return kind, value
-    raise ValueError("a prune config has a budget")
+            return prune.Budget(kind, value, weight_bits=config.budget_bits)
+    return prune.Budget("ratio", config.ratio if config.ratio is not None else 0.5)
 
 
 def soft_epochs(config: PruneConfig) -> int:
@@ -90,6 +91,7 @@ class Removal:
         self.importance = config.importance or method.importance
         self.adaptive = method.adaptive
         self.rho = config.hyper.get("rho", flat_hyper(config.flat_method()).get("rho"))
+        self.budget = budget(config)
         example = work.example()
         found = prune.survey(work.model, example, config.ignore)
         require_groups(work.model, found)
@@ -99,9 +101,20 @@ class Removal:
         self.costs = prune.CostModel(work.model, example)
         gradient_based = self.importance in prune.NEEDS_GRADIENTS
         self.running = prune.RunningScore(self.groups, self.importance) if gradient_based else None
+        self.pull: Pull | None = None
         self.event = 0
         for group in found.protected:
             work.emit("protected", name=group.name, reason=group.reason)
+
+    def start_pull(self, method: PruneMethod, start: int) -> Pull:
+        """The pull of a method that has one, from step ``start`` on; it decides then which units will go."""
+        strength = method.strength if self.config.strength is None else self.config.strength
+        self.pull = Pull(method.pull, self.groups, strength, start, lambda: self.choose(self.budget))
+        return self.pull
+
+    def choose(self, target: prune.Budget) -> list[torch.Tensor]:
+        """The units that stay within ``target``, bool per unit and group; removed ones stay removed."""
+        return prune.choose(self.groups, self.scores(), target, self.limits, costs=self.costs, keep=self.mask.keep)
 
     def scores(self) -> list[torch.Tensor]:
         """One importance per unit and group, normalised within its group."""
@@ -128,19 +141,27 @@ class Removal:
             self.work.emit("prune", step=step, kept_channels=kept, total_channels=total)
 
     def _remove(self, events: int) -> None:
-        kind, value = budget(self.config)
-        start, end = (1.0, 1.0 - value) if kind == "ratio" else (1.0, value)
-        left = left_after(self.config.removal, start, end, self.event, events)
-        target = prune.Budget(kind, 1.0 - left if kind == "ratio" else left)
-        keep = prune.choose(self.groups, self.scores(), target, self.limits, costs=self.costs, keep=self.mask.keep)
-        self.mask.remove_(keep)
+        chosen = self.pull.keep if self.pull is not None else None
+        self.mask.remove_(self.choose(self._target(events)) if chosen is None else chosen)
         if self.running is not None:
             self.running.reset()
 
+    def _target(self, events: int) -> prune.Budget:
+        """The budget of the present event: from the dense model to the final one along the removal schedule."""
+        if self.event >= events:
+            return self.budget
+        kind, removal = self.budget.kind, self.config.removal
+        if kind == "ratio":
+            return prune.Budget("ratio", 1.0 - left_after(removal, 1.0, 1.0 - self.budget.value, self.event, events))
+        dense = self.budget.measure(self.costs)(self.costs.dense)
+        left = left_after(removal, dense, self.budget.limit(dense), self.event, events)
+        return replace(self.budget, value=left, absolute=True)
+
     def state_dict(self) -> dict[str, Any]:
-        """Mask, event counter and running scores."""
-        running = self.running.state_dict() if self.running is not None else None
-        return {"mask": self.mask.state_dict(), "event": self.event, "running": running}
+        """Mask, event counter, running scores and pull."""
+        parts = {"running": self.running, "pull": self.pull}
+        own = {name: None if part is None else part.state_dict() for name, part in parts.items()}
+        return {"mask": self.mask.state_dict(), "event": self.event, **own}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict`."""
@@ -148,6 +169,8 @@ class Removal:
         self.event = state["event"]
         if self.running is not None:
             self.running.load_state_dict(state["running"])
+        if self.pull is not None:
+            self.pull.load_state_dict(state["pull"])
 
 
 def _remove(work: Workpiece, config: PruneConfig) -> tuple[Plan, int]:
@@ -155,10 +178,14 @@ def _remove(work: Workpiece, config: PruneConfig) -> tuple[Plan, int]:
     method = PRUNE_METHODS[config.method].make()
     removal = Removal(work, config, method)
     plugs: dict[str, Any] = {"radius": removal.radius} if method.adaptive or removal.rho is not None else {}
+    steps = len(epoch_batches(len(work.data.train), work.batch_size, 0, 0, 0, work.accelerator.num_processes))
+    if method.pull != "none":
+        plugs["compose"] = removal.start_pull(method, round(config.warmup_share * config.epochs * steps)).compose
     job = make_job(work, config, epochs=soft_epochs(config), hyper=_hyper(config, method), **plugs)
     job.hooks = {"removal": removal}
     job.context = {"phase": "remove"}
-    events = event_steps(config, job.steps_per_epoch)
+    events = event_steps(config, steps) if method.pull == "none" else [soft_epochs(config) * steps]
+    job.after_backward = removal.mask.mask_gradients_
     job.after_step = lambda step: removal.after_step(step, events)
     job.eligible = lambda epoch: False
     fit(job)

@@ -17,7 +17,7 @@ from flatcompress.training.loop import Job, accuracy, fit, make_base_optimizer, 
 def parameter_groups(
     model: nn.Module, weight_decay: float, scales: Iterable[nn.Parameter] = (), scale_lr: float | None = None
 ) -> list[dict[str, Any]]:
-    """Matrices and filters decay, vectors (biases, norms) do not; quantizer ``scales`` do not, and have their own lr."""
+    """Matrices and filters decay, vectors (biases, norms) do not; neither do quantizer ``scales``, at ``scale_lr``."""
     own = {id(p) for p in scales}
     trained = [p for p in model.parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [
