@@ -19,6 +19,7 @@ from flatcompress.stages.configs import (
     KeyProblem,
     PruneConfig,
     QuantizeConfig,
+    SparsifyConfig,
     Strict,
     TrainConfig,
 )
@@ -62,6 +63,7 @@ class StageEntry(Strict):
 
     train: TrainConfig | None = None
     prune: PruneConfig | None = None
+    sparsify: SparsifyConfig | None = None
     quantize: QuantizeConfig | None = None
     export: ExportConfig | None = None
 
@@ -153,9 +155,13 @@ def _order_problem(recipe: Recipe, kinds: list[str], i: int, kind: str) -> str |
         return "'train' comes after 'quantize': put those epochs into the quantize stage, which trains too."
     if kind == "quantize" and "quantize" in before:
         return "the model is already quantized by an earlier stage. Quantize once."
+    if kind == "sparsify" and "quantize" in before:
+        return "'sparsify' comes after 'quantize': the learned scales fit the dense weights. Sparsify first."
+    if kind == "prune" and "sparsify" in before:
+        return "'prune' comes after 'sparsify': a cut would break the masks' pattern. Prune channels first."
     trained = "train" in before or recipe.model.weights or ":" in recipe.model.name
-    if kind == "prune" and not trained:
-        return "'prune' would rank random weights. Put a 'train' stage before it or give model.weights."
+    if kind in ("prune", "sparsify") and not trained:
+        return f"'{kind}' would rank random weights. Put a 'train' stage before it or give model.weights."
     if kind == "export":
         return _export_problem(recipe, before, i)
     return None
@@ -268,7 +274,7 @@ def json_schema() -> dict[str, Any]:
     schema = Recipe.model_json_schema()
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     hyper = {k: v for entry in flat.METHODS.values() for k, v in entry.defaults.items()}
-    for name in ("TrainConfig", "PruneConfig", "QuantizeConfig"):
+    for name in ("TrainConfig", "PruneConfig", "SparsifyConfig", "QuantizeConfig"):
         section = schema["$defs"][name]
         section["additionalProperties"] = False
         for key, default in hyper.items():

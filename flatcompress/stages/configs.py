@@ -160,7 +160,25 @@ class TrainConfig(TrainingKeys):
         return known_method(self.method, flat.METHODS, "training method")
 
 
-class PruneConfig(TrainingKeys):
+class RemovalKeys(TrainingKeys):
+    """Keys shared by the stages that take something away while training: before, during, after."""
+
+    schedule_steps: Annotated[int, Field(ge=1)] = Field(8, description="removal events in step 2")
+    removal: Literal["exponential", "cubic", "one_shot"] = Field(
+        "exponential", description="removal schedule of step 2"
+    )
+    warmup_share: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.12, description="share of the steps before step 2")
+    prune_share: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(0.3, description="share of the steps in step 2")
+    ignore: list[str] = Field(default_factory=list, description="layers to leave alone: names or re:PATTERN")
+
+    @model_validator(mode="after")
+    def _room_for_step_3(self) -> RemovalKeys:
+        if self.warmup_share + self.prune_share >= 1.0:
+            raise KeyProblem("prune_share", "warmup_share + prune_share must stay below 1, to leave room for step 3.")
+        return self
+
+
+class PruneConfig(RemovalKeys):
     """Remove channels while training, AdaSAP's three steps: perturb adaptively, remove, train on robustly."""
 
     method: str = Field("adasap", description="pruning method; see `flatcompress list prune-methods`")
@@ -173,22 +191,15 @@ class PruneConfig(TrainingKeys):
     budget_bits: Bits = Field(8, description="bits per weight that a bytes budget is counted at")
     flat: str | None = Field(None, description="flat method while pruning, in place of the pruning method's own")
     importance: str | None = Field(None, description="channel importance; see `flatcompress list importances`")
-    schedule_steps: Annotated[int, Field(ge=1)] = Field(8, description="prune events in step 2")
-    removal: Literal["exponential", "cubic", "one_shot"] = Field(
-        "exponential", description="removal schedule of step 2"
-    )
     rho_min: NonNegative = Field(0.01, description="AdaSAP: radius of the most important channel")
     rho_max: Positive = Field(2.0, description="AdaSAP: radius of the least important channel, and of step 3")
     strength: NonNegative | None = Field(
         None, description="factor of the pull towards zero (masksparsity, group_norm, growing_reg); default: its own"
     )
     norm: Literal["global", "per_neuron"] = Field("global", description="AdaSAP: scope of the perturbation's norm")
-    warmup_share: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.12, description="share of the steps before step 2")
-    prune_share: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(0.3, description="share of the steps in step 2")
     ranking: Literal["global", "uniform"] = Field("global", description="rank channels across layers or within each")
     round_to: Annotated[int, Field(ge=1)] | None = Field(None, description="keep multiples of this many channels")
     min_channels: Annotated[int, Field(ge=1)] = Field(2, description="channels that every layer keeps at least")
-    ignore: list[str] = Field(default_factory=list, description="layers to leave alone: names or re:PATTERN")
 
     def flat_method(self) -> str:
         from flatcompress.stages.methods import PRUNE_METHODS
@@ -210,13 +221,46 @@ class PruneConfig(TrainingKeys):
             self.ratio = 0.5
         if self.rho_min > self.rho_max:
             raise KeyProblem("rho_min", f"must not exceed rho_max ({self.rho_max}), found {self.rho_min}.")
-        if self.warmup_share + self.prune_share >= 1.0:
-            raise KeyProblem("prune_share", "warmup_share + prune_share must stay below 1, to leave room for step 3.")
         if self.importance is not None:
             from flatcompress import prune
 
             if self.importance not in prune.IMPORTANCES:
                 raise KeyProblem("importance", str(unknown("importance", self.importance, prune.IMPORTANCES)))
+        return self
+
+
+class SparsifyConfig(RemovalKeys):
+    """Mask single weights while training; the masks hold through every later stage."""
+
+    method: str = Field("sam", description="flat-minima method to train with; see `flatcompress list methods`")
+    pattern: str = Field("unstructured", description="unstructured, or N:M such as 2:4 and 1:4 (N stay of every M)")
+    sparsity: Share | None = Field(None, description="share of zero weights (unstructured; default 0.5)")
+    scope: Literal["global", "layer"] = Field("global", description="rank |w| over all layers or inside each")
+    removal: Literal["exponential", "cubic", "one_shot"] = Field("cubic", description="schedule of the events")
+
+    def flat_method(self) -> str:
+        from flatcompress import flat
+
+        return known_method(self.method, flat.METHODS, "training method")
+
+    @property
+    def target(self) -> float | None:
+        """Share of zeros of an unstructured pattern; None for N:M, which says it itself."""
+        return self.sparsity
+
+    @model_validator(mode="after")
+    def _one_pattern(self) -> SparsifyConfig:
+        from flatcompress.errors import UserError
+        from flatcompress.prune import masks
+
+        try:
+            found = masks.parse_pattern(self.pattern)
+        except UserError as error:
+            raise KeyProblem("pattern", str(error)) from None
+        if found is not None and self.sparsity is not None:
+            raise KeyProblem("sparsity", f"pattern {self.pattern!r} says the sparsity itself; leave this key out.")
+        if found is None and self.sparsity is None:
+            self.sparsity = 0.5
         return self
 
 
@@ -286,10 +330,11 @@ class ExportConfig(Strict):
         return self
 
 
-StageConfig = TrainConfig | PruneConfig | QuantizeConfig | ExportConfig
+StageConfig = TrainConfig | PruneConfig | SparsifyConfig | QuantizeConfig | ExportConfig
 STAGE_CONFIGS: dict[str, type[Strict] | type[TrainingKeys]] = {
     "train": TrainConfig,
     "prune": PruneConfig,
+    "sparsify": SparsifyConfig,
     "quantize": QuantizeConfig,
     "export": ExportConfig,
 }

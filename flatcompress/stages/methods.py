@@ -87,7 +87,9 @@ QAT_METHODS.add("lsq", lambda: QatMethod("none"), "learned step sizes, plain opt
 QAT_METHODS.add("lsq_sam", lambda: QatMethod("sam"), "learned step sizes under SAM", "2010.01412")
 QAT_METHODS.add("lsq_asam", lambda: QatMethod("asam"), "learned step sizes under ASAM", "2102.11600")
 QAT_METHODS.add("lsq_sagm", lambda: QatMethod("sagm"), "learned step sizes under SAGM", "2303.10353")
-QAT_METHODS.add("squat", lambda: QatMethod("sam", alternate=True), "SAM on weights and LSQ on scales, by turns", "2210.07171")
+QAT_METHODS.add(
+    "squat", lambda: QatMethod("sam", alternate=True), "SAM on weights and LSQ on scales, by turns", "2210.07171"
+)
 QAT_METHODS.add(
     "qt_dog",
     lambda: QatMethod("none", float_share=0.4, weights_only=True),

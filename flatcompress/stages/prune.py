@@ -18,7 +18,7 @@ from flatcompress import prune
 from flatcompress.plan import Plan, apply_plan
 from flatcompress.prune.oneshot import require_groups
 from flatcompress.prune.schedule import left_after
-from flatcompress.stages.configs import PruneConfig, flat_hyper
+from flatcompress.stages.configs import PruneConfig, RemovalKeys, flat_hyper
 from flatcompress.stages.methods import PRUNE_METHODS, PruneMethod
 from flatcompress.stages.pull import Pull
 from flatcompress.stages.train import finish, make_job
@@ -65,13 +65,13 @@ def budget(config: PruneConfig) -> prune.Budget:
     return prune.Budget("ratio", config.ratio if config.ratio is not None else 0.5)
 
 
-def soft_epochs(config: PruneConfig) -> int:
+def soft_epochs(config: RemovalKeys) -> int:
     """Epochs of steps 1 and 2, at least one; at least one is left for step 3 when there are two."""
     wanted = math.ceil((config.warmup_share + config.prune_share) * config.epochs)
     return max(1, min(wanted, config.epochs - 1))
 
 
-def event_steps(config: PruneConfig, steps_per_epoch: int) -> list[int]:
+def event_steps(config: RemovalKeys, steps_per_epoch: int) -> list[int]:
     """The optimizer steps after which channels are removed, evenly spaced over step 2."""
     end = soft_epochs(config) * steps_per_epoch
     total = config.epochs * steps_per_epoch

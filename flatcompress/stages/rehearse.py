@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from flatcompress.errors import UserError
-from flatcompress.stages import prune, quantize
+from flatcompress.stages import prune, quantize, sparsify
 from flatcompress.stages.workpiece import Workpiece
 
 
@@ -21,6 +21,8 @@ def rehearse(work: Workpiece, entries: list[Any]) -> None:
         try:
             if entry.kind == "prune":
                 prune.rehearse(model, example, entry.config)
+            elif entry.kind == "sparsify":
+                sparsify.rehearse(model, example, entry.config)
             elif entry.kind == "quantize":
                 quantize.rehearse(model, example, entry.config)
         except UserError as error:

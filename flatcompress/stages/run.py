@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
-from flatcompress.stages import export, prune, quantize, train
+from flatcompress.stages import export, prune, quantize, sparsify, train
 
-RUN = {"train": train.run, "prune": prune.run, "quantize": quantize.run, "export": export.run}
+RUN = {
+    "train": train.run,
+    "prune": prune.run,
+    "sparsify": sparsify.run,
+    "quantize": quantize.run,
+    "export": export.run,
+}

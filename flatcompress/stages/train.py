@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flatcompress import flat
+from flatcompress.prune import masks
 from flatcompress.stages.configs import TrainConfig, TrainingKeys
 from flatcompress.stages.workpiece import Workpiece
 from flatcompress.training.loop import Job, accuracy, fit, make_base_optimizer, restore_best
@@ -43,7 +44,10 @@ def make_job(
     hyper: dict[str, Any] | None = None,
     **plugs: Any,
 ) -> Job:
-    """A training job for ``work.model`` under ``config``; ``plugs`` go to the flat engine's slots."""
+    """A training job for ``work.model`` under ``config``; ``plugs`` go to the flat engine's slots.
+
+    Weights that carry a mask stay exactly zero: their gradients are zeroed in every pass, their values after a step.
+    """
     accelerator = work.accelerator
     model = accelerator.prepare(work.model)
     o = config.optimizer
@@ -76,6 +80,8 @@ def make_job(
         emit=work.emit,
         progress=work.progress,
         resume=work.resume,
+        after_backward=lambda: masks.mask_gradients_(work.model),
+        after_step=lambda step: masks.enforce_(work.model),
     )
 
 

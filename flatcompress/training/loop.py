@@ -128,10 +128,11 @@ class Hook(Protocol):
 class Job:
     """What `fit` trains and with what.
 
-    ``validate`` returns accuracy on the training domains' validation split; ``after_step(step)`` runs after every
-    optimizer step (masks, prune events), ``after_epoch(epoch)`` before each epoch's validation; ``eligible(epoch)``
-    says whether an epoch may be selected as best. ``hooks`` are saved and restored with the job; ``resume`` is a
-    state that ``progress`` once saved, and ``context`` goes into every saved state untouched.
+    ``validate`` returns accuracy on the training domains' validation split; ``after_backward()`` runs after every
+    backward pass (masked gradients), ``after_step(step)`` after every optimizer step (masks, prune events),
+    ``after_epoch(epoch)`` before each epoch's validation; ``eligible(epoch)`` says whether an epoch may be selected
+    as best. ``hooks`` are saved and restored with the job; ``resume`` is a state that ``progress`` once saved, and
+    ``context`` goes into every saved state untouched.
     """
 
     model: nn.Module
@@ -149,6 +150,7 @@ class Job:
     select: str = "best"
     first_epoch: int = 0
     schedule_epochs: int | None = None
+    after_backward: Callable[[], None] = lambda: None
     after_step: Callable[[int], None] = lambda step: None
     after_epoch: Callable[[int], None] = lambda epoch: None
     eligible: Callable[[int], bool] = lambda epoch: True
@@ -277,6 +279,7 @@ def _step(job: Job, x: Tensor, y: Tensor, step: int, stats: _Means) -> None:
             logits = job.model(x)
             loss = job.loss(logits, y)
         job.accelerator.backward(loss)
+        job.after_backward()
         if not seen:
             seen.append((logits.detach().argmax(1) == y).float().mean())
         return loss
