@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,6 +35,7 @@ from flatcompress.onnx_export import inspect_file, latency, parity
 from flatcompress.onnx_export.diverging import first_diverging_layer
 from flatcompress.onnx_export.evidence import BYTES, Evidence, sha256
 from flatcompress.onnx_export.exporting import Exported
+from flatcompress.onnx_export.files import write_whole
 from flatcompress.onnx_export.sessions import INTEGER_KERNELS, Kernels, kernels, machine, run, session
 
 SCHEMA = 1
@@ -237,17 +237,7 @@ def _latency(path: Path, runs: int, threads: Sequence[int]) -> dict[str, Any] | 
 def _store(path: Path, certificate: dict[str, Any], evidence: Evidence) -> None:
     """Evidence first: a certificate that exists names files that exist."""
     kept = path.with_name("evidence.safetensors")
-    _replace(kept, evidence.to_bytes())
+    write_whole(kept, evidence.to_bytes())
     certificate["evidence"] = {"name": kept.name, "sha256": sha256(kept), "samples": len(evidence)}
     text = json.dumps(certificate, indent=1, allow_nan=False)
-    _replace(path.with_name("certificate.json"), text.encode())
-
-
-def _replace(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written ({error}).") from None
+    write_whole(path.with_name("certificate.json"), text.encode())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch import fx, nn
 
 import flatcompress
 from flatcompress.errors import UserError
+from flatcompress.onnx_export.files import write_whole
 from flatcompress.onnx_export.layers import MODULES
 from flatcompress.onnx_export.lowering import lower
 from flatcompress.onnx_export.operators import FUNCTIONS
@@ -66,7 +66,7 @@ def export(
     onnx.checker.check_model(made, full_check=True)
     target = Path(path)
     data = made.SerializeToString()
-    _write_atomically(target, data)
+    write_whole(target, data)
     theoretical = sum(row["theoretical_bytes"] for row in writer.layers)
     return Exported(
         target,
@@ -137,14 +137,3 @@ def _layer_text(layers: list[dict[str, Any]]) -> str:
     """{name: [weight bits, activation bits, share of zeros]}, short because it is in every file."""
     rows = {r["name"]: [r["weight_bits"], r["activation_bits"], round(r["sparsity"], 3)] for r in layers}
     return json.dumps(rows, separators=(",", ":"))
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written ({error}).") from None

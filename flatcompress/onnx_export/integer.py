@@ -136,8 +136,13 @@ class IntegerLayer(nn.Module):
         kind = self._exact_type()
         total = self._products(codes.to(kind) - self.in_grid.zero_point, self.weight.to(kind) * 2**self.headroom)
         shape = [-1] + [1] * (0 if self.kind == "linear" else self.weight.dim() - 2)
-        if self.bias is not None:
-            total = total + self.bias.to(kind).reshape(shape)
+        if self.bias is None:
+            return rescale(total, scale32(self.in_grid.scale) * self.scale.reshape(shape), self.out_grid)
+        if self.out_grid is None and self.kind == "linear" and codes.dim() > 2:
+            # The runtime has no kernel that adds the bias to the integers here: it comes after.
+            step = scale32(self.in_grid.scale) * self.scale
+            return rescale(total, step, None) + self.bias.to(torch.float32) * step
+        total = total + self.bias.to(kind).reshape(shape)
         return rescale(total, scale32(self.in_grid.scale) * self.scale.reshape(shape), self.out_grid)
 
     def _products(self, x: Tensor, weight: Tensor) -> Tensor:

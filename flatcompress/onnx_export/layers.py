@@ -45,22 +45,34 @@ def _clamp(w: Writer, node: fx.Node, module: integer.ClampCodes) -> str:
 
 
 def _integer_layer(w: Writer, node: fx.Node, module: integer.IntegerLayer) -> str:
-    """Conv or Gemm between DequantizeLinear and QuantizeLinear; [B, T, C] goes through Gemm as [B * T, C].
-
-    A MatMul and an Add would keep the bias out of the integer kernel.
-    """
+    """Conv or Gemm between DequantizeLinear and QuantizeLinear; see `_tokens` for [B, T, C]."""
     w.note_layer(node, module)
-    codes, matrix = w.tensor(node.args[0]), module.kind == "conv" or as_matrix(node)
-    if not matrix:
-        codes = w.builder.op("Reshape", [codes, w.builder.ints([-1, module.weight.shape[1]])])
-    inputs = [w.real_of(codes, module.in_grid), *_integer_inputs(w, node, module)]
-    result = _product(w, node, module, inputs, turned=False)
-    if module.out_grid is not None:
-        result = w.codes_of(result, module.out_grid)
-    return result if matrix else w.builder.op("Reshape", [result, w.builder.ints([-1, *node.meta["shape"][1:]])])
+    if module.kind == "linear" and not as_matrix(node):
+        return _tokens(w, node, module)
+    x = w.real_of(w.tensor(node.args[0]), module.in_grid)
+    result = _product(w, node, module, [x, *_integer_inputs(w, node, module)], turned=False)
+    return result if module.out_grid is None else w.codes_of(result, module.out_grid)
 
 
-def _integer_inputs(w: Writer, node: fx.Node, module: integer.IntegerLayer) -> list[str]:
+def _tokens(w: Writer, node: fx.Node, module: integer.IntegerLayer) -> str:
+    """A linear layer on [B, T, C].
+
+    With a quantized result as Gemm on [B * T, C], because a MatMul and an Add would keep the bias out of the integer
+    kernel. With a real result as MatMul and Add all the same: OpenVINO 2026.4 fuses a Gemm, the Reshape behind it and
+    a residual addition to something wrong by more than the values themselves.
+    """
+    b, codes = w.builder, w.tensor(node.args[0])
+    if module.out_grid is None:
+        weight, *bias = _integer_inputs(w, node, module, turned=True)
+        product = b.op("MatMul", [w.real_of(codes, module.in_grid), weight], name=node.meta["path"])
+        return b.op("Add", [product, *bias]) if bias else product
+    rows = b.op("Reshape", [codes, b.ints([-1, module.weight.shape[1]])])
+    inputs = [w.real_of(rows, module.in_grid), *_integer_inputs(w, node, module)]
+    result = w.codes_of(_product(w, node, module, inputs, turned=False), module.out_grid)
+    return b.op("Reshape", [result, b.ints([-1, *node.meta["shape"][1:]])])
+
+
+def _integer_inputs(w: Writer, node: fx.Node, module: integer.IntegerLayer, turned: bool = False) -> list[str]:
     """Real weight and bias out of int8 and int32. ``s_x * s_w`` is multiplied out by the runtime: a node is smaller
     than a vector of scales. The weight's zero point is written out: see `writer`.
     """
@@ -76,7 +88,9 @@ def _integer_inputs(w: Writer, node: fx.Node, module: integer.IntegerLayer) -> l
             return [weight]
         return [weight, b.op("Mul", [b.cast(b.constant(array(module.bias)), FLOAT), step])]
     zero = b.constant(np.zeros(scale.size, np.int8))
-    inputs = [b.op("DequantizeLinear", [stored, name, zero], axis=0)]
+    if turned:
+        stored = b.op("Transpose", [stored], perm=[1, 0])
+    inputs = [b.op("DequantizeLinear", [stored, name, zero], axis=int(turned))]
     if module.bias is not None:
         inputs.append(b.op("DequantizeLinear", [b.constant(array(module.bias)), step], axis=0))
     return inputs
