@@ -231,6 +231,9 @@ class FlatOptimizer(Optimizer):
         for kept in self.settings.filters:
             combined = kept(step, combined)
         combined = self._clip(combined)
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad = None  # a parameter frozen since the last step must not move by its old gradient
         for p, g, gone in zip(step.params, combined, run.absent):
             p.grad = None if gone else g
         if self.method.remember is not None:
