@@ -269,7 +269,7 @@ class QuantizeConfig(TrainingKeys):
 
     method: str = Field("gaqat", description="QAT method; see `flatcompress list qat-methods`")
     weight_bits: Bits = Field(4, description="bits of the weights")
-    activation_bits: Bits = Field(4, description="bits of the activations")
+    activation_bits: Bits | None = Field(4, description="bits of the activations; null: they stay float")
     first_last_bits: Bits = Field(8, description="bits of the first and the last layer's weights")
     input_bits: Bits = Field(8, description="bits of the network's input")
     residual_bits: Bits = Field(8, description="bits of signed tensors that feed a residual add")
@@ -282,10 +282,25 @@ class QuantizeConfig(TrainingKeys):
     tau_kind: Literal["absolute", "quantile", "sigma"] = Field("quantile", description="GAQAT: how tau is read")
     mode: Literal["paper", "gated"] = Field("paper", description="GAQAT: freeze on order alone, or only on opposition")
     freeze_target: Literal["task", "smooth", "both"] = Field("task", description="GAQAT: which gradient is frozen")
-    granularity: Literal["quantizer", "layer"] = Field("quantizer", description="GAQAT: what is frozen together")
+    granularity: Literal["quantizer", "layer", "channel"] = Field(
+        "quantizer", description="GAQAT: what is frozen together"
+    )
     refreeze: bool = Field(True, description="GAQAT: decide anew at every window")
     scale_lr: Positive = Field(0.1, description="learning rate of the quantizer scales, as a share of optimizer.lr")
     perturb_scales: bool = Field(False, description="perturb the quantizer scales with the weights")
+    perturb_point: Literal["latent", "quantized"] | None = Field(
+        None, description="perturb the weights before or after their quantizer; default: the method's own"
+    )
+    quant_start: Annotated[float, Field(ge=0.0, lt=1.0)] | None = Field(
+        None, description="share of the epochs trained float before the quantizers come in; default: the method's own"
+    )
+    bloop: NonNegative | None = Field(
+        None, description="strength of the scales' smoothness gradient across their task gradient; default: off"
+    )
+    dampen: NonNegative = Field(0.0, description="weight, at the end, of the pull of oscillating weights to their grid")
+    oscillation_threshold: Positive | None = Field(
+        None, description="freeze weights that change sides more often than this, at the end (0.01); default: off"
+    )
     distill: NonNegative = Field(0.0, description="weight of distillation from the float model")
     bias_rounding_epochs: Annotated[int, Field(ge=0)] = Field(
         1, description="last epochs that train with the exported file's rounded biases"
@@ -301,6 +316,27 @@ class QuantizeConfig(TrainingKeys):
             if self.flat not in flat.METHODS:
                 raise KeyProblem("flat", str(unknown("training method", self.flat, flat.METHODS)))
         return self.flat or QAT_METHODS[self.method].make().flat
+
+    @model_validator(mode="after")
+    def _fits_method(self) -> QuantizeConfig:
+        from flatcompress.stages.methods import QAT_METHODS
+
+        method = QAT_METHODS[self.method].make()
+        if method.weights_only:
+            if "activation_bits" in self.model_fields_set and self.activation_bits is not None:
+                raise KeyProblem(
+                    "activation_bits", f"method {self.method!r} quantizes weights alone: null, or leave out."
+                )
+            self.activation_bits = None
+        if method.conflict and self.flat_method() == "none":
+            raise KeyProblem(
+                "flat", f"method {self.method!r} compares two gradients of a scale; 'none' takes only one."
+            )
+        if self.perturb_scales and (self.perturb_point or method.point) == "quantized":
+            raise KeyProblem(
+                "perturb_scales", "not with a perturbation after the quantizer, which leaves scales alone."
+            )
+        return self
 
     @model_validator(mode="after")
     def _known_quantizer(self) -> QuantizeConfig:

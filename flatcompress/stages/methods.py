@@ -88,7 +88,16 @@ QAT_METHODS.add("lsq_sam", lambda: QatMethod("sam"), "learned step sizes under S
 QAT_METHODS.add("lsq_asam", lambda: QatMethod("asam"), "learned step sizes under ASAM", "2102.11600")
 QAT_METHODS.add("lsq_sagm", lambda: QatMethod("sagm"), "learned step sizes under SAGM", "2303.10353")
 QAT_METHODS.add(
+    "saq", lambda: QatMethod("sam", point="quantized"), "SAM with the perturbation after the quantizer", "2111.12273"
+)
+QAT_METHODS.add(
     "squat", lambda: QatMethod("sam", alternate=True), "SAM on weights and LSQ on scales, by turns", "2210.07171"
+)
+QAT_METHODS.add(
+    "scale_bloop",
+    lambda: QatMethod("sagm", bloop=True),
+    "LSQ under SAGM, the scales' smoothness gradient acting only across their task gradient",
+    "2407.02998",
 )
 QAT_METHODS.add(
     "qt_dog",

@@ -1,7 +1,7 @@
 """The quantize stage: learned step sizes, trained flat, with conflicting scale gradients watched and frozen.
 
 GAQAT (arXiv 2412.05551) is `quant.ScaleConflict` in the flat engine's compose slot over SAGM's two probes; every
-other method of the table is the same loop with another flat method or another quantizer.
+other method of the table is the same loop with other plugs (`stages.qat_plugs`), another flat method or quantizer.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from flatcompress import quant
 from flatcompress.plan import Plan
 from flatcompress.stages.configs import QuantizeConfig
 from flatcompress.stages.measure import train_batches
-from flatcompress.stages.methods import QAT_METHODS
-from flatcompress.stages.train import finish, make_job
+from flatcompress.stages.methods import QAT_METHODS, QatMethod
+from flatcompress.stages.qat_plugs import Plugs
+from flatcompress.stages.train import also_after_step, finish, make_job
 from flatcompress.stages.workpiece import Workpiece
 from flatcompress.training.loop import Job, fit, restore_best
 
@@ -28,14 +29,11 @@ CALIBRATION_SAMPLES = 512
 def run(work: Workpiece, config: QuantizeConfig) -> Workpiece:
     """Quantize ``work.model`` and train it; the plan gains the quantizers."""
     teacher = copy.deepcopy(work.model).eval().requires_grad_(False) if config.distill else None
-    work.plan = work.plan + insert(work.model, work.example(), config)
-    quant.calibrate(work.model, [x for x, _ in train_batches(work, CALIBRATION_SAMPLES)])
-    job = qat_job(work, config, teacher)
-    fit(job)
-    restore_best(job)
-    work.passes += finish(work, job)
-    quant.reestimate_batchnorm(work.model, [x for x, _ in train_batches(work, 10 * work.batch_size)])
-    quant.set_bias_rounding(work.model, True)
+    if work.resume is not None and work.resume["context"].get("phase") == "quantized":
+        passes = int(work.resume["context"]["passes"])
+    else:
+        passes = _train_float(work, config)
+    _train_quantized(work, config, teacher, passes)
     return work
 
 
@@ -60,54 +58,87 @@ def insert(model: nn.Module, example: Tensor, config: QuantizeConfig) -> Plan:
     )
 
 
-def qat_job(work: Workpiece, config: QuantizeConfig, teacher: nn.Module | None) -> Job:
-    """The training job with its plugs: the conflict rule, unperturbed scales, distillation, rounded biases."""
-    scales = list(quant.scale_parameters(work.model).values())
-    ids = {id(p) for p in scales}
-    conflict = make_conflict(work, config)
+def float_epochs(config: QuantizeConfig) -> int:
+    """Epochs before the quantizers come in; at least one is left after them."""
+    share = method_of(config).float_share if config.quant_start is None else config.quant_start
+    return min(round(share * config.epochs), config.epochs - 1)
+
+
+def method_of(config: QuantizeConfig) -> QatMethod:
+    """The row that ``config`` names."""
+    return QAT_METHODS[config.method].make()
+
+
+def _train_float(work: Workpiece, config: QuantizeConfig) -> int:
+    """The float warm-up; returns the passes it took."""
+    epochs = float_epochs(config)
+    if not epochs:
+        return 0
+    job = make_job(work, config, epochs=epochs)
+    job.context = {"phase": "float"}
+    job.eligible = lambda epoch: False
+    fit(job)
+    work.resume = None
+    return finish(work, job)
+
+
+def _train_quantized(work: Workpiece, config: QuantizeConfig, teacher: nn.Module | None, passes: int) -> None:
+    work.plan = work.plan + insert(work.model, work.example(), config)
+    quant.calibrate(work.model, [x for x, _ in train_batches(work, CALIBRATION_SAMPLES)])
+    plugs = Plugs(work.model, config, method_of(config))
+    job = qat_job(work, config, teacher, plugs)
+    job.context = {"phase": "quantized", "passes": passes}
+    fit(job)
+    restore_best(job)
+    plugs.release()
+    work.passes += passes + finish(work, job)
+    quant.reestimate_batchnorm(work.model, [x for x, _ in train_batches(work, 10 * work.batch_size)])
+    quant.set_bias_rounding(work.model, True)
+
+
+def qat_job(work: Workpiece, config: QuantizeConfig, teacher: nn.Module | None, plugs: Plugs) -> Job:
+    """The training job with its plugs, distillation and rounded biases."""
+    first = float_epochs(config)
     job = make_job(
         work,
         config,
-        scales=scales,
+        epochs=config.epochs - first,
+        first_epoch=first,
+        scales=quant.scale_parameters(work.model).values(),
         scale_lr=config.optimizer.lr * config.scale_lr,
-        compose=conflict.compose if conflict is not None else None,
-        perturbed=None if config.perturb_scales else lambda name, parameter: id(parameter) not in ids,
+        extra=plugs.extra,
+        compose=plugs.compose,
+        perturbed=plugs.perturbed,
     )
-    if conflict is not None:
-        job.hooks["conflict"] = conflict
-        job.after_step = lambda step: log_conflict(work, conflict, step)
+    steps = config.epochs * job.steps_per_epoch
+    job.hooks |= plugs.hooks
+    also_after_step(job, lambda step: plugs.after_step(step / steps))
+    if plugs.conflict is not None:
+        also_after_step(job, lambda step: log_conflict(work, plugs.conflict, step))
+    masked = job.after_backward
+
+    def after_backward() -> None:
+        masked()
+        plugs.after_backward()
+
+    job.after_backward = after_backward
+    job.loss = plugs.loss(job.loss)
     if teacher is not None:
         distill(job, teacher, config.distill)
     round_biases(work, job, config)
     return job
 
 
-def make_conflict(work: Workpiece, config: QuantizeConfig) -> Any:
-    """GAQAT's watcher, or None for a method without one."""
-    if not QAT_METHODS[config.method].make().conflict:
-        return None
-    return quant.ScaleConflict(
-        work.model,
-        K=config.K,
-        tau=config.tau,
-        tau_kind=config.tau_kind,
-        mode=config.mode,
-        freeze_target=config.freeze_target,
-        granularity=config.granularity,
-        refreeze=config.refreeze,
-    )
-
-
 def log_conflict(work: Workpiece, conflict: Any, step: int) -> None:
     """One event per finished window."""
-    if step % conflict.K == 0:
+    if conflict.t and conflict.t % conflict.K == 0:
         work.emit("conflict", step=step, quantizers=conflict.timeline())
 
 
 def round_biases(work: Workpiece, job: Job, config: QuantizeConfig) -> None:
     """In the last epochs the forward rounds folded biases as the exported file does."""
     first = config.epochs - config.bias_rounding_epochs
-    quant.set_bias_rounding(work.model, first <= 0)
+    quant.set_bias_rounding(work.model, first <= job.first_epoch)
 
     def after_epoch(epoch: int) -> None:
         quant.set_bias_rounding(work.model, epoch + 1 >= first)

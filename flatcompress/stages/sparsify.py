@@ -7,7 +7,6 @@ for bit, and on a symmetric grid a zero stays a zero.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,9 +15,9 @@ from flatcompress.prune import masks
 from flatcompress.prune.schedule import left_after
 from flatcompress.stages.configs import SparsifyConfig
 from flatcompress.stages.prune import event_steps
-from flatcompress.stages.train import finish, make_job
+from flatcompress.stages.train import also_after_step, finish, make_job
 from flatcompress.stages.workpiece import Workpiece
-from flatcompress.training.loop import Job, fit, restore_best
+from flatcompress.training.loop import fit, restore_best
 
 
 def run(work: Workpiece, config: SparsifyConfig) -> Workpiece:
@@ -42,17 +41,6 @@ def run(work: Workpiece, config: SparsifyConfig) -> Workpiece:
 def rehearse(model: nn.Module, example: Tensor, config: SparsifyConfig) -> None:
     """Mask a copy, so that a pattern which fits no layer is known before anything runs."""
     masks.sparsify(model, config.target, config.pattern, scope=config.scope, ignore=config.ignore)
-
-
-def also_after_step(job: Job, function: Callable[[int], None]) -> None:
-    """Run ``function`` before what the job does after a step already (holding masks, say)."""
-    before = job.after_step
-
-    def both(step: int) -> None:
-        function(step)
-        before(step)
-
-    job.after_step = both
 
 
 class Masking:

@@ -39,6 +39,7 @@ def make_job(
     first_epoch: int = 0,
     scales: Iterable[nn.Parameter] = (),
     scale_lr: float | None = None,
+    extra: Iterable[Tensor] = (),
     loss: Callable[[Tensor, Tensor], Tensor] | None = None,
     method: str | None = None,
     hyper: dict[str, Any] | None = None,
@@ -46,12 +47,16 @@ def make_job(
 ) -> Job:
     """A training job for ``work.model`` under ``config``; ``plugs`` go to the flat engine's slots.
 
+    ``extra``: tensors beside the model's parameters that the optimizer must know.
     Weights that carry a mask stay exactly zero: their gradients are zeroed in every pass, their values after a step.
     """
     accelerator = work.accelerator
     model = accelerator.prepare(work.model)
     o = config.optimizer
     groups = parameter_groups(model, o.weight_decay, scales, scale_lr)
+    further = list(extra)
+    if further:
+        groups.append({"params": further, "weight_decay": 0.0})
     base = make_base_optimizer(groups, o.name, o.lr, o.weight_decay, o.momentum, o.nesterov, o.betas)
     optimizer = flat.create(
         method or config.flat_method(),
@@ -83,6 +88,17 @@ def make_job(
         after_backward=lambda: masks.mask_gradients_(work.model),
         after_step=lambda step: masks.enforce_(work.model),
     )
+
+
+def also_after_step(job: Job, function: Callable[[int], None]) -> None:
+    """Run ``function`` after each step, before what the job does there already (holding masks, say)."""
+    before = job.after_step
+
+    def both(step: int) -> None:
+        function(step)
+        before(step)
+
+    job.after_step = both
 
 
 def finish(work: Workpiece, job: Job) -> int:

@@ -1,0 +1,104 @@
+"""The quantize stage: every method trains, its switches reach what they switch, and the plan repeats the result."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from stage_pieces import config, workpiece
+
+from flatcompress import quant
+from flatcompress.plan import apply_plan
+from flatcompress.stages import quantize
+from flatcompress.stages.configs import QuantizeConfig
+from flatcompress.stages.methods import QAT_METHODS
+from flatcompress.stages.qat_plugs import Plugs
+
+
+@pytest.mark.parametrize("method", QAT_METHODS)
+def test_method_quantizes_and_the_plan_repeats_it(method):
+    work = workpiece()
+    quantize.run(work, config("quantize", method=method, weight_bits=3, K=2))
+    assert quant.is_quantized(work.model)
+    again = apply_plan(work.build(), work.plan, work.example())
+    again.load_state_dict(work.model.state_dict())
+    quant.set_bias_rounding(again, True)
+    with torch.no_grad():
+        assert torch.equal(again.eval()(work.example()), work.model.eval()(work.example()))
+
+
+def test_weights_only_method_leaves_activations_float():
+    work = workpiece()
+    quantize.run(work, config("quantize", method="qt_dog", weight_bits=7))
+    assert not quant.activation_quantizers(work.model)
+    with pytest.raises(ValueError, match="weights alone"):
+        config("quantize", method="qt_dog", activation_bits=4)
+
+
+def test_quantizers_come_in_after_the_float_share():
+    work = workpiece()
+    seen = []
+    work.emit = lambda event, **fields: seen.append((event, fields.get("epoch"), quant.is_quantized(work.model)))
+    quantize.run(work, config("quantize", method="lsq", epochs=4, quant_start=0.5))
+    assert [(e, q) for kind, e, q in seen if kind == "epoch"] == [(1, False), (2, False), (3, True), (4, True)]
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [{"distill": 1.0}, {"dampen": 0.1}, {"bloop": 0.5},
+     {"perturb_point": "quantized"}, {"perturb_scales": True}, {"quantizer": "pact"}],
+    ids=lambda keys: next(iter(keys)),
+)  # fmt: skip
+def test_option_changes_the_weights(keys):
+    plain, changed = workpiece(), workpiece()
+    quantize.run(plain, config("quantize", method="gaqat", weight_bits=2, flat="sagm", rho=0.5))
+    quantize.run(changed, config("quantize", method="gaqat", weight_bits=2, flat="sagm", rho=0.5, **keys))
+    a, b = plain.model.state_dict(), changed.model.state_dict()
+    assert any(a[k].shape != b[k].shape or not torch.equal(a[k], b[k]) for k in a if k in b)
+
+
+def test_oscillation_threshold_falls_from_a_quarter_of_the_stage_on():
+    work = workpiece()
+    c = config("quantize", method="lsq", oscillation_threshold=0.01)
+    quantize.insert(work.model, work.example(), c)
+    plugs = Plugs(work.model, c, quantize.method_of(c))
+    seen = []
+    for progress in (0.2, 0.25, 0.6, 1.0):
+        plugs.after_step(progress)
+        seen.append(plugs.tracker.threshold)
+    assert seen[0] is None and seen[1] == pytest.approx(0.1) and seen[3] == 0.01 and 0.01 < seen[2] < 0.1
+
+
+def test_perturbation_after_the_quantizer_leaves_no_offset_behind():
+    work = workpiece()
+    quantize.run(work, config("quantize", method="saq"))
+    assert all(layer.weight_offset is None for layer in quant.quantized_layers(work.model).values())
+
+
+def test_scales_are_not_perturbed_unless_asked():
+    work = workpiece()
+    quantize.insert(work.model, work.example(), config("quantize"))
+    for asked in (False, True):
+        c = config("quantize", perturb_scales=asked)
+        plugs = Plugs(work.model, c, quantize.method_of(c))
+        scale = next(iter(quant.scale_parameters(work.model).values()))
+        assert plugs.perturbed("any", scale) is asked
+
+
+def test_gaqat_logs_a_timeline_each_window():
+    work = workpiece()
+    events = []
+    work.emit = lambda event, **fields: events.append((event, fields))
+    quantize.run(work, config("quantize", method="gaqat", K=4))
+    rows = [fields for event, fields in events if event == "conflict"]
+    assert [row["step"] for row in rows] == [4, 8]
+    assert {"disorder", "conflict", "frozen"} <= set(next(iter(rows[0]["quantizers"].values())))
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [({"method": "gaqat", "flat": "none"}, "compares two gradients"),
+     ({"method": "saq", "perturb_scales": True}, "after the quantizer")],
+)  # fmt: skip
+def test_switches_that_contradict_each_other_are_refused(keys, message):
+    with pytest.raises(ValueError, match=message):
+        QuantizeConfig.model_validate(keys)
