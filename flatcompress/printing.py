@@ -12,8 +12,12 @@ from rich.table import Table
 from flatcompress.report import terminal
 
 
+WIDTH = 132  # the ledger's; a pipe or a log file has no width of its own
+
+
 def _console() -> Console:
-    return Console(highlight=False)
+    console = Console(highlight=False)
+    return console if console.is_terminal and console.width >= WIDTH else Console(highlight=False, width=WIDTH)
 
 
 @contextmanager
@@ -42,10 +46,13 @@ def certificate_line(certificate: dict[str, Any]) -> str:
     """One sentence: does it hold, and the three numbers people ask for."""
     verdict = "holds" if certificate["holds"] else "DOES NOT HOLD"
     parts = [f"certificate {verdict}"]
-    size, before = certificate.get("bytes"), certificate.get("float_bytes")
-    if isinstance(size, int):
-        ratio = f", {before / size:.1f} times smaller than the float file" if isinstance(before, int) else ""
-        parts.append(f"{size:,} bytes{ratio}")
+    size, dense = certificate.get("size"), certificate.get("float")
+    if isinstance(size, dict):
+        parts.append(f"{size['bytes']:,} bytes, the weights alone need {size['theoretical_bytes']:,}")
+    if isinstance(dense, dict):
+        parts.append(f"{dense['smaller']:.1f} times smaller than the float model's file")
+        if dense["faster"] is not None:
+            parts.append(f"{dense['faster']:.1f} times faster")
     for failure in certificate.get("failures", []):
         parts.append(f"\n  - {failure}")
     return "; ".join(parts)
@@ -77,7 +84,11 @@ def print_verification(outcome: dict[str, Any]) -> None:
 
 def print_bench(outcome: dict[str, Any]) -> None:
     """Latency, load time, size."""
-    print_mapping(outcome)
+    for row in outcome["files"]:
+        print_mapping({"file": row["path"], "bytes": row["bytes"]})
+        for threads, timing in row["latency"].items():
+            print_mapping({f"{threads} thread(s)": timing})
+    print_mapping({k: v for k, v in outcome.items() if k != "files"})
 
 
 def print_mapping(values: dict[str, Any], indent: str = "") -> None:

@@ -98,7 +98,7 @@ def verify_target(target: Path) -> dict[str, Any]:
     """Repeat the certificate of a run folder or of an ONNX file on this machine."""
     if not target.exists():
         raise UserError(f"{target}: not found. Give a run folder or an ONNX file that has its certificate beside it.")
-    return onnx_export.verify(target)
+    return onnx_export.verify(target).to_dict()
 
 
 def bench_file(file: Path, threads: int, runs: int) -> dict[str, Any]:

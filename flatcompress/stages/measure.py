@@ -116,6 +116,7 @@ def layer_rows(work: Workpiece, twin: nn.Module) -> list[dict[str, Any]]:
     original = dict(work.build().named_modules())
     costs = graph.macs(twin, work.example().cpu())
     flatness = layer_sharpness(work)
+    inputs = activation_bits(work.model)
     rows = []
     for name, _, values, bits in weights(work.model):
         before = original.get(name)
@@ -126,7 +127,7 @@ def layer_rows(work: Workpiece, twin: nn.Module) -> list[dict[str, Any]]:
                 "channels": values.shape[0],
                 "channels_before": before.weight.shape[0] if before is not None else None,
                 "weight_bits": bits if bits < 32 else None,
-                "activation_bits": None,
+                "activation_bits": inputs.get(name),
                 "bytes": math.ceil(values.numel() * bits / 8),
                 "sparsity": 1.0 - int(torch.count_nonzero(values)) / values.numel(),
                 "sharpness": flatness.get(name),
@@ -136,7 +137,33 @@ def layer_rows(work: Workpiece, twin: nn.Module) -> list[dict[str, Any]]:
     return rows
 
 
+def activation_bits(model: nn.Module) -> dict[str, int]:
+    """Bits of the tensor that each quantized layer reads, by layer name; empty for a float model."""
+    from flatcompress import quant
+    from flatcompress.quant.layers import graph_of
+
+    if not quant.is_quantized(model):
+        return {}
+    bits = {name: quantizer.bits for name, quantizer in quant.activation_quantizers(model).items()}
+    layers = quant.quantized_layers(model)
+    found = {}
+    for node in graph_of(model).nodes:
+        if node.op == "call_module" and node.target in layers:
+            source = node.args[0]
+            while source.op == "call_function" and source.args:  # reshapes and pools keep the grid
+                source = source.args[0]
+            if source.op == "call_module" and source.target in bits:
+                found[str(node.target)] = bits[source.target]
+    return found
+
+
 def layer_sharpness(work: Workpiece) -> dict[str, float]:
-    """Loss rise when one layer alone is perturbed by ||e|| = 0.05, on one batch."""
-    batches = train_batches(work, 128)
-    return flat.sharpness.layer_sharpness(work.model, batches, nn.functional.cross_entropy, rho=SHARPNESS_RHO)
+    """Loss rise when one layer's weight alone is perturbed by ||e|| = 0.05, on one batch, by layer name."""
+    found = flat.sharpness.layerwise(
+        work.model,
+        train_batches(work, 128),
+        nn.functional.cross_entropy,
+        rho=SHARPNESS_RHO,
+        perturbed=lambda name, parameter: name.endswith(".weight") and parameter.ndim > 1,
+    )
+    return {name.removesuffix(".weight"): value for name, value in found.items()}
