@@ -60,13 +60,16 @@ def width_of(value: float | None, of: float | None) -> str:
 
 
 def percent(value: Any, digits: int = 1) -> str:
-    """A share as per cent.
+    """A share as per cent; what is short of all is never rounded up to 100.
 
-    >>> percent(0.98765), percent(None), percent("NaN")
-    ('98.8 %', '–', 'NaN')
+    >>> percent(0.98765), percent(0.99999), percent(None), percent("NaN")
+    ('98.8 %', '99.9 %', '–', 'NaN')
     """
     found = number(value)
-    return _odd(value) if found is None else f"{_signed(100 * found, digits)} %"
+    if found is None:
+        return _odd(value)
+    shown = min(100 * found, 100 - 10.0**-digits) if found < 1 else 100 * found
+    return f"{_signed(shown, digits)} %"
 
 
 def points(value: float | None) -> str:

@@ -65,7 +65,8 @@ def _check(item: dict[str, Any]) -> dict[str, Any]:
 def tree(value: Any, depth: int = 0) -> list[dict[str, Any]]:
     """Anything as rows of {key, text, children, table} for a nested definition list; bounded in size and depth."""
     items = list(value.items()) if isinstance(value, dict) else list(enumerate(value, 1))
-    return [_branch(text(key, 80), item, depth) for key, item in items[:200] if item not in ([], {}, "")]
+    rows = [_branch(text(key, 80), item, depth) for key, item in items[:200] if item not in ([], {}, "")]
+    return sorted(rows, key=lambda row: 2 if row["table"] else 1 if row["children"] else 0)
 
 
 def _branch(key: str, item: Any, depth: int) -> dict[str, Any]:

@@ -33,7 +33,8 @@ def write_run(folder: Path, name: str = "quickstart", seed: int = 0) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.yaml").write_text(RECIPE.format(name=json.dumps(name)))
     (folder / "ledger.json").write_text(json.dumps({"schema": 1, "rows": rows(draw)}))
-    (folder / "log.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events(draw)))
+    log = [*events(draw), *({"event": "row", "row": row} for row in rows(random.Random(seed)))]
+    (folder / "log.jsonl").write_text("".join(json.dumps(e) + "\n" for e in log))
     (folder / "certificate.json").write_text(json.dumps(certificate(draw)))
     (folder / "model.onnx").write_bytes(b"\0" * 23_412)
     for i, stage in enumerate(STAGES[:3]):
