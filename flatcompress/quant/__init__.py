@@ -8,6 +8,7 @@ compose functions for a two-probe optimizer step and plain numbers (`activation_
 from __future__ import annotations
 
 from flatcompress.quant.batchnorm import reestimate_batchnorm
+from flatcompress.quant.bits import allocate, auto_bits
 from flatcompress.quant.compose import Alternation, ScaleBloop
 from flatcompress.quant.conflict import ScaleConflict
 from flatcompress.quant.distill import distillation_loss
@@ -27,6 +28,7 @@ from flatcompress.quant.methods import QUANTIZERS
 from flatcompress.quant.oscillation import OscillationTracker, anneal, dampening_loss
 from flatcompress.quant.rounding import set_bias_rounding
 from flatcompress.quant.saq import QuantizedPoint
+from flatcompress.quant.sensitivity import flatness_map, hessian_traces, sensitivities
 
 __all__ = [
     "QUANTIZERS",
@@ -36,18 +38,23 @@ __all__ = [
     "ScaleBloop",
     "ScaleConflict",
     "activation_quantizers",
+    "allocate",
     "anneal",
     "apply",
+    "auto_bits",
     "calibrate",
     "dampening_loss",
     "distillation_loss",
     "explain",
+    "flatness_map",
+    "hessian_traces",
     "is_quantized",
     "quantize",
     "quantized_layers",
     "reestimate_batchnorm",
     "scale_names",
     "scale_parameters",
+    "sensitivities",
     "set_bias_rounding",
     "tensor_quantizers",
 ]

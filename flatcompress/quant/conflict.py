@@ -217,7 +217,7 @@ class ScaleConflict:
             return torch.arange(sum(self.sizes))
         if self.granularity == "quantizer":
             return self._owner.cpu()
-        readers = readers_of_quantizers(graph_of(model), set(tensor_quantizers(model)))
+        readers = readers_of_quantizers(model, graph_of(model), set(tensor_quantizers(model)))
         keys = [readers.get(name.removesuffix(".beta"), name.removesuffix(".beta")) for name in self.names]
         index = {key: i for i, key in enumerate(dict.fromkeys(keys))}
         return torch.tensor([index[key] for key in keys])[self._owner.cpu()]

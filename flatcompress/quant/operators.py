@@ -6,7 +6,7 @@ import operator
 from dataclasses import dataclass
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from flatcompress.graph.cost import MATMULS
 
@@ -56,6 +56,16 @@ def first(node: fx.Node) -> fx.Node:
     first = node.args[0]
     assert isinstance(first, fx.Node)
     return first
+
+
+def passes(model: nn.Module, node: fx.Node) -> bool:
+    """Whether a node only moves values: its output is on whatever grid its input is on."""
+    if node.op == "call_module":
+        kinds = nn.Dropout | nn.Dropout1d | nn.Dropout2d | nn.Dropout3d | nn.Identity
+        return isinstance(model.get_submodule(str(node.target)), kinds)
+    if node.target in (aten.pad.default, aten.constant_pad_nd.default):
+        return is_zero_pad(node)
+    return node.target in PASSES
 
 
 def is_zero_pad(node: fx.Node) -> bool:

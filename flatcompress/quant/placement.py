@@ -23,12 +23,11 @@ from flatcompress.quant.operators import (
     FREE_LAYERS,
     MEANS,
     NONNEGATIVE,
-    PASSES,
     POOLS,
     RELUS,
     TensorRow,
     first,
-    is_zero_pad,
+    passes,
 )
 
 aten = torch.ops.aten
@@ -252,11 +251,7 @@ class _Placement:
         return node, reader
 
     def _passes(self, node: fx.Node) -> bool:
-        if node.op == "call_module":
-            return isinstance(self._module(node), nn.Dropout | nn.Dropout1d | nn.Dropout2d | nn.Identity)
-        if node.target in (aten.pad.default, aten.constant_pad_nd.default):
-            return is_zero_pad(node)
-        return node.target in PASSES
+        return passes(self.gm, node)
 
     def _pool(self, node: fx.Node) -> bool:
         if node.target in POOLS:
@@ -338,21 +333,21 @@ def _check_patterns(patterns: Iterable[str], names: list[str], paths: list[str],
             raise UserError(f"{key}: {pattern!r} matches no layer.{hint} Layers: {', '.join(names)}.")
 
 
-def readers_of_quantizers(graph: fx.Graph, names: set[str]) -> dict[str, str]:
+def readers_of_quantizers(model: nn.Module, graph: fx.Graph, names: set[str]) -> dict[str, str]:
     """For each activation quantizer the first quantized layer that reads it, or itself when there is none."""
     found = {}
     for node in graph.nodes:
         if node.op == "call_module" and str(node.target).startswith("quantizers."):
-            found[str(node.target)] = _first_layer(node, names) or str(node.target)
+            found[str(node.target)] = _first_layer(model, node, names) or str(node.target)
     return found
 
 
-def _first_layer(node: fx.Node, names: set[str]) -> str | None:
+def _first_layer(model: nn.Module, node: fx.Node, names: set[str]) -> str | None:
     frontier = list(node.users)
     while frontier:
         user = frontier.pop(0)
         if user.op == "call_module" and str(user.target) in names:
             return None if str(user.target).startswith("quantizers.") else str(user.target)
-        if user.target in PASSES:
+        if passes(model, user):
             frontier.extend(user.users)
     return None

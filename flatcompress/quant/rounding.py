@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import copy
 import re
+from typing import Any
 
 import torch
 from torch import fx, nn
 
 from flatcompress.errors import UserError
 from flatcompress.quant.modules import ActivationQuantizer, QuantizedLayer
-from flatcompress.quant.operators import PASSES, first
+from flatcompress.quant.operators import first, passes
 
 ROUNDING = "bias_rounding"
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
@@ -64,7 +65,7 @@ def _add(model: nn.Module, graph: fx.Graph, node: fx.Node, holder: nn.ModuleDict
 
 def _input_quantizer(model: nn.Module, node: fx.Node) -> ActivationQuantizer | None:
     source = first(node)
-    while source.target in PASSES:
+    while passes(model, source):
         source = first(source)
     found = model.get_submodule(str(source.target)) if source.op == "call_module" else None
     return found if isinstance(found, ActivationQuantizer) else None
@@ -83,10 +84,29 @@ def _norm(model: nn.Module, graph: fx.Graph, node: fx.Node) -> nn.Module | None:
 class BiasRounding(nn.Module):
     """x + (rounded bias - bias) per channel, [B, C, ...] behind a convolution, [B, ..., C] behind a linear layer."""
 
+    on: torch.Tensor
+
     def __init__(self, layer: QuantizedLayer, norm: nn.Module | None, quantizer: ActivationQuantizer) -> None:
         super().__init__()
-        self.enabled = False
+        # In the state dict, because a reloaded model must compute what the saved one did; the plain copy spares the
+        # forward a read from the device.
+        self.register_buffer("on", torch.zeros((), dtype=torch.bool))
+        self._enabled = False
         self._parts = (layer, norm, quantizer)  # a tuple: they are the model's, not this module's
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the forward rounds."""
+        return self._enabled
+
+    @enabled.setter
+    def enabled(self, on: bool) -> None:
+        self._enabled = on
+        self.on.fill_(on)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._enabled = bool(self.on)
 
     @torch.no_grad()
     def shift(self) -> torch.Tensor:

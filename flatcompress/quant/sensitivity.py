@@ -1,0 +1,162 @@
+"""How much each layer minds being rounded, before anything is quantized.
+
+`hessian_traces` is what HAWQ-V2 uses (arXiv 1911.03852): tr(H) of the loss in one layer's weights, by Hutchinson's
+estimate. `sensitivities` turns it, or one backward pass, into a cost per layer and bit width. `flatness_map` puts
+side by side how far a layer may move and how far its grid moves it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flatcompress.errors import UserError, unknown
+from flatcompress.quant.lsq import grid
+from flatcompress.quant.placement import LAYERS
+
+Loss = Callable[[], Tensor]
+KINDS = ("hessian", "gradient")
+CHOICES = (2, 3, 4, 6, 8)
+_SHARES = 60  # grid steps tried per row when the least squared error is looked for
+
+
+@contextmanager
+def _frozen_statistics(model: nn.Module) -> Any:
+    """Eval mode while a curvature is measured: BatchNorm by its statistics, no dropout."""
+    modes = {m: m.training for m in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def float_layers(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, nn.Module]:
+    """Conv and linear layers by name (or those named). UserError for a name that is none."""
+    found: dict[str, nn.Module] = {n: m for n, m in model.named_modules() if isinstance(m, LAYERS)}
+    if names is None:
+        return found
+    for name in names:
+        if name not in found:
+            raise unknown("layer", name, found)
+    return {n: found[n] for n in names}
+
+
+def hessian_traces(
+    model: nn.Module, loss: Loss, names: Iterable[str] | None = None, samples: int = 16, seed: int = 0
+) -> dict[str, float]:
+    """tr(H_l) of ``loss()`` in each layer's weight: the mean of z^T H z over Rademacher z (one z for all layers).
+
+    ``loss``: forward on ``model``, returns a scalar; it is called in eval mode. Layers are probed together, each with
+    its own block of z, so the blocks across layers enter as noise of mean zero. UserError when the loss does not
+    depend on a layer or is not finite.
+    """
+    layers = float_layers(model, names)
+    weights: list[Any] = [m.weight for m in layers.values()]
+    generator = torch.Generator().manual_seed(seed)
+    totals = [0.0] * len(weights)
+    with _frozen_statistics(model), torch.enable_grad():
+        gradients = _gradients(loss, weights, list(layers), create_graph=True)
+        for sample in range(samples):
+            z = [(torch.randint(0, 2, w.shape, generator=generator) * 2.0 - 1.0).to(w) for w in weights]
+            product = sum((g * v).sum() for g, v in zip(gradients, z))
+            assert isinstance(product, Tensor)
+            again = torch.autograd.grad(product, weights, retain_graph=sample + 1 < samples, allow_unused=True)
+            for i, (h, v) in enumerate(zip(again, z)):
+                totals[i] += 0.0 if h is None else float((h * v).sum()) / samples
+    return dict(zip(layers, totals))
+
+
+def _gradients(loss: Loss, weights: list[Any], names: list[str], create_graph: bool) -> tuple[Tensor, ...]:
+    value = loss()
+    if not bool(torch.isfinite(value)):
+        raise UserError("the loss that sensitivities are measured on is not finite.")
+    if not value.requires_grad:
+        raise UserError("the loss that sensitivities are measured on does not depend on the model's weights.")
+    found = torch.autograd.grad(value, weights, create_graph=create_graph, allow_unused=True)
+    for name, gradient in zip(names, found):
+        if gradient is None:
+            raise UserError(f"the loss that sensitivities are measured on does not depend on layer {name!r}.")
+    return found  # type: ignore[return-value]
+
+
+@torch.no_grad()
+def rounding_error(weight: Tensor, bits: int) -> Tensor:
+    """Q_b(w) - w on the per-channel symmetric grid of least squared error (the scale that training is heading for)."""
+    qn, qp = grid(bits, signed=True)
+    rows = weight.detach().flatten(1)
+    largest = rows.abs().amax(1, keepdim=True) / qp
+    best, error = torch.zeros_like(rows), torch.full_like(largest, math.inf)
+    for share in torch.linspace(1 / _SHARES, 1, _SHARES).tolist():
+        step = (largest * share).clamp_min(torch.finfo(rows.dtype).tiny)
+        difference = (rows / step).round().clamp(-qn, qp) * step - rows
+        found = difference.square().sum(1, keepdim=True)
+        best = torch.where(found < error, difference, best)
+        error = torch.minimum(found, error)
+    return best.view_as(weight)
+
+
+def sensitivities(
+    model: nn.Module,
+    loss: Loss,
+    names: Iterable[str] | None = None,
+    choices: Iterable[int] = CHOICES,
+    kind: str = "hessian",
+    seed: int = 0,
+) -> dict[str, dict[int, float]]:
+    """Expected cost of giving a layer b bits, by layer and b; never rising in b.
+
+    ``hessian``: tr(H)/n * ||Q_b(w) - w||^2 (HAWQ-V2, eq. 6). A trace that is not positive is noise or a saddle and
+    would make a layer free; it counts as the least positive curvature found.
+    ``gradient``: sum g^2 (Q_b(w) - w)^2 with g from one backward pass (the diagonal of the empirical Fisher matrix
+    instead of the Hessian): many times cheaper, and blind where the loss has no slope.
+    """
+    if kind not in KINDS:
+        raise unknown("sensitivity", kind, KINDS)
+    layers = float_layers(model, names)
+    if kind == "hessian":
+        traces = hessian_traces(model, loss, layers, seed=seed)
+        curvature = {n: t / layers[n].weight.numel() for n, t in traces.items()}  # type: ignore[operator]
+        floor = min((c for c in curvature.values() if c > 0), default=1.0)
+        weight = {n: torch.tensor(max(c, floor)) for n, c in curvature.items()}
+    else:
+        with _frozen_statistics(model), torch.enable_grad():
+            found = _gradients(loss, [m.weight for m in layers.values()], list(layers), create_graph=False)
+        weight = {n: g.detach().square() for n, g in zip(layers, found)}
+    table: dict[str, dict[int, float]] = {}
+    for name, layer in layers.items():
+        costs, least = {}, math.inf
+        for bits in sorted(choices):
+            least = min(least, float((weight[name] * rounding_error(layer.weight, bits).square()).sum()))  # type: ignore[arg-type]
+            costs[bits] = least
+        table[name] = costs
+    return table
+
+
+def flatness_map(
+    model: nn.Module, loss: Loss, bits: dict[str, int], rise: float = 0.01, samples: int = 16, seed: int = 0
+) -> list[dict[str, Any]]:
+    """How far a layer may move against how far its grid moves it, one row per layer of a *float* model.
+
+    ``curvature`` = tr(H)/n; ``reach`` = the l2 length of a random move that raises the loss by ``rise``,
+    sqrt(2 * rise / curvature) (None where the curvature is not positive); ``grid_move`` = ||Q_b(w) - w||_2;
+    ``strain`` = (grid_move / reach)^2: above 1 the grid alone is expected to cost more than ``rise``.
+    """
+    layers = float_layers(model, bits)
+    traces = hessian_traces(model, loss, layers, samples, seed)
+    rows = []
+    for name, layer in layers.items():
+        weight: Tensor = layer.weight  # type: ignore[assignment]
+        curvature = traces[name] / weight.numel()
+        move = float(rounding_error(weight, bits[name]).norm())
+        reach = math.sqrt(2 * rise / curvature) if curvature > 0 else None
+        strain = None if reach is None else (move / reach) ** 2
+        rows.append({"name": name, "bits": bits[name], "curvature": curvature, "reach": reach, "grid_move": move,
+                     "strain": strain})  # fmt: skip
+    return rows
