@@ -148,8 +148,7 @@ class IntegerLayer(nn.Module):
     def _products(self, x: Tensor, weight: Tensor) -> Tensor:
         if self.kind == "linear":
             return F.linear(x, weight)
-        convolve = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[weight.dim()]
-        return convolve(x, weight, **self.attributes)
+        return _convolve(x, weight, None, self.attributes)
 
     def _exact_type(self) -> torch.dtype:
         grid = self.in_grid
@@ -157,6 +156,14 @@ class IntegerLayer(nn.Module):
         total = float(self.weight.abs().flatten(1).to(torch.float64).sum(1).max()) * largest * 2**self.headroom
         total += float(self.bias.abs().max()) if self.bias is not None else 0.0
         return torch.float32 if total < EXACT else torch.float64
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, attributes: dict[str, Any]) -> Tensor:
+    """A convolution after its extra "pads" (torch's order), which may differ at the two ends."""
+    given = {key: value for key, value in attributes.items() if key != "pads"}
+    if "pads" in attributes:
+        x = F.pad(x, attributes["pads"])
+    return {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[weight.dim()](x, weight, bias, **given)
 
 
 def rescale(total: Tensor, scale: Tensor, out_grid: Grid | None) -> Tensor:
@@ -243,5 +250,4 @@ class WeightOnlyLayer(nn.Module):
         weight = self.weight.float() * self.scale.reshape([-1] + [1] * (self.weight.dim() - 1))
         if self.kind == "linear":
             return F.linear(x, weight, self.bias)
-        convolve = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[weight.dim()]
-        return convolve(x, weight, self.bias, **self.attributes)
+        return _convolve(x, weight, self.bias, self.attributes)

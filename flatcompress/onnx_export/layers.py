@@ -117,6 +117,9 @@ def conv(w: Writer, inputs: list[str], attributes: dict[str, Any], kernel: tuple
     if any(d != 1 for d in given["dilation"]):
         written["dilations"] = given["dilation"]
     pads = _pads(attributes["padding"], kernel, given["dilation"])
+    extra = list(attributes.get("pads", []))
+    for index, amount in enumerate(extra):  # torch: begin and end of the last dimension, then of the one before
+        pads[rank - 1 - index // 2 + rank * (index % 2)] += amount
     if any(pads):
         written["pads"] = pads
     if attributes["groups"] != 1:

@@ -179,6 +179,8 @@ class _Lowering:
         bias = getattr(module, "bias", None)
         folded = fold(spec.values.detach().cpu(), spec.scale.cpu(), None if bias is None else bias.cpu(), norms)
         attributes = conv_attributes(module) if spec.values.dim() > 2 else {}
+        if "pads" in node.meta:
+            attributes["pads"] = node.meta["pads"]
         if value.grid is None or getattr(module, "padding_mode", "zeros") != "zeros":
             real_bias = None if folded.bias is None else folded.bias.float()
             values, scale = _within_int8(folded.values), folded.scale.float()
@@ -310,7 +312,7 @@ class _Shapes(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         if isinstance(result, Tensor):
-            n.meta["shape"] = tuple(result.shape)
+            n.meta["shape"], n.meta["dtype"] = tuple(result.shape), result.dtype
         return result
 
 

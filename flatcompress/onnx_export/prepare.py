@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from flatcompress.onnx_export.constants import fold_constants
+
 aten = torch.ops.aten
 INF = float("inf")
 
@@ -58,6 +60,8 @@ _CROSSABLE = MOVES - {
     aten.split_with_sizes.default,
     aten.chunk.default,
 }
+_CASTS = {aten.to.dtype, aten._to_copy.default, aten.type_as.default}
+_PADS = {aten.pad.default, aten.constant_pad_nd.default}
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Identity)
 
 
@@ -86,11 +90,13 @@ def source(node: fx.Node) -> fx.Node:
 
 def prepare(gm: fx.GraphModule) -> None:
     """All rewrites, in place. Results stand in ``meta``: "norms" of a layer, "low" and "high" of a quantizer."""
+    fold_constants(gm)
     _drop_identities(gm)
     _note_norms(gm)
     changed = True
     while changed:
         changed = _merge_clamps(gm) or _hoist_quantizers(gm)
+    _note_pads(gm)
     gm.graph.eliminate_dead_code()
     gm.graph.lint()
 
@@ -102,8 +108,45 @@ def _remove(gm: fx.GraphModule, node: fx.Node) -> None:
 
 def _drop_identities(gm: fx.GraphModule) -> None:
     for node in list(gm.graph.nodes):
-        if isinstance(module_of(gm, node), _DROPOUTS) or (node.op == "call_function" and node.target in IDENTITIES):
+        if isinstance(module_of(gm, node), _DROPOUTS) or _is_identity(node):
             _remove(gm, node)
+
+
+def _is_identity(node: fx.Node) -> bool:
+    if node.op != "call_function":
+        return False
+    if node.target in _CASTS:
+        return node.meta["val"].dtype == source(node).meta["val"].dtype
+    pads = zero_pads(node)
+    return node.target in IDENTITIES or (pads is not None and not any(pads))
+
+
+def zero_pads(node: fx.Node) -> list[int] | None:
+    """The amounts of a padding with zeros (torch's order: last dimension first), else None."""
+    if node.op != "call_function" or node.target not in _PADS:
+        return None
+    given = [*node.args[2:], *node.kwargs.values()]
+    if any(value not in ("constant", None, 0, 0.0) for value in given):
+        return None
+    return [int(amount) for amount in node.args[1]]  # type: ignore[union-attr, arg-type]
+
+
+def _note_pads(gm: fx.GraphModule) -> None:
+    """A padding with zeros of height and width before integer convolutions becomes their own."""
+    for node in list(gm.graph.nodes):
+        pads = zero_pads(node)
+        if pads is None or min(pads) < 0 or not all(_pads_itself(gm, user, pads) for user in node.users):
+            continue
+        for user in node.users:
+            user.meta["pads"] = pads
+        _remove(gm, node)
+
+
+def _pads_itself(gm: fx.GraphModule, user: fx.Node, pads: list[int]) -> bool:
+    module = module_of(gm, user)
+    rank = getattr(module, "weight", torch.empty(0)).dim()
+    zeros = getattr(module, "padding_mode", "") == "zeros" and not isinstance(getattr(module, "padding", ""), str)
+    return hasattr(module, "weight_spec") and zeros and len(pads) <= 2 * (rank - 2)
 
 
 def _note_norms(gm: fx.GraphModule) -> None:
@@ -166,7 +209,8 @@ def _hoist_quantizers(gm: fx.GraphModule) -> bool:
         if not is_quantizer(gm, node):
             continue
         move = source(node)
-        if move.op == "call_function" and move.target in _CROSSABLE and len(move.users) == 1:
+        crossable = move.target in _CROSSABLE or zero_pads(move) is not None
+        if move.op == "call_function" and crossable and len(move.users) == 1:
             _swap(gm, move, node)
             return True
     return False

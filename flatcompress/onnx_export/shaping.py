@@ -6,7 +6,9 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from onnx import TensorProto, helper
 from torch import fx
 
 from flatcompress.errors import UserError
@@ -237,9 +239,19 @@ def _max_pool(
     return w.builder.op("MaxPool", [w.tensor(x)], **written)
 
 
-def _same(w: Writer, node: fx.Node, x: fx.Node, *_: Any, **__: Any) -> str:
-    """Operators that change nothing for a real tensor that stays on its device."""
-    return w.tensor(x)
+_TYPES = {torch.bool: TensorProto.BOOL, torch.int64: TensorProto.INT64, torch.int32: TensorProto.INT32}
+
+
+def _cast(w: Writer, node: fx.Node, x: fx.Node, *_: Any, **__: Any) -> str:
+    """Nothing for a value that has the type already; real values take the profile's."""
+    before, after = x.meta["dtype"], node.meta["dtype"]
+    if before == after or (before.is_floating_point and after.is_floating_point):
+        return w.tensor(x)
+    if after.is_floating_point:
+        return w.builder.cast(w.tensor(x), helper.np_dtype_to_tensor_dtype(np.dtype(w.profile.floats)))
+    if after not in _TYPES:
+        raise UserError(f"the type {after} has no ONNX form here.")
+    return w.builder.cast(w.tensor(x), _TYPES[after])
 
 
 SHAPING: dict[Any, FunctionEmitter] = {
@@ -277,7 +289,7 @@ SHAPING: dict[Any, FunctionEmitter] = {
     aten.channel_shuffle.default: _channel_shuffle,
     aten.max_pool2d.default: _max_pool,
     aten.max_pool1d.default: _max_pool,
-    aten.to.dtype: _same,
-    aten._to_copy.default: _same,
-    aten.type_as.default: _same,
+    aten.to.dtype: _cast,
+    aten._to_copy.default: _cast,
+    aten.type_as.default: _cast,
 }
