@@ -57,6 +57,24 @@ def run(
 
 
 @app.command()
+def sweep(
+    file: Annotated[Path, typer.Argument(help="the sweep, a YAML file", show_default=False)],
+    jobs: Annotated[int | None, typer.Option(min=1, max=256, help="runs at the same time")] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="write every run's recipe and print its command")] = False,
+    as_json: Json = False,
+) -> None:
+    """Run methods x seeds x held-out domains and write one table; the same command again goes on."""
+    from flatcompress.verbs import plan_sweep, run_sweep_file
+
+    if plan:
+        commands = plan_sweep(file)
+        show(commands, as_json, "\n".join(commands))
+        return
+    text, data = run_sweep_file(file, jobs)
+    show(data, as_json, text)
+
+
+@app.command()
 def validate(
     recipe: RecipePath,
     settings: Setting = None,

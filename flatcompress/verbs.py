@@ -64,6 +64,24 @@ def run_recipe(
     )
 
 
+def run_sweep_file(path: Path, jobs: int | None) -> tuple[str, dict[str, Any]]:
+    """Run a sweep file and write its table; returns the Markdown and the data."""
+    from flatcompress import sweep_run, sweep_table
+    from flatcompress.sweep import load_sweep
+
+    sweep = load_sweep(path)
+    sweep.jobs = jobs or sweep.jobs
+    return sweep_table.write(sweep, sweep_run.run_sweep(sweep, sweep_run.stderr))
+
+
+def plan_sweep(path: Path) -> list[str]:
+    """Write the recipes of a sweep's runs and return the commands that run them."""
+    from flatcompress import sweep_run
+    from flatcompress.sweep import load_sweep
+
+    return sweep_run.plan(load_sweep(path))
+
+
 def check_recipe(path: Path, settings: list[str], syntax_only: bool) -> dict[str, Any]:
     """Check a recipe file; without ``syntax_only`` also load its data and model and rehearse the stages."""
     recipe = load_recipe(path, settings)

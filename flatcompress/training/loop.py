@@ -258,6 +258,7 @@ def restore_best(job: Job) -> None:
     """Put the best epoch's weights back; without one (nothing eligible, or select='last') nothing changes."""
     if job.best is not None:
         job.raw_model.load_state_dict(job.best[1])
+        job.emit("selected", val_accuracy=job.best[0])
 
 
 def _batches(job: Job, epoch: int, done: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -1,0 +1,208 @@
+"""Sweeps: methods x seeds x held-out domains over one recipe, as a list of ordinary runs.
+
+A sweep file names a base recipe and, per method, which of its keys change. Every combination is a run of its own in a
+folder of its own, exactly what ``flatcompress run`` would do with those overrides. Runs that begin with the very same
+stages, seed and data share them: the common part is trained once and its checkpoint is handed on.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import itertools
+import json
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationError, model_validator
+
+from flatcompress.errors import UserError
+from flatcompress.recipe import Recipe, parse_recipe
+from flatcompress.stages.configs import Strict
+from flatcompress.yaml_source import MAX_BYTES, override, parse_yaml
+
+_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
+
+
+class MethodEntry(Strict):
+    """One row of the table: the base recipe with some keys changed."""
+
+    name: Annotated[str, Field(min_length=1, max_length=60)] = Field(description="name of the row")
+    stages: list[Any] | None = Field(None, description="stages in place of the base recipe's")
+    set: dict[str, Any] = Field(default_factory=dict, description="keys to override: {stages.1.quantize.method: lsq}")
+    grid: dict[str, list[Any]] = Field(
+        default_factory=dict, description="values to try per key; the best by validation on the source domains stays"
+    )
+
+    @model_validator(mode="after")
+    def _values(self) -> MethodEntry:
+        for key, values in self.grid.items():
+            if not values:
+                raise ValueError(f"grid.{key} lists no value")
+        return self
+
+    def settings(self) -> list[dict[str, Any]]:
+        """Every combination of the grid; one empty setting without a grid."""
+        return [dict(zip(self.grid, values)) for values in itertools.product(*self.grid.values())]
+
+
+class Sweep(Strict):
+    """A sweep file."""
+
+    name: Annotated[str, Field(pattern=_NAME)] = Field("sweep", description="name of the sweep's folder")
+    output_dir: str = Field("runs", description="where the sweep's folder goes")
+    recipe: str | dict[str, Any] = Field(description="base recipe: a file, or its keys")
+    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = Field([0, 1, 2], description="seeds")
+    held_out: list[str] = Field(default_factory=list, description="domains to hold out in turn (none: as the recipe)")
+    tune_seeds: list[int] = Field(default_factory=list, description="seeds to choose from a grid on (none: all)")
+    tune_held_out: list[str] = Field(default_factory=list, description="domains held out while choosing (none: all)")
+    jobs: Annotated[int, Field(ge=1, le=256)] = Field(1, description="runs at the same time")
+    methods: Annotated[list[MethodEntry], Field(min_length=1)] = Field(description="rows of the table")
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Sweep:
+        for what, values in (("method", [m.name for m in self.methods]), ("seed", self.seeds)):
+            twice = [v for v, n in Counter(values).items() if n > 1]
+            if twice:
+                raise ValueError(f"{what} {twice[0]!r} is given twice")
+        return self
+
+    @property
+    def folder(self) -> Path:
+        """Where everything of this sweep is."""
+        return Path(self.output_dir) / self.name
+
+
+def load_sweep(path: str | Path) -> Sweep:
+    """Read and check a sweep file. UserError for everything that is wrong with it."""
+    path = Path(path)
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise UserError(f"{path}: too large for a sweep file; at most {MAX_BYTES} bytes are read.")
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8 text'}).") from None
+    raw, _ = parse_yaml(text, str(path))
+    sweep = parse_sweep(raw, str(path))
+    if isinstance(sweep.recipe, str):
+        sweep.recipe = _base_recipe(path, sweep.recipe)
+    return sweep
+
+
+def parse_sweep(raw: Any, where: str = "sweep") -> Sweep:
+    """Check plain data and return the `Sweep`. UserError lists every problem, one a line."""
+    if not isinstance(raw, dict):
+        raise UserError(f"{where}: a sweep is a mapping of keys (recipe, methods, seeds ...).")
+    try:
+        return Sweep.model_validate(raw)
+    except ValidationError as error:
+        lines = [f"{where}: {'.'.join(map(str, e['loc'])) or 'sweep'}: {e['msg']}." for e in error.errors()]
+        if any(e["type"] == "extra_forbidden" for e in error.errors()):
+            lines.append(f"{where}: allowed keys: {', '.join(Sweep.model_fields)}.")
+        raise UserError("\n".join(lines)) from None
+
+
+def _base_recipe(sweep: Path, name: str) -> dict[str, Any]:
+    """The recipe file that a sweep names, relative to the sweep or to where we are."""
+    for path in (sweep.parent / name, Path(name)):
+        if path.is_file():
+            raw, _ = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+            if not isinstance(raw, dict):
+                raise UserError(f"{path}: not a recipe.")
+            return raw
+    raise UserError(f"{sweep}: recipe {name!r} is not there, neither beside the sweep nor here.")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One cell: a method under one setting of its grid, a held-out domain and a seed."""
+
+    method: str
+    setting: str
+    held_out: str | None
+    seed: int
+    recipe: Recipe
+
+    @property
+    def key(self) -> str:
+        """What the run computes: equal keys, equal bits."""
+        return key_of(self.recipe, len(self.recipe.stages))
+
+
+def runs_of(
+    sweep: Sweep, method: MethodEntry, setting: dict[str, Any], seeds: list[int], domains: list[str]
+) -> list[Run]:
+    """The runs of ``method`` under ``setting``. UserError names the method and what is wrong."""
+    text = ", ".join(f"{key.split('.')[-1]} {value}" for key, value in setting.items())
+    return [
+        Run(method.name, text, domain, seed, _recipe(sweep, method, setting, domain, seed))
+        for domain in (domains or [None])
+        for seed in seeds
+    ]
+
+
+def _recipe(sweep: Sweep, method: MethodEntry, setting: dict[str, Any], domain: str | None, seed: int) -> Recipe:
+    assert isinstance(sweep.recipe, dict)
+    raw = copy.deepcopy(sweep.recipe)
+    if method.stages is not None:
+        raw["stages"] = copy.deepcopy(method.stages)
+    for key, value in {**method.set, **setting}.items():
+        override(raw, f"{key}={json.dumps(value)}")
+    raw["seed"] = seed
+    raw["name"] = slug(f"{method.name}-{domain or 'all'}-s{seed}")
+    if domain is not None:
+        raw.setdefault("data", {})["held_out"] = domain
+    return parse_recipe(raw, f"method {method.name!r}")
+
+
+def slug(text: str) -> str:
+    """``text`` as a folder's name."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.")[:90] or "run"
+
+
+def key_of(recipe: Recipe, stages: int) -> str:
+    """Hash of what decides the first ``stages`` stages' result."""
+    raw = recipe.to_dict()
+    kept = {k: raw[k] for k in ("seed", "device", "precision", "data", "model")}
+    text = json.dumps({**kept, "stages": raw["stages"][:stages]}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+@dataclass
+class Task:
+    """One run to do: ``base`` is the task whose finished stages it begins with, ``name`` its folder."""
+
+    key: str
+    name: str
+    recipe: Recipe
+    base: str | None = None
+
+
+def tasks_of(runs: list[Run]) -> dict[str, Task]:
+    """The runs as tasks by key, with the tasks for beginnings that several of them share."""
+    unique = {run.key: run for run in runs}
+    shared: Counter[str] = Counter()
+    for run in unique.values():
+        shared.update(key_of(run.recipe, n) for n in range(1, len(run.recipe.stages) + 1))
+    tasks: dict[str, Task] = {}
+    for run in unique.values():
+        _add(tasks, run.recipe, slug(f"{run.recipe.name}-{run.key[:6]}"), shared)
+    return tasks
+
+
+def _add(tasks: dict[str, Task], recipe: Recipe, name: str, shared: Counter[str]) -> None:
+    whole = len(recipe.stages)
+    key = key_of(recipe, whole)
+    task = tasks.setdefault(key, Task(key, name, recipe))
+    if not task.name.startswith("shared") and task.name != name and not name.startswith("shared"):
+        task.name = name
+    for n in range(whole - 1, 0, -1):
+        if shared[key_of(recipe, n)] > 1 and recipe.stages[n - 1].kind != "export":
+            task.base = key_of(recipe, n)
+            if task.base not in tasks:
+                part = recipe.model_copy(update={"stages": recipe.stages[:n], "name": f"shared-{task.base[:8]}"})
+                _add(tasks, part, part.name, shared)
+            return
