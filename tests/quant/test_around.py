@@ -12,6 +12,7 @@ from torch import nn
 from flatcompress import graph, quant
 from flatcompress.errors import UserError
 from flatcompress.onnx_export import fold as writer
+from flatcompress.plan import Plan, Step, apply_plan
 from flatcompress.quant.rounding import BiasRounding
 
 torch.set_num_threads(1)
@@ -25,6 +26,10 @@ def net(bits: int = 3) -> Net:
     quant.quantize(model, bits, bits)
     quant.calibrate(model, [X])
     return model
+
+
+def plan_of(model: nn.Module) -> Plan:
+    return Plan([Step("quantizers", model.quantizers.data)])
 
 
 # -- SAQ -------------------------------------------------------------------------------------------------------------
@@ -111,6 +116,9 @@ def test_rounding_is_off_at_first_and_small_when_on() -> None:
     assert torch.equal(clone(X), rounded)
     quant.set_bias_rounding(model, False)
     assert torch.equal(model(X), expected) and torch.equal(clone(X), rounded)
+    fresh = apply_plan(Net(), plan_of(clone))
+    fresh.load_state_dict(clone.state_dict())
+    assert torch.equal(fresh.eval()(X), rounded)  # whether biases are rounded is part of the state
     assert not any("bias_rounding" in str(n.target) for n in graph.trace(model, X).graph.nodes)
     with pytest.raises(UserError, match="not quantized"):
         quant.set_bias_rounding(Net())
