@@ -152,7 +152,7 @@ def _recipe(sweep: Sweep, method: MethodEntry, setting: dict[str, Any], domain: 
     for key, value in {**method.set, **setting}.items():
         override(raw, f"{key}={json.dumps(value)}")
     raw["seed"] = seed
-    raw["name"] = slug(f"{method.name}-{domain or 'all'}-s{seed}")
+    raw["name"] = slug(method.name)
     if domain is not None:
         raw.setdefault("data", {})["held_out"] = domain
     return parse_recipe(raw, f"method {method.name!r}")
@@ -171,38 +171,50 @@ def key_of(recipe: Recipe, stages: int) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
+def folder_name(recipe: Recipe) -> str:
+    """The folder of a run: what it computes decides it, so a sweep may gain, lose and rename methods."""
+    data = recipe.data.options.get("held_out")
+    steps = "-".join(str(getattr(s.config, "method", s.kind)) for s in recipe.stages)
+    return slug(f"{data or recipe.data.name}-s{recipe.seed}-{steps}")[:70] + f"-{key_of(recipe, len(recipe.stages))}"
+
+
 @dataclass
 class Task:
-    """One run to do: ``base`` is the task whose finished stages it begins with, ``name`` its folder."""
+    """One run to do in the folder ``name``: ``base`` is the task whose finished stages it begins with.
+
+    ``wanted``: it is a cell of the table, not only a beginning that others share.
+    """
 
     key: str
     name: str
     recipe: Recipe
+    wanted: bool = True
     base: str | None = None
 
 
 def tasks_of(runs: list[Run]) -> dict[str, Task]:
-    """The runs as tasks by key, with the tasks for beginnings that several of them share."""
-    unique = {run.key: run for run in runs}
+    """The runs as tasks by key, in order, each after the beginning that it shares with others."""
+    named = {run.key: Task(run.key, folder_name(run.recipe), run.recipe) for run in runs}
     shared: Counter[str] = Counter()
-    for run in unique.values():
-        shared.update(key_of(run.recipe, n) for n in range(1, len(run.recipe.stages) + 1))
+    for task in named.values():
+        shared.update(key_of(task.recipe, n) for n in range(1, len(task.recipe.stages) + 1))
     tasks: dict[str, Task] = {}
-    for run in unique.values():
-        _add(tasks, run.recipe, slug(f"{run.recipe.name}-{run.key[:6]}"), shared)
+    for task in list(named.values()):
+        _add(tasks, named, task, shared)
     return tasks
 
 
-def _add(tasks: dict[str, Task], recipe: Recipe, name: str, shared: Counter[str]) -> None:
-    whole = len(recipe.stages)
-    key = key_of(recipe, whole)
-    task = tasks.setdefault(key, Task(key, name, recipe))
-    if not task.name.startswith("shared") and task.name != name and not name.startswith("shared"):
-        task.name = name
-    for n in range(whole - 1, 0, -1):
-        if shared[key_of(recipe, n)] > 1 and recipe.stages[n - 1].kind != "export":
-            task.base = key_of(recipe, n)
-            if task.base not in tasks:
-                part = recipe.model_copy(update={"stages": recipe.stages[:n], "name": f"shared-{task.base[:8]}"})
-                _add(tasks, part, part.name, shared)
-            return
+def _add(tasks: dict[str, Task], named: dict[str, Task], task: Task, shared: Counter[str]) -> None:
+    if task.key in tasks:
+        return
+    recipe = task.recipe
+    for n in range(len(recipe.stages) - 1, 0, -1):
+        key = key_of(recipe, n)
+        if shared[key] > 1 and recipe.stages[n - 1].kind != "export":
+            task.base = key
+            if key not in named:
+                part = recipe.model_copy(update={"stages": recipe.stages[:n]})
+                named[key] = Task(key, folder_name(part), part, wanted=False)
+            _add(tasks, named, named[key], shared)
+            break
+    tasks[task.key] = task

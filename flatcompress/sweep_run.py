@@ -22,7 +22,7 @@ import yaml
 
 from flatcompress.errors import Interrupted, RunError, UserError
 from flatcompress.recipe import Recipe, parse_recipe
-from flatcompress.sweep import MethodEntry, Run, Sweep, Task, runs_of, tasks_of
+from flatcompress.sweep import MethodEntry, Run, Sweep, Task, folder_name, runs_of, tasks_of
 from flatcompress.training import checkpoint
 from flatcompress.training.storage import write_text_atomic
 
@@ -54,8 +54,32 @@ def run_sweep(sweep: Sweep, show: Show = lambda line: None) -> list[Finished]:
         for method in tuned:
             chosen[method.name] = _best(sweep, method, done)
             show(f"{method.name}: chosen {chosen[method.name]}")
-    runs = [r for m in sweep.methods for r in runs_of(sweep, m, chosen[m.name], sweep.seeds, sweep.held_out)]
-    return _execute(sweep, runs, show)
+    return _execute(sweep, _chosen_runs(sweep, chosen), show)
+
+
+def finished_runs(sweep: Sweep) -> list[Finished]:
+    """What is finished of a sweep, without running anything; a setting is chosen among the finished ones."""
+    chosen: dict[str, dict[str, Any]] = {}
+    for method in sweep.methods:
+        done = [
+            f for setting in method.settings() for f in _there(sweep, _tuning_runs(sweep, method, setting))
+        ]  # fmt: skip
+        chosen[method.name] = _best(sweep, method, done) if done else method.settings()[0]
+    return _there(sweep, _chosen_runs(sweep, chosen))
+
+
+def _chosen_runs(sweep: Sweep, chosen: dict[str, dict[str, Any]]) -> list[Run]:
+    return [r for m in sweep.methods for r in runs_of(sweep, m, chosen[m.name], sweep.seeds, sweep.held_out)]
+
+
+def _there(sweep: Sweep, runs: list[Run]) -> list[Finished]:
+    """The finished ones of ``runs``."""
+    found = []
+    for run in runs:
+        folder = sweep.folder / folder_name(run.recipe)
+        if is_done(folder, run.recipe):
+            found.append(_finished(run, folder))
+    return found
 
 
 def check_all(sweep: Sweep) -> list[Run]:
@@ -71,7 +95,7 @@ def plan(sweep: Sweep) -> list[str]:
     """Write the recipe of every run into its folder and return the commands that would run them."""
     commands = []
     for task in tasks_of(check_all(sweep)).values():
-        if not task.name.startswith("shared"):
+        if task.wanted:
             folder = sweep.folder / task.name
             folder.mkdir(parents=True, exist_ok=True)
             write_text_atomic(folder / "plan.yaml", task.recipe.to_yaml())
@@ -85,10 +109,10 @@ def _tuning_runs(sweep: Sweep, method: MethodEntry, setting: dict[str, Any]) -> 
 
 def _best(sweep: Sweep, method: MethodEntry, done: list[Finished]) -> dict[str, Any]:
     """The setting with the best mean validation accuracy; the first of equal ones."""
-    values = {(f.run.method, f.run.key): f.val_accuracy for f in done}
+    values = {f.run.key: f.val_accuracy for f in done}
 
     def mean(setting: dict[str, Any]) -> float:
-        found = [values[method.name, run.key] for run in _tuning_runs(sweep, method, setting)]
+        found = [values.get(run.key) for run in _tuning_runs(sweep, method, setting)]
         known = [v for v in found if v is not None]
         return sum(known) / len(known) if known else float("-inf")
 
@@ -96,7 +120,8 @@ def _best(sweep: Sweep, method: MethodEntry, done: list[Finished]) -> dict[str, 
 
 
 def _execute(sweep: Sweep, runs: list[Run], show: Show) -> list[Finished]:
-    tasks = tasks_of(runs)
+    # Seed by seed: a sweep that is stopped early has every method under the first seeds.
+    tasks = tasks_of(sorted(runs, key=lambda run: sweep.seeds.index(run.seed) if run.seed in sweep.seeds else -1))
     root = sweep.folder
     todo = {key: task for key, task in tasks.items() if not is_done(root / task.name, task.recipe)}
     todo = {key: task for key, task in todo.items() if not _only_for_others(key, task, tasks, todo)}
@@ -113,7 +138,7 @@ def _execute(sweep: Sweep, runs: list[Run], show: Show) -> list[Finished]:
 
 def _only_for_others(key: str, task: Task, tasks: dict[str, Task], todo: dict[str, Task]) -> bool:
     """A shared beginning whose users are all done already."""
-    return task.name.startswith("shared") and not any(_rests_on(t, key, tasks) for t in todo.values() if t is not task)
+    return not task.wanted and not any(_rests_on(t, key, tasks) for t in todo.values() if t is not task)
 
 
 def _rests_on(task: Task, key: str, tasks: dict[str, Task]) -> bool:

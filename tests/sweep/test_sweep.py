@@ -63,7 +63,14 @@ def test_a_beginning_that_no_method_asks_for_becomes_a_task():
     tasks = tasks_of(runs)
     bases = {tasks[r.key].base for r in runs}
     assert len(tasks) == 3 and len(bases) == 1
-    assert tasks[bases.pop()].name.startswith("shared")
+    assert not tasks[bases.pop()].wanted
+
+
+def test_methods_that_compute_the_same_share_one_folder():
+    twins = [{"name": "a"}, {"name": "b", "set": {"stages.1.quantize.method": "lsq"}}]
+    sweep = spec(methods=twins)
+    runs = [r for m in sweep.methods for r in runs_of(sweep, m, {}, [0], ["0"])]
+    assert len(runs) == 2 and len(tasks_of(runs)) == 1
 
 
 def test_different_seeds_share_nothing():
