@@ -86,13 +86,13 @@ def _integer_inputs(w: Writer, node: fx.Node, module: integer.IntegerLayer, turn
         weight = b.op("Mul", [b.cast(stored, FLOAT), column])
         if module.bias is None:
             return [weight]
-        return [weight, b.op("Mul", [b.cast(b.constant(array(module.bias)), FLOAT), step])]
+        return [weight, b.op("Mul", [b.cast(w.bias_of(node, module), FLOAT), step])]
     zero = b.constant(np.zeros(scale.size, np.int8))
     if turned:
         stored = b.op("Transpose", [stored], perm=[1, 0])
     inputs = [b.op("DequantizeLinear", [stored, name, zero], axis=int(turned))]
     if module.bias is not None:
-        inputs.append(b.op("DequantizeLinear", [b.constant(array(module.bias)), step], axis=0))
+        inputs.append(b.op("DequantizeLinear", [w.bias_of(node, module), step], axis=0))
     return inputs
 
 

@@ -44,7 +44,11 @@ class Stored:
 
 @dataclass(frozen=True)
 class Profile:
-    """``integer``: needs a quantized model. ``floats``: the type of real weights. ``opset``: the lowest one."""
+    """``integer``: needs a quantized model. ``floats``: the type of real weights. ``opset``: the lowest one.
+
+    ``fold_weight_only``: integer weights on real inputs become float weights on load. ``narrow_biases``: biases that
+    fit are stored in 16 bits.
+    """
 
     name: str
     store: Callable[[GraphBuilder, Weights], dict[str, Stored]]
@@ -52,6 +56,7 @@ class Profile:
     floats: type[np.floating] = np.float32
     opset: int = 13
     fold_weight_only: bool = True
+    narrow_biases: bool = False
 
 
 def _packed(builder: GraphBuilder, weights: Weights) -> dict[str, Stored]:
@@ -119,7 +124,7 @@ def _narrow(builder: GraphBuilder, layer: Integers) -> Stored:
 
 def packed() -> Profile:
     """Every weight tensor at its own bits, or as mask or N:M indices and values where that is smaller."""
-    return Profile("packed", _packed)
+    return Profile("packed", _packed, narrow_biases=True)
 
 
 def int8() -> Profile:

@@ -53,6 +53,7 @@ class Writer:
         self.env: dict[fx.Node, Any] = {}
         self.layers: list[dict[str, Any]] = []
         self.stored: dict[str, Stored] = {}
+        self.biases: dict[str, str] = {}
         self._real: dict[tuple[str, bool], str] = {}
 
     # --- the walk ---------------------------------------------------------------------------------------------
@@ -60,6 +61,8 @@ class Writer:
     def write(self, metadata: dict[str, str], version: str) -> onnx.ModelProto:
         """The finished model."""
         self.stored = self.profile.store(self.builder, self._integers())
+        if self.profile.narrow_biases:
+            self.biases = self._narrow_biases()
         outputs: list[str] = []
         for node in self.gm.graph.nodes:
             if node.op == "output":
@@ -85,6 +88,26 @@ class Writer:
                     values = np.ascontiguousarray(values.T)
                 found[node.name] = Integers(values, module.weight_bits, getattr(module, "headroom", 0))
         return found
+
+    def _narrow_biases(self) -> dict[str, str]:
+        """One int16 tensor for all biases that fit, cast and cut when the file is loaded: a thin layer's bias weighs
+        as much as its weights.
+        """
+        found = {}
+        for node in self.gm.graph.nodes:
+            module = self.gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+            bias = module.bias if isinstance(module, integer.IntegerLayer) else None
+            if bias is not None and int(bias.abs().max()) < 1 << 15:
+                found[node.name] = array(bias).astype(np.int16)
+        if len(found) < 2:
+            return {}
+        wide = self.builder.cast(self.builder.constant(np.concatenate(list(found.values()))), TensorProto.INT32)
+        sizes = self.builder.ints([bias.size for bias in found.values()])
+        return dict(zip(found, self.builder.ops("Split", [wide, sizes], outputs=len(found))))
+
+    def bias_of(self, node: fx.Node, module: integer.IntegerLayer) -> str:
+        """The int32 bias of a layer."""
+        return self.biases.get(node.name) or self.constant(module.bias)  # type: ignore[arg-type]
 
     def _placeholder(self, node: fx.Node) -> str:
         return "input" if self.profile.floats is np.float32 else self.builder.cast("input", TensorProto.FLOAT16)
