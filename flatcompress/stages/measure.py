@@ -21,6 +21,7 @@ SHARPNESS_RHO = 0.05
 def measure(work: Workpiece, stage: str, method: str, seconds: float, passes: int) -> dict[str, Any]:
     """A ledger row for ``work`` as it is now: accuracy, sharpness, size and cost. What was not measured is None."""
     twin = float_twin(work)
+    costs = graph.macs(twin, work.example().cpu())
     row = {
         "stage": stage,
         "method": method,
@@ -28,13 +29,13 @@ def measure(work: Workpiece, stage: str, method: str, seconds: float, passes: in
         "sharpness": sharpness(work),
         "params": sum(p.numel() for p in twin.parameters()),
         "nonzero": nonzero(work.model),
-        "macs": graph.total_macs(twin, work.example().cpu()),
+        "macs": sum(costs.values()),
         "bytes": weight_bytes(work.model),
         "seconds": seconds,
         "passes": passes,
         "latency_ms": None,
     }
-    work.emit("layers", layers=layer_rows(work, twin))
+    work.emit("layers", layers=layer_rows(work, costs))
     return row
 
 
@@ -111,10 +112,9 @@ def weight_bytes(model: nn.Module) -> int:
     return math.ceil(bits / 8) + 4 * rest
 
 
-def layer_rows(work: Workpiece, twin: nn.Module) -> list[dict[str, Any]]:
+def layer_rows(work: Workpiece, costs: dict[str, int]) -> list[dict[str, Any]]:
     """What the report shows per layer: channels, bits, bytes, sparsity, cost and flatness."""
     original = dict(work.build().named_modules())
-    costs = graph.macs(twin, work.example().cpu())
     flatness = layer_sharpness(work)
     inputs = activation_bits(work.model)
     rows = []

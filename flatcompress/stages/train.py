@@ -112,8 +112,14 @@ def finish(work: Workpiece, job: Job) -> int:
 
 def run(work: Workpiece, config: TrainConfig) -> Workpiece:
     """Train ``work.model`` with the flat method of ``config``; the plan stays as it is."""
+    from flatcompress.stages.averaging import Averaging
+
     job = make_job(work, config)
+    averaging = Averaging(work, job, config) if config.averaging != "none" else None
     fit(job)
-    restore_best(job)
+    if averaging is not None:
+        averaging.finish()
+    else:
+        restore_best(job)
     work.passes += finish(work, job)
     return work

@@ -1,0 +1,5 @@
+"""``python -m flatcompress`` and ``accelerate launch -m flatcompress``: the command line."""
+
+from flatcompress.cli import main
+
+main()

@@ -1,0 +1,73 @@
+"""Weight averaging as an option of the train stage: the average takes the place of the selected epoch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from flatcompress.flat.averaging import EMA, SWA, SWAD, Average, update_bn
+from flatcompress.stages.configs import TrainConfig
+from flatcompress.stages.measure import train_batches
+from flatcompress.stages.workpiece import Workpiece
+from flatcompress.training.loop import Job, loader
+
+SWA_START = 0.5  # share of the epochs before SWA begins
+EMA_DECAY = 0.99  # about the last hundred steps: stages here are short
+BN_SAMPLES = 4096
+
+
+class Averaging:
+    """An average that follows a job; a hook of the training loop, so its state is saved and resumed with it."""
+
+    def __init__(self, work: Workpiece, job: Job, config: TrainConfig) -> None:
+        self.work, self.job, self.kind = work, job, config.averaging
+        model = job.raw_model
+        self.average: Average | SWAD = {"swa": SWA, "ema": lambda m: EMA(m, EMA_DECAY), "swad": SWAD}[self.kind](model)
+        self.first_step = round(SWA_START * config.epochs) * job.steps_per_epoch if self.kind == "swa" else 0
+        job.hooks["averaging"] = self
+        held = job.after_step
+
+        def after_step(step: int) -> None:
+            held(step)  # masks first: the average must see what they hold at zero
+            self.update(step)
+
+        job.after_step = after_step
+        if isinstance(self.average, SWAD):
+            job.after_epoch = self.evaluate
+
+    def update(self, step: int) -> None:
+        """Take in the weights after ``step`` steps."""
+        if step > self.first_step:
+            self.average.update()
+
+    @torch.no_grad()
+    def evaluate(self, epoch: int) -> None:
+        """SWAD watches the loss on the training domains' validation split."""
+        assert isinstance(self.average, SWAD)
+        model, val = self.job.model, self.work.data.val
+        model.eval()
+        batches = [list(range(i, min(i + 512, len(val)))) for i in range(0, len(val), 512)]
+        losses = [
+            float(nn.functional.cross_entropy(model(x.to(self.work.device)), y.to(self.work.device), reduction="sum"))
+            for x, y in loader(val, batches)
+        ]
+        model.train()
+        self.average.evaluate(sum(losses) / len(val))
+
+    def finish(self) -> None:
+        """Put the average into the model and estimate its BatchNorm statistics."""
+        if isinstance(self.average, SWAD):
+            self.average.finish()
+        model = self.job.raw_model
+        self.average.copy_to(model)
+        update_bn(model, train_batches(self.work, BN_SAMPLES))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The average's state."""
+        return self.average.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take that state over."""
+        self.average.load_state_dict(state)

@@ -1,0 +1,87 @@
+"""The same recipe on other models, domains, seeds and the user's own images: no code changes, a certificate that holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import recipe, write
+
+from flatcompress import Pipeline
+
+MODELS = {
+    "resnet20": {"name": "resnet20"},
+    "ds_cnn": {"name": "ds_cnn"},
+    "mobilenet_v1_025": {"name": "mobilenet_v1_025"},
+    "mobilenet_v2": {"name": "mobilenet_v2", "width": 0.25},
+    "vit_tiny": {"name": "vit_tiny"},
+    "transformers_resnet": {
+        "name": "transformers:resnet",
+        "config": {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1], "layer_type": "basic"},
+    },
+}
+
+
+def data(held_out: str) -> dict:
+    return {"name": "rotated-digits", "held_out": held_out, "size": 16, "copies": 1, "batch_size": 128} | {
+        "corruptions": "none"
+    }
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_kind_of_model_ends_in_a_certificate_that_holds(name: str, tmp_path):
+    if name.startswith("transformers"):
+        pytest.importorskip("transformers")
+    raw = recipe(model=MODELS[name], data=data("15"), seed=3)
+    raw["stages"] = [
+        {"train": {"method": "sam", "epochs": 1}},
+        {"prune": {"method": "adasap", "ratio": 0.4, "epochs": 2}},
+        {"quantize": {"method": "gaqat", "K": 4, "epochs": 1}},
+        {"export": {"profile": "packed", "latency": False}},
+    ]
+    result = Pipeline.from_yaml(write(tmp_path, raw)).run()
+    certificate = result.certificate
+    assert certificate["holds"], certificate["failures"]
+    assert certificate["kernels"]["not_integer_inside"] == []
+    rows = {row["stage"]: row for row in result.ledger}
+    assert rows["prune"]["macs"] < rows["train"]["macs"]
+    assert rows["export"]["bytes"] < certificate["float"]["bytes"] / 3
+
+
+def draw(domain: str, kind: int, rng: np.random.Generator) -> Image.Image:
+    """A bright square left, middle or right; each domain has its own colours and noise."""
+    colours = {"day": (200, 180, 90), "night": (40, 60, 160), "snow": (230, 230, 240)}
+    image = rng.normal(0, 12, (20, 20, 3)) + np.array(colours[domain]) * 0.4
+    image[6:14, 1 + 6 * kind : 7 + 6 * kind] += 90
+    return Image.fromarray(image.clip(0, 255).astype(np.uint8))
+
+
+@pytest.fixture
+def domains(tmp_path) -> Path:
+    rng = np.random.default_rng(0)
+    root = tmp_path / "images"
+    for domain in ("day", "night", "snow"):
+        for kind, name in enumerate(("left", "middle", "right")):
+            (root / domain / name).mkdir(parents=True)
+            for i in range(30):
+                draw(domain, kind, rng).save(root / domain / name / f"{i:03}.png")
+    return root
+
+
+@pytest.mark.parametrize("held_out", ["night", "snow"])
+def test_a_folder_of_domains_works_without_code_changes(held_out: str, domains, tmp_path):
+    source = {"name": "domains", "path": str(domains), "held_out": held_out, "size": 20, "batch_size": 16}
+    raw = recipe(data=source | {"corruptions": ["gaussian_noise/1"]}, seed=5)
+    raw["stages"] = [
+        {"train": {"method": "asam", "epochs": 8, "optimizer": {"lr": 0.005}}},
+        {"prune": {"method": "adasap", "macs": 0.5, "epochs": 4}},
+        {"quantize": {"method": "gaqat", "K": 4, "epochs": 2}},
+        {"export": {"latency": False}},
+    ]
+    result = Pipeline.from_yaml(write(tmp_path, raw)).run()
+    assert result.certificate["holds"], result.certificate["failures"]
+    assert result.ledger[1]["macs"] <= 0.5 * result.ledger[0]["macs"]
+    assert result.ledger[-1]["accuracy"]["test"] > 0.8
+    assert result.ledger[-1]["accuracy"]["held_out"] is not None
