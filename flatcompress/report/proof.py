@@ -38,9 +38,10 @@ def _statements(certificate: dict[str, Any]) -> list[dict[str, Any]]:
         same, steps = number(part.get("equal_argmax")), number(part.get("largest_error_steps"))
         if same is not None:
             samples = number(part.get("samples"))
-            of = f" of {samples:,.0f} samples" if samples is not None else ""
+            of = f"{samples:,.0f} samples" if samples is not None else "samples"
+            share = f"all {of}" if same == 1 else f"{percent(same, 2)} of {of}"
             error = f" · largest error {significant(steps)} output steps" if steps is not None else ""
-            found.append((f"Same class on {percent(same, 2)}{of}", f"against the torch reference, {words}{error}"))
+            found.append((f"Same class on {share}", f"against the torch reference, {words}{error}"))
     inner, layers = number(kernels.get("integer_layers")), number(kernels.get("layers"))
     if inner is not None and layers is not None:
         rest = kernels.get("not_integer")
@@ -76,10 +77,17 @@ def _branch(key: str, item: Any, depth: int) -> dict[str, Any]:
     return {
         "key": humane(key),
         "text": "" if nested or table else shown or DASH,
-        "mono": isinstance(item, str) and len(item) >= 32 and " " not in item,
+        "form": _form(item),
         "children": tree(item, depth + 1) if nested else [],
         "table": table,
     }
+
+
+def _form(item: Any) -> str:
+    """CSS class of a value: a hash is monospaced, a sentence is set like one."""
+    if not isinstance(item, str):
+        return ""
+    return "prose" if len(item) > 48 and " " in item else "mono" if len(item) >= 32 and " " not in item else ""
 
 
 def _table(value: Any) -> dict[str, Any] | None:

@@ -75,7 +75,7 @@ def test_the_page_shows_every_part(html):
     text = Page(html).text
     for words in ("quickstart", "Certificate holds", "14.2 × smaller", "97.9 %", "0.162 ms", "From stage to stage",
                   "Channels kept", "Scale-gradient conflict", "stage2.0.conv2", "gaussian_noise", "QLinearConv",
-                  "9f86d081884c", "method: gaqat", "onnxruntime", "weights in theory", "fc has no following layer",
+                  "all 540 samples", "9f86d081884c", "method: gaqat", "weights in theory", "fc has no following layer",
                   "it makes the classes", "plan of 2-quantize", "“75”", "W4A4 in 8 of 10 layers"):  # fmt: skip
         assert words in text, words
     assert Page(html).tags.count("figure") == 11
