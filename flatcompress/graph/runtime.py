@@ -40,6 +40,10 @@ def install(model: nn.Module, gm: fx.GraphModule, shown: fx.Graph | None = None)
     holder = getattr(gm, HOLDER, None)
     if isinstance(holder, nn.Module) and not hasattr(model, HOLDER):
         model.add_module(HOLDER, holder)
+    for node in gm.graph.nodes:
+        if node.op == "call_module" and getattr(gm.get_submodule(str(node.target)), "inplace", False):
+            # in-place dropout: whoever edited the graph may have put something that keeps its input before it
+            gm.get_submodule(str(node.target)).inplace = False  # type: ignore[assignment]
     base = original_class(model)
     namespace = {"forward": _compile(gm.graph), "_installed_graph": shown or gm.graph, "_original_class": base}
     model.__class__ = type(

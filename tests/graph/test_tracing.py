@@ -242,6 +242,19 @@ def test_install_keeps_the_object_and_survives_copies() -> None:
     assert type(model) is Residual and graph.installed_graph(clone) is not None
 
 
+def test_inplace_layers_do_not_write_into_what_a_graph_keeps() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5, inplace=True))
+    gm = graph.trace(model, torch.randn(2, 4))
+    first = next(n for n in gm.graph.nodes if n.target == "0")
+    with gm.graph.inserting_after(first):
+        node = gm.graph.call_function(torch.ops.aten.sigmoid.default, (first,))  # its backward needs its output
+    first.replace_all_uses_with(node, delete_user_cb=lambda user: user is not node)
+    gm.recompile()
+    graph.install(model, gm)
+    model.train()(torch.randn(8, 4)).sum().backward()
+    assert model[0].weight.grad is not None
+
+
 def test_install_after_a_replaced_forward_is_refused() -> None:
     model = Residual()
     gm = graph.trace(model, torch.randn(2, 3, 8, 8))
