@@ -69,7 +69,8 @@ class Step:
     """One step in progress. ``params`` are the trainable parameters, in order; every vector is aligned to them.
 
     selected: indices of the parameters that may be perturbed. losses: of the probes so far, a scalar or one per
-    sample. selective: the closures take ``keep``. scratch: what a part leaves for a later part of the same step.
+    sample. selective: the closures take ``keep``. others: trainable parameters that this optimizer
+    does not own. scratch: what a part leaves for a later part of the same step.
     """
 
     t: int
@@ -85,6 +86,7 @@ class Step:
     noise_source: Noise | None = None
     radius: Callable[[list[nn.Parameter]], Sequence[Tensor | float]] | None = None
     clip: Callable[[Vector], Vector] = list
+    others: list[nn.Parameter] = field(default_factory=list)
     losses: list[Tensor] = field(default_factory=list)
     selective: bool = False
     scratch: dict[str, Any] = field(default_factory=dict)

@@ -153,6 +153,7 @@ class FlatOptimizer(Optimizer):
     def context(self) -> Step:
         """The trainable parameters as they are now: freezing, unfreezing and new groups need no notice."""
         everything = [(p, g) for g in self.param_groups for p in g["params"]]
+        mine = {id(p) for p, _ in everything}
         live = [(j, p, g) for j, (p, g) in enumerate(everything) if p.requires_grad]
         if not live:
             raise UserError("none of the optimizer's parameters requires a gradient; unfreeze some or leave out step()")
@@ -174,6 +175,7 @@ class FlatOptimizer(Optimizer):
             noise_source=self.settings.noise,
             radius=self.settings.radius,
             clip=self._clip,
+            others=[p for p in self.model.parameters() if p.requires_grad and id(p) not in mine],
         )
 
     def _run(self, step: Step, closures: Sequence[Closure], second: Sequence[Closure]) -> Run:
@@ -182,9 +184,7 @@ class FlatOptimizer(Optimizer):
         chosen = self.method.program if self.method.when(step) else self.method.otherwise
         self._replicas.share_buffers()
         if self.settings.chunks == "joint" or len(closures) == 1:
-            run = self._passes(step).run(
-                chosen(step), closures, second, self.method.keeps, self.settings.compose is not None
-            )
+            run = self._passes(step).run(chosen(step), closures, second)
         else:
             run = self._independent(step, chosen, closures, second)
         if self.settings.perturb == "per_replica" and self._replicas.size > 1:
@@ -200,19 +200,20 @@ class FlatOptimizer(Optimizer):
         total: Run | None = None
         for k, closure in enumerate(closures):
             extra = second[k : k + 1] if len(second) == len(closures) else second
-            run = self._passes(step).run(
-                chosen(step), [closure], extra, self.method.keeps, self.settings.compose is not None
-            )
+            run = self._passes(step).run(chosen(step), [closure], extra)
+            if not run.finite and self._replicas.size == 1:
+                return run
             total = run if total is None else total.plus(run)
-            if not total.finite and self._replicas.size == 1:
-                return total
         assert total is not None
         return total.over(len(closures))
 
     def _passes(self, step: Step) -> Passes:
         s = self.settings
         synced = s.perturb == "synced"
-        return Passes(self.model, step, self._points, self._buffers, self._replicas, s.scaler, synced, s.replay_noise)
+        keep, compose = self.method.keeps, s.compose is not None
+        return Passes(
+            step, self._points, self._buffers, self._replicas, s.scaler, synced, s.replay_noise, keep, compose
+        )
 
     def _reduce(self, run: Run) -> None:
         """One reduction of the combined gradient, and of what COMPOSE, REMEMBER and UPDATE decide by where they are."""

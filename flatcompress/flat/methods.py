@@ -30,8 +30,8 @@ def sam(rho: Rho = 0.05, **ball: Any) -> Method:
     ascent = Ball(rho, **ball)
 
     def program(step: Step) -> Program:
-        g0 = yield HERE
-        return (yield Probe(ascent(step, g0)))
+        # g0 and e have no names, so that they do not take memory during the second pass.
+        return (yield Probe(ascent(step, (yield HERE))))
 
     return Method(program, ascent)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from flatcompress.errors import UserError
 from flatcompress.flat import vectors
-from flatcompress.flat.closures import Closure, Reading, evaluate, takes_keep
+from flatcompress.flat.closures import Closure, evaluate, takes_keep
 from flatcompress.flat.context import Probe, Program, Result, Step
 from flatcompress.flat.distributed import Replicas, unscale_
 from flatcompress.flat.freeze import Buffers, RandomState, replayed
@@ -76,6 +76,7 @@ class Points:
         """Inside, the weights are at w + shift; afterwards they are w, bit for bit, whatever happened inside."""
         pairs = [(p, e) for p, e in zip(params, probe.shift or ()) if e is not None]
         pairs.extend(probe.outside)
+        del probe
         if not pairs:
             yield
             return
@@ -84,6 +85,7 @@ class Points:
         self.radius = vectors.norm(deltas)
         try:
             vectors.add_(targets, deltas)
+            del pairs, deltas  # a copy of the weights that need not be held during the pass
             torch.clear_autocast_cache()  # autocast around step() would go on using the cast copies of w
             yield
         finally:
@@ -107,7 +109,6 @@ class Points:
 class Passes:
     """Evaluates the probes of one program over its closures."""
 
-    model: nn.Module
     step: Step
     points: Points
     buffers: Buffers
@@ -115,94 +116,111 @@ class Passes:
     scaler: Any
     synced: bool
     replay: bool
+    keep: bool
+    compose: bool
     probes: list[Vector] = field(default_factory=list)
     present: list[list[bool]] = field(default_factory=list)
-    fillers: set[int] = field(default_factory=set)
+    fillers: list[Tensor] = field(default_factory=list)
     from_here: bool = True
     finite: bool = True
     _noise: RandomState | None = None
 
-    def run(
-        self, program: Program, closures: Sequence[Closure], second: Sequence[Closure], keep: bool, compose: bool
-    ) -> Run:
+    def run(self, program: Program, closures: Sequence[Closure], second: Sequence[Closure]) -> Run:
         """Send every gradient to the program until it returns the combined one."""
         self.step.losses = []
         self.step.selective = all(takes_keep(closure) for closure in closures)
         if self.replay:
             self._noise = RandomState.now(self._devices())
-        result: Vector | Result = []
-        gradient: Vector | None = None
+        # The last gradient and the next probe are handed on without a name here: where the program drops them too,
+        # their memory is free during the next pass.
+        hand: list[Any] = [None]
         try:
             while self.finite or self.replicas.size > 1:  # other processes may be waiting for our share
-                probe = next(program) if gradient is None else program.send(gradient)
-                gradient = self.gradient(probe, second if probe.auxiliary else closures)
+                hand.append(self.gradient(program.send(hand.pop()), closures, second))
         except StopIteration as stop:
-            result = stop.value
+            return self._result(stop.value)
         finally:
             program.close()
+        return self._result([])
+
+    def _result(self, result: Vector | Result) -> Run:
         combined = result.combined if isinstance(result, Result) else result
+        zeros = {id(t) for t in self.fillers}
         never = [not any(there) for there in zip(*self.present)]
-        absent = [lost or id(g) in self.fillers for lost, g in zip(never, combined)]
-        losses = [loss.mean() for loss in self.step.losses]
+        absent = [lost or id(g) in zeros for lost, g in zip(never, combined)]
         kept = list(result.kept) if isinstance(result, Result) else self.probes if len(self.probes) > 1 else []
-        probes = self.probes if compose else []
         return Run(
-            combined, probes, kept if keep else [], losses, absent, len(self.present), self.from_here, self.finite
+            combined,
+            self.probes if self.compose else [],
+            kept if self.keep else [],
+            [loss.mean() for loss in self.step.losses],
+            absent,
+            len(self.present),
+            self.from_here,
+            self.finite,
         )
 
-    def gradient(self, probe: Probe, closures: Sequence[Closure]) -> Vector:
-        """The mean gradient over ``closures`` at w + shift; an empty list when the probe asks for losses alone."""
-        first = not self.step.losses
+    def gradient(self, probe: Probe, closures: Sequence[Closure], second: Sequence[Closure]) -> Vector:
+        """The mean gradient over the closures at w + shift; an empty list when the probe asks for losses alone."""
+        first, backward = not self.step.losses, probe.backward
         if first:
             self.from_here = probe.shift is None and not probe.outside
-        if not closures:
+        used = second if probe.auxiliary else closures
+        if not used:
             raise UserError("this method combines two losses: call step(closure, auxiliary_closure)")
-        if probe.keep is not None and len(closures) > 1:
+        if probe.keep is not None and len(used) > 1:
             raise UserError("choosing samples works on one closure at a time; use chunks='independent'")
+        unmoved = replace(probe, shift=None, outside=())
         with ExitStack() as stack:
             stack.enter_context(self.replicas.alone())
             stack.enter_context(self.points.at(self.step.params, probe))
+            del probe
             if not first:
                 stack.enter_context(self.buffers.frozen())
-                stack.enter_context(_others_untouched(self.model, self.step))
+                stack.enter_context(_untouched(self.step.others))
                 stack.enter_context(replayed(self._noise, self._devices()))
-            readings = [evaluate(closure, self.step.params, probe) for closure in closures]
-        losses = [reading.loss for reading in readings]
+            total, present, losses = self._sum(used, unmoved)
         self.step.losses.append(losses[0] if len(losses) == 1 else torch.stack([loss.mean() for loss in losses]))
-        return self._collect(readings) if probe.backward else []
+        return self._collect(total, present) if backward else []
 
-    def _collect(self, readings: Sequence[Reading]) -> Vector:
-        total, present = _filled(self.step.params, readings)
+    def _sum(self, closures: Sequence[Closure], probe: Probe) -> tuple[Vector, list[bool], list[Tensor]]:
+        """The mean gradient over closures, where there was one at all, and the losses; one gradient in memory."""
+        total: Vector = []
+        present = [False] * len(self.step.params)
+        losses = []
+        for closure in closures:
+            reading = evaluate(closure, self.step.params, probe)
+            losses.append(reading.loss)
+            if not probe.backward:
+                continue
+            present = [there or g is not None for there, g in zip(present, reading.gradients)]
+            found = [torch.zeros_like(p) if g is None else g for p, g in zip(self.step.params, reading.gradients)]
+            if total:
+                vectors.add_(total, found)
+            else:
+                total = found
+        if total and len(closures) > 1:
+            torch._foreach_mul_(total, 1.0 / len(closures))
+        return total, present, losses
+
+    def _collect(self, total: Vector, present: list[bool]) -> Vector:
         self.finite = unscale_(total, self.scaler) and self.finite
         if self.synced:
             gone, self.finite = self.replicas.mean_(total, [not there for there in present], self.finite)
             present = [not g for g in gone]
         self.present.append(present)
-        self.fillers.update(id(g) for g, there in zip(total, present) if not there)
-        self.probes.append(total)
+        self.fillers.extend(g for g, there in zip(total, present) if not there)
+        if self.compose or self.keep:
+            self.probes.append(total)
         return total
 
     def _devices(self) -> set[torch.device]:
         return {p.device for p in self.step.params}
 
 
-def _filled(params: Sequence[Tensor], readings: Sequence[Reading]) -> tuple[Vector, list[bool]]:
-    """The mean over closures, zeros where there is no gradient, and where there was one."""
-    present = [any(g is not None for g in column) for column in zip(*(r.gradients for r in readings))]
-    vectors_ = [[torch.zeros_like(p) if g is None else g for p, g in zip(params, r.gradients)] for r in readings]
-    total = vectors_[0]
-    for more in vectors_[1:]:
-        vectors.add_(total, more)
-    if len(vectors_) > 1:
-        torch._foreach_mul_(total, 1.0 / len(vectors_))
-    return total, present
-
-
 @contextmanager
-def _others_untouched(model: nn.Module, step: Step) -> Iterator[None]:
+def _untouched(others: Sequence[nn.Parameter]) -> Iterator[None]:
     """Parameters of the model that another optimizer owns keep the gradient of the first pass alone."""
-    mine = {id(p) for group in step.base.param_groups for p in group["params"]}
-    others = [p for p in model.parameters() if p.requires_grad and id(p) not in mine]
     kept = [p.grad for p in others]
     for p in others:
         p.grad = None
