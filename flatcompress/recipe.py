@@ -100,6 +100,16 @@ class Recipe(Strict):
     checkpoint_every: Annotated[int, Field(ge=1)] | Annotated[str, Field(pattern=r"^\d+(\.\d+)?[smh]$")] = Field(
         "5m", description="save inside a stage every so many steps (a number) or seconds, minutes, hours (90s, 5m, 2h)"
     )
+    on_divergence: Literal["stop", "skip", "rollback"] = Field(
+        "stop", description="a value that is not finite: stop, leave the step out, or go back at half the learning rate"
+    )
+    max_rollbacks: Annotated[int, Field(ge=1, le=100)] = Field(3, description="rollbacks of one stage before it stops")
+    on_out_of_memory: Literal["stop", "halve"] = Field(
+        "stop", description="out of memory: stop, or work through each batch in two, four ... parts"
+    )
+    log: list[Literal["tensorboard", "mlflow", "wandb"]] = Field(
+        default_factory=list, description="trackers that get the log's events as well"
+    )
     threads: Annotated[int, Field(ge=1, le=1024)] | None = Field(None, description="CPU threads (default: all)")
     data: DataConfig = Field(default_factory=lambda: DataConfig(), description="the data")
     model: ModelConfig = Field(default_factory=lambda: ModelConfig(), description="the model")
@@ -128,7 +138,7 @@ def check_names(recipe: Recipe) -> None:
 
     for section, registry in (("data", data.DATASETS), ("model", models.MODELS)):
         name = getattr(recipe, section).name
-        if section == "model" and ":" in name:
+        if (section == "model" and ":" in name) or (section == "data" and name == "python"):
             continue
         try:
             registry[name]
@@ -251,7 +261,7 @@ def _unknown_key(loc: list[Any]) -> str:
 def _known_keys(loc: list[Any]) -> list[str]:
     model: Any = Recipe
     for key in loc:
-        if isinstance(key, int):
+        if key == "stages" or isinstance(key, int):
             model = StageEntry
             continue
         named = {"data": DataConfig, "model": ModelConfig, **STAGE_CONFIGS}

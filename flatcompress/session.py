@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import os
 import platform
-import signal
+import shlex
+import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,14 +23,15 @@ from flatcompress.errors import Interrupted, RunError, UserError
 from flatcompress.plan import apply_plan
 from flatcompress.recipe import Recipe
 from flatcompress.stages.workpiece import Workpiece
-from flatcompress.training import checkpoint
+from flatcompress.training import changes, checkpoint, memory
 from flatcompress.training.runfolder import RunFolder
 from flatcompress.training.runlog import RunLog
+from flatcompress.training.signals import StopRequest
+from flatcompress.training.storage import write_error
+from flatcompress.training.trackers import open_tracker
 
 if TYPE_CHECKING:
     from flatcompress.training.checkpoint import Checkpoint
-
-HARMLESS = ("output_dir", "name", "device", "threads", "checkpoint_every")
 
 
 class Session:
@@ -46,6 +47,7 @@ class Session:
         self.display = display
         self.main = int(os.environ.get("RANK", "0")) == 0
         self.elapsed = 0.0
+        self.incidents: list[dict[str, Any]] = []
         self._log: RunLog | None = None
         self._stage: str | None = None
         self._stack = ExitStack()
@@ -63,16 +65,36 @@ class Session:
                 first_changed = self._check_recipe()
                 if first_changed is not None:
                     checkpoint.rewind(self.folder.checkpoints, first_changed)
-                self._log = stack.enter_context(RunLog(self.folder.log))
+                trackers = [open_tracker(name, self.folder.path, self.recipe.name) for name in self.recipe.log]
+                self._log = stack.enter_context(RunLog(self.folder.log, trackers))
                 self.folder.write_recipe(self.recipe.to_yaml())
             self.stop = stack.enter_context(StopRequest())
             self._stack = stack.pop_all()
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if isinstance(error, Interrupted | RunError | KeyboardInterrupt):
-            self.emit("stopped", reason=str(error) or type(error).__name__)
-        self._stack.close()
+        failure = self._failure(error)
+        try:
+            if isinstance(failure, Interrupted | RunError | KeyboardInterrupt):
+                self.emit("stopped", reason=str(failure) or "stopped at once by a second signal")
+        except RunError as full:  # the log cannot be written: what stopped the run is said, not this
+            warnings.warn(str(full), stacklevel=2)
+        finally:
+            self._stack.close()
+        if failure is not None and failure is not error:
+            raise failure from error
+
+    def _failure(self, error: Any) -> BaseException | None:
+        """What is raised for ``error``: the machine's failures as a RunError, an interruption with how to go on."""
+        if isinstance(error, Interrupted):
+            return Interrupted(f"{error}; everything is saved. {how_to_go_on()}")
+        if isinstance(error, OSError):
+            path = Path(error.filename) if isinstance(error.filename, str) else self.folder.path
+            return write_error(path, error, "Every checkpoint is kept.")
+        if isinstance(error, Exception) and not isinstance(error, RunError) and memory.is_out_of_memory(error):
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
+            return RunError(f"out of memory in {self._stage or 'the run'} ({reason}). Every checkpoint is kept.")
+        return error
 
     def _clear(self) -> None:
         checkpoint.rewind(self.folder.checkpoints, 0)
@@ -91,16 +113,16 @@ class Session:
             before = None
         if not isinstance(before, dict):
             raise UserError(f"{self.folder.recipe}: not a recipe any more. Run with --restart to begin afresh.")
-        changes = list(_differences(before, self.recipe.to_dict()))
-        if not changes:
+        found = list(changes.changes(before, self.recipe.to_dict()))
+        if not found:
             return None
-        found = checkpoint.load_latest(self.folder.checkpoints)
-        done = 0 if found is None else found.stage_index + int(found.finished)
-        first = min(_stage_of(path) for path, _, _ in changes)
-        if first < done or (found is not None and not found.finished and first == 0):
-            lines = "\n".join(f"  {path}: {old!r} -> {new!r}" for path, old, new in changes)
+        latest = checkpoint.load_latest(self.folder.checkpoints)
+        begun = 0 if latest is None else latest.stage_index + 1
+        first = changes.first_stage(found)
+        if first < begun:
             raise UserError(
-                f"{self.folder.path} holds a run of another recipe, and what changed was already used:\n{lines}\n"
+                f"{self.folder.path} holds a run of another recipe, and what changed was already used:\n"
+                f"{changes.as_text(found)}\n"
                 "Run with --restart to begin afresh (its results are removed), or give this run another name."
             )
         return first
@@ -122,10 +144,7 @@ class Session:
 
     def restore(self, work: Workpiece) -> int:
         """Bring ``work`` to where the last run stopped; returns the index of the stage to run next."""
-        found = self._found = checkpoint.load_latest(self.folder.checkpoints)
-        if found is None:
-            return 0
-        finished = found if found.finished else self._before(found)
+        self._found, finished = self._sound()
         if finished is None:
             return 0
         work.plan = finished.plan
@@ -142,12 +161,22 @@ class Session:
         work.artifacts = {k: self.folder.path / v for k, v in finished.extra.get("artifacts", {}).items()}
         return finished.stage_index + 1
 
-    def _before(self, found: Checkpoint) -> Checkpoint | None:
-        """The finished stage before the one that ``found`` is in the middle of."""
-        index = found.stage_index - 1
-        if index < 0:
-            return None
-        return checkpoint.load(self.folder.checkpoints / stage_id(self.recipe, index))
+    def _sound(self) -> tuple[Checkpoint | None, Checkpoint | None]:
+        """The newest checkpoint to go on from, and the finished stage that it stands on (itself, when it is one).
+
+        One in the middle of a stage is of use only while the stage before it can be read.
+        """
+        for found in checkpoint.newest_first(self.folder.checkpoints):
+            if found.finished:
+                return found, found
+            if found.stage_index == 0:
+                return found, None
+            before = stage_id(self.recipe, found.stage_index - 1)
+            try:
+                return found, checkpoint.load(self.folder.checkpoints / before)
+            except UserError as error:
+                warnings.warn(f"{found.path.name} is of no use without {before}: {error}", stacklevel=2)
+        return None, None
 
     def begin(self, work: Workpiece, first: int) -> None:
         """Log what is about to run, and where."""
@@ -174,11 +203,12 @@ class Session:
         entry = self.recipe.stages[index]
         found, self._found = self._found, None
         work.resume = None
-        self.elapsed = 0.0
+        self.elapsed, self.incidents = 0.0, []
         if found is not None and not found.finished and found.stage == self._stage:
             work.resume = {**found.state, "model": found.state_dict}
             self.elapsed = float(found.extra.get("seconds", 0.0))
-        work.progress = Progress(self, work, self.recipe.checkpoint_every)
+            self.incidents = list(found.extra.get("incidents", []))
+        work.progress = Progress(self, work)
         config = entry.config
         self.emit(
             "stage",
@@ -191,6 +221,8 @@ class Session:
 
     def leave(self, work: Workpiece, index: int) -> None:
         """Stage ``index`` is done: keep it."""
+        if self.incidents:
+            work.ledger[-1]["divergences"] = self.incidents
         self.emit("row", row=work.ledger[-1])
         if self.main:
             extra = {
@@ -224,10 +256,15 @@ class Session:
 
 
 class Progress:
-    """Saves a stage's state every N steps or minutes, and when the user asks to stop."""
+    """Saves a stage's state every N steps or minutes, and when the user asks to stop; knows the failure policies."""
 
-    def __init__(self, session: Session, work: Workpiece, every: int | str) -> None:
+    def __init__(self, session: Session, work: Workpiece) -> None:
         self._session, self._work = session, work
+        recipe = session.recipe
+        every = recipe.checkpoint_every
+        self.on_divergence: str = recipe.on_divergence
+        self.on_out_of_memory: str = recipe.on_out_of_memory
+        self.max_rollbacks = recipe.max_rollbacks
         self._steps = every if isinstance(every, int) else None
         self._seconds = None if isinstance(every, int) else seconds(every)
         self._last = self._started = time.monotonic()
@@ -254,34 +291,22 @@ class Progress:
                 step,
                 work.plan,
                 state["model"],
-                extra={"seconds": session.elapsed + self._last - self._started},
+                extra={"seconds": session.elapsed + self._last - self._started, "incidents": session.incidents},
                 state={k: v for k, v in state.items() if k != "model"},
             )
 
+    def last(self) -> dict[str, Any] | None:
+        """The newest sound state of the running stage."""
+        for found in checkpoint.newest_first(self._session.folder.checkpoints):
+            if found.finished or found.stage != self._session._stage:
+                return None
+            return {**found.state, "model": found.state_dict}
+        return None
 
-class StopRequest:
-    """SIGINT and SIGTERM set a flag; the second one stops at once. Restores the old handlers at the end."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._old: dict[int, Any] = {}
-
-    def __enter__(self) -> StopRequest:
-        try:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._old[number] = signal.signal(number, self._handle)
-        except ValueError:  # not in the main thread: the host program owns the signals
-            pass
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        for number, old in self._old.items():
-            signal.signal(number, old)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
+    def incident(self, finding: dict[str, Any]) -> None:
+        """A step diverged: into the log, and into the stage's row of the ledger."""
+        self._session.incidents.append(finding)
+        self._session.emit("divergence", **finding)
 
 
 def seconds(text: str) -> float:
@@ -320,21 +345,10 @@ def environment(work: Workpiece) -> dict[str, Any]:
     }
 
 
-def _differences(before: Any, after: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Leaves that differ between two recipes, harmless keys left out."""
-    if path in HARMLESS:
-        return
-    if isinstance(before, dict) and isinstance(after, dict):
-        for key in [*before, *(k for k in after if k not in before)]:
-            yield from _differences(before.get(key), after.get(key), f"{path}.{key}" if path else str(key))
-    elif isinstance(before, list) and isinstance(after, list) and path == "stages":
-        for i in range(max(len(before), len(after))):
-            old, new = before[i] if i < len(before) else None, after[i] if i < len(after) else None
-            yield from _differences(old, new, f"{path}.{i}")
-    elif before != after:
-        yield path, before, after
-
-
-def _stage_of(path: str) -> int:
-    parts = path.split(".")
-    return int(parts[1]) if parts[0] == "stages" and len(parts) > 1 else 0
+def how_to_go_on() -> str:
+    """The sentence that says how an interrupted run is continued."""
+    program = Path(sys.argv[0]).name if sys.argv and sys.argv[0] else ""
+    if program not in ("flatcompress", "cli.py"):
+        return "The same call goes on."
+    words = [w for w in sys.argv[1:] if w != "--restart"]
+    return "Go on with: flatcompress " + " ".join(shlex.quote(w) for w in words)

@@ -24,38 +24,66 @@ from flatcompress.stages.workpiece import Workpiece
 from flatcompress.training.loop import Job, fit, restore_best
 
 CALIBRATION_SAMPLES = 512
+SENSITIVITY_SAMPLES = 256
 
 
 def run(work: Workpiece, config: QuantizeConfig) -> Workpiece:
     """Quantize ``work.model`` and train it; the plan gains the quantizers."""
     teacher = copy.deepcopy(work.model).eval().requires_grad_(False) if config.distill else None
     if work.resume is not None and work.resume["context"].get("phase") == "quantized":
-        passes = int(work.resume["context"]["passes"])
+        context = work.resume["context"]
     else:
         passes = _train_float(work, config)
-    _train_quantized(work, config, teacher, passes)
+        context = {"phase": "quantized", "passes": passes, "bits": choose_bits(work, config)}
+    _train_quantized(work, config, teacher, context)
     return work
 
 
 def rehearse(model: nn.Module, example: Tensor, config: QuantizeConfig) -> None:
     """Insert the quantizers into a copy: tracing, names and patterns are checked before anything runs."""
-    insert(model, example, config)
+    insert(model, example, config, None if config.bits == "auto" else config.bits)
 
 
-def insert(model: nn.Module, example: Tensor, config: QuantizeConfig) -> Plan:
-    """Quantizers where ``config`` wants them, in place."""
+def insert(model: nn.Module, example: Tensor, config: QuantizeConfig, bits: dict[str, Any] | None = None) -> Plan:
+    """Quantizers where ``config`` wants them, in place; ``bits`` per layer or pattern."""
     return quant.quantize(
-        model,
-        config.weight_bits,
-        config.activation_bits,
-        example_input=example,
-        method=config.quantizer,
-        first_last_bits=config.first_last_bits,
-        input_bits=config.input_bits,
-        residual_bits=config.residual_bits,
-        per_channel=config.per_channel,
-        ignore=config.ignore,
+        model, config.weight_bits, method=config.quantizer, per_channel=config.per_channel, bits=bits,
+        **placement(config), example_input=example,
+    )  # fmt: skip
+
+
+def placement(config: QuantizeConfig) -> dict[str, Any]:
+    """What decides where quantizers sit, beside the bits of single layers."""
+    return {
+        "activation_bits": config.activation_bits,
+        "first_last_bits": config.first_last_bits,
+        "input_bits": config.input_bits,
+        "residual_bits": config.residual_bits,
+        "ignore": config.ignore,
+    }
+
+
+def choose_bits(work: Workpiece, config: QuantizeConfig) -> dict[str, Any] | None:
+    """Bits per layer: as the recipe says, or by sensitivity on training data within the budget (arXiv 1911.03852)."""
+    if config.bits != "auto":
+        return config.bits
+    unit, budget = config.bits_budget
+    x, y = train_batches(work, SENSITIVITY_SAMPLES, SENSITIVITY_SAMPLES)[0]
+    was_training = work.model.training
+    work.model.eval()
+    chosen = quant.auto_bits(
+        work.model,
+        lambda: nn.functional.cross_entropy(work.model(x), y),
+        budget,
+        unit,
+        example_input=work.example(),
+        kind=config.sensitivity,
+        seed=work.seed,
+        **placement(config),
     )
+    work.model.train(was_training)
+    work.emit("bits", unit=unit, budget=budget, bits=chosen)
+    return chosen
 
 
 def float_epochs(config: QuantizeConfig) -> int:
@@ -82,16 +110,18 @@ def _train_float(work: Workpiece, config: QuantizeConfig) -> int:
     return finish(work, job)
 
 
-def _train_quantized(work: Workpiece, config: QuantizeConfig, teacher: nn.Module | None, passes: int) -> None:
-    work.plan = work.plan + insert(work.model, work.example(), config)
+def _train_quantized(
+    work: Workpiece, config: QuantizeConfig, teacher: nn.Module | None, context: dict[str, Any]
+) -> None:
+    work.plan = work.plan + insert(work.model, work.example(), config, context["bits"])
     quant.calibrate(work.model, [x for x, _ in train_batches(work, CALIBRATION_SAMPLES)])
     plugs = Plugs(work.model, config, method_of(config))
     job = qat_job(work, config, teacher, plugs)
-    job.context = {"phase": "quantized", "passes": passes}
+    job.context = context
     fit(job)
     restore_best(job)
     plugs.release()
-    work.passes += passes + finish(work, job)
+    work.passes += int(context["passes"]) + finish(work, job)
     quant.reestimate_batchnorm(work.model, [x for x, _ in train_batches(work, 10 * work.batch_size)])
     quant.set_bias_rounding(work.model, True)
 
@@ -138,12 +168,14 @@ def log_conflict(work: Workpiece, conflict: Any, step: int) -> None:
 def round_biases(work: Workpiece, job: Job, config: QuantizeConfig) -> None:
     """In the last epochs the forward rounds folded biases as the exported file does."""
     first = config.epochs - config.bias_rounding_epochs
-    quant.set_bias_rounding(work.model, first <= job.first_epoch)
+
+    def before_epoch(epoch: int) -> None:
+        quant.set_bias_rounding(work.model, epoch >= first)
 
     def after_epoch(epoch: int) -> None:
         quant.set_bias_rounding(work.model, epoch + 1 >= first)
 
-    job.after_epoch = after_epoch
+    job.before_epoch, job.after_epoch = before_epoch, after_epoch
 
 
 def distill(job: Job, teacher: nn.Module, weight: float) -> None:

@@ -12,8 +12,8 @@ import hashlib
 import os
 import re
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -138,19 +138,25 @@ def load_latest(folder: Path) -> Checkpoint | None:
     Each damaged newer one is passed over with a warning and named in ``skipped``. Changes nothing on disk; call
     `recover` first where a process may have been killed (`RunFolder.locked` does).
     """
+    return next(newest_first(folder), None)
+
+
+def newest_first(folder: Path) -> Iterator[Checkpoint]:
+    """The sound checkpoints, newest first, read as they are asked for; each damaged one is warned of."""
     folder = Path(folder)
     skipped: list[str] = []
+    sound = False
     for name in reversed(_committed(folder)):
         try:
             found = load(folder / name)
         except UserError as error:
             skipped.append(str(error))
-            warnings.warn(f"checkpoint {name} is damaged and passed over: {error}", stacklevel=2)
+            warnings.warn(f"checkpoint {name} is damaged and passed over: {error}", stacklevel=3)
             continue
-        return Checkpoint(**{**vars(found), "skipped": tuple(skipped)})
-    if skipped:
-        warnings.warn(f"{folder}: no sound checkpoint is left; the run starts from the beginning.", stacklevel=2)
-    return None
+        sound = True
+        yield replace(found, skipped=tuple(skipped))
+    if skipped and not sound:
+        warnings.warn(f"{folder}: no sound checkpoint is left; the run starts from the beginning.", stacklevel=3)
 
 
 def rewind(folder: Path, stage_index: int) -> None:

@@ -1,0 +1,68 @@
+"""Batches in an order that (seed, epoch) alone decide, and what is said when a loading process fails."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from flatcompress.errors import RunError, UserError
+
+
+def epoch_batches(n: int, batch_size: int, seed: int, epoch: int, rank: int = 0, world: int = 1) -> list[list[int]]:
+    """Index batches of one epoch for one process: a permutation fixed by (seed, epoch), cut into equal batches.
+
+    The remainder is left out when there is at least one full batch, so that no BatchNorm sees a tiny batch and all
+    processes take the same number of steps.
+
+    >>> [len(b) for b in epoch_batches(10, 4, seed=0, epoch=0)]
+    [4, 4]
+    """
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    order = torch.randperm(n, generator=generator).tolist()[rank::world]
+    size = min(batch_size, n // world)
+    return [order[i * size : (i + 1) * size] for i in range((n // world) // size)]
+
+
+def loader(dataset: Dataset, batches: list[list[int]], workers: int = 0) -> DataLoader:
+    """A DataLoader over given index batches; a dataset with ``__getitems__`` gives whole batches at once."""
+    collate = _pair if hasattr(dataset, "__getitems__") else None
+    return DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers)
+
+
+def _pair(batch: Any) -> Any:
+    return batch
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, dataset: Any, device: torch.device | str = "cpu", batch_size: int = 512) -> float:
+    """Share of ``dataset`` that ``model`` classifies correctly, in eval mode; the model's mode is restored."""
+    was_training = model.training
+    model.eval()
+    n = len(dataset)
+    correct = 0
+    for x, y in loader(dataset, [list(range(i, min(i + batch_size, n))) for i in range(0, n, batch_size)]):
+        correct += int((model(x.to(device)).argmax(1) == y.to(device)).sum())
+    model.train(was_training)
+    return correct / n
+
+
+@contextmanager
+def worker_errors(workers: int) -> Iterator[None]:
+    """A data-loading process that dies or meets bad data, as a message instead of its traceback."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        text = str(error).strip()
+        if text.startswith("Caught ") and isinstance(error, UserError | RunError):
+            raise type(error)(text.splitlines()[-1].partition(": ")[2]) from None
+        if text.startswith("DataLoader worker"):
+            raise RunError(
+                f"{text.splitlines()[0]} The system may have stopped it for lack of memory or shared memory. Set "
+                f"data.workers below {workers} (0: load in the main process). The same command goes on."
+            ) from None
+        raise

@@ -1,0 +1,140 @@
+"""One optimizer step of a job, and what the policies make of a step that diverges or runs out of memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from flatcompress.errors import RunError
+from flatcompress.training import divergence, memory
+from flatcompress.training.divergence import Diverged
+
+if TYPE_CHECKING:
+    from flatcompress.training.loop import Job
+
+MOST_SKIPS = 20  # steps left out in a row before a run is given up
+
+
+class Means:
+    """Running means over an epoch's samples."""
+
+    def __init__(self) -> None:
+        self.n = 0
+        self._loss = self._correct = self._gap = 0.0
+        self._gaps = 0
+
+    def add(self, loss: float, accuracy: float, gap: float | None, n: int) -> None:
+        self.n += n
+        self._loss += loss * n
+        self._correct += accuracy * n
+        if gap is not None:
+            self._gap += float(gap) * n
+            self._gaps += n
+
+    @property
+    def loss(self) -> float:
+        return self._loss / max(self.n, 1)
+
+    @property
+    def accuracy(self) -> float:
+        return self._correct / max(self.n, 1)
+
+    @property
+    def gap(self) -> float | None:
+        return self._gap / self._gaps if self._gaps else None
+
+
+def take_step(job: Job, x: Tensor, y: Tensor, step: int, stats: Means) -> None:
+    """One optimizer step, or what the policies make of one that diverges or runs out of memory."""
+    try:
+        loss, hits = _attempt(job, x, y, step)
+    except Diverged as diverged:
+        _skip(job, diverged)
+        return
+    job.trouble.skipped_in_a_row = 0
+    stats.add(loss, hits / len(y), getattr(job.optimizer, "last_gap", None), len(y))
+
+
+def _attempt(job: Job, x: Tensor, y: Tensor, step: int) -> tuple[float, int]:
+    """The loss and the number of correct predictions of the first pass, after one step in as many parts as needed."""
+    while True:
+        hits: list[int] = []
+        closures = [_closure(job, a, b, factor, step, hits) for a, b, factor in memory.split(x, y, job.trouble.parts)]
+        job.optimizer.zero_grad()
+        try:
+            loss = job.optimizer.step(closures[0] if len(closures) == 1 else closures)  # type: ignore[arg-type]
+        except Exception as error:
+            if not memory.is_out_of_memory(error):
+                raise
+            text = str(error)
+        else:
+            return float(loss), sum(hits)
+        _halve(job, x, y, step, text)
+
+
+def _closure(job: Job, x: Tensor, y: Tensor, factor: float, step: int, hits: list[int]) -> Callable[[], Tensor]:
+    checked = job.accelerator.scaler is None  # under loss scaling an overflow is expected and the step left out
+
+    def closure() -> Tensor:
+        with job.accelerator.autocast():
+            logits = job.model(x)
+            loss = job.loss(logits, y)
+            loss = loss if factor == 1.0 else loss * factor
+        job.accelerator.backward(loss)
+        job.after_backward()
+        if len(hits) < job.trouble.parts:
+            hits.append(int((logits.detach().argmax(1) == y).sum()))
+        gradients = divergence.gradients_of(job.optimizer.param_groups) if checked else []
+        if not divergence.finite(loss, gradients):
+            raise Diverged(divergence.find(job.raw_model, x, float(loss), step + 1))
+        return loss
+
+    return closure
+
+
+def _skip(job: Job, diverged: Diverged) -> None:
+    """Leave the step out when the policy says so and that can help; else raise."""
+    progress = job.progress
+    policy = "stop" if progress is None else progress.on_divergence
+    if policy == "rollback":
+        raise diverged
+    if progress is None or policy == "stop":
+        raise RunError(f"{diverged}. {divergence.ADVICE} The same command goes on from the last checkpoint.")
+    job.trouble.skipped_in_a_row += 1
+    if job.trouble.skipped_in_a_row > MOST_SKIPS or not divergence.parameters_finite(job.raw_model):
+        raise RunError(f"{diverged}. Leaving steps out does not help any more. {divergence.ADVICE}")
+    job.optimizer.zero_grad()
+    progress.incident({**diverged.finding, "action": "skip"})
+
+
+def _halve(job: Job, x: Tensor, y: Tensor, step: int, reason: str) -> None:
+    """Work through batches in twice as many parts from now on. RunError when that is not wanted or not possible."""
+    job.optimizer.zero_grad()
+    memory.release()
+    size = len(y) // job.trouble.parts
+    if job.progress is None or job.progress.on_out_of_memory != "halve" or size < 2:
+
+        def attempt(n: int) -> None:
+            job.accelerator.backward(job.loss(job.model(x[:n]), y[:n]))
+            job.optimizer.zero_grad()
+
+        fits = memory.largest_fitting(size, attempt)
+        fitting = f"a batch size of {fits} would fit" if fits else "not even one sample fits"
+        raise RunError(
+            f"out of memory at step {step + 1} with {size} samples in a pass; {fitting} "
+            f"({reason.splitlines()[0][:200] if reason else 'no reason given'}). "
+            "Go on with --set on_out_of_memory=halve, which works through each batch in parts, or begin afresh with a "
+            "smaller data.batch_size."
+        )
+    job.trouble.parts *= 2
+    share_perturbation(job)
+    job.emit("warning", message=f"out of memory at step {step + 1}: batches now go in {job.trouble.parts} parts")
+
+
+def share_perturbation(job: Job) -> None:
+    """A batch in parts takes one perturbation from all of them, as the whole batch would."""
+    if hasattr(job.optimizer, "settings"):
+        job.optimizer.settings = replace(job.optimizer.settings, chunks="joint")
