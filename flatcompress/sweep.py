@@ -137,9 +137,10 @@ def runs_of(
 ) -> list[Run]:
     """The runs of ``method`` under ``setting``. UserError names the method and what is wrong."""
     text = ", ".join(f"{key.split('.')[-1]} {value}" for key, value in setting.items())
+    every: list[str | None] = [*domains] or [None]
     return [
         Run(method.name, text, domain, seed, _recipe(sweep, method, setting, domain, seed))
-        for domain in (domains or [None])
+        for domain in every
         for seed in seeds
     ]
 

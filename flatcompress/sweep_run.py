@@ -188,8 +188,8 @@ class _Pool:
                 self.failed[key] = f"it begins with {self.tasks[task.base].name}, which failed"
                 continue
             base = None if task.base is None else self.tasks[task.base]
-            arguments = (task.recipe.to_dict(), str(self.root / task.name), base and str(self.root / base.name))
-            running[pool.submit(execute, *arguments)] = task
+            beginning = None if base is None else str(self.root / base.name)
+            running[pool.submit(execute, task.recipe.to_dict(), str(self.root / task.name), beginning)] = task
 
     def _collect(self, running: dict[Future[str | None], Task]) -> None:
         if not running:

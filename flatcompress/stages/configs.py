@@ -7,145 +7,41 @@ the registry is a key of the stage, and any other key is refused with the neares
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from flatcompress.errors import nearest, unknown
+from flatcompress.errors import unknown
+from flatcompress.stages.keys import (
+    Bits,
+    KeyProblem,
+    NonNegative,
+    OptimizerConfig,
+    Positive,
+    RemovalKeys,
+    Share,
+    Size,
+    Strict,
+    TrainingKeys,
+    flat_hyper,
+    known_method,
+)
 
-Bits = Annotated[int, Field(ge=2, le=8)]
-Share = Annotated[float, Field(gt=0.0, lt=1.0)]
-Positive = Annotated[float, Field(gt=0.0)]
-NonNegative = Annotated[float, Field(ge=0.0)]
-
-
-def _size(value: Any) -> Any:
-    """A number with k, M or G behind it, as people write sizes: 200k is 200,000."""
-    if isinstance(value, str) and value and value[-1] in _UNITS:
-        try:
-            return float(value[:-1]) * _UNITS[value[-1]]
-        except ValueError:
-            return value
-    return value
-
-
-_UNITS = {"k": 1e3, "M": 1e6, "G": 1e9}
-Size = Annotated[float, BeforeValidator(_size), Field(gt=0.0)]
-
-
-class Strict(BaseModel):
-    """A section in which every unknown key is an error."""
-
-    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
-
-
-class OptimizerConfig(Strict):
-    """The base optimizer that a flat-minima method wraps."""
-
-    name: Literal["sgd", "adam", "adamw"] = Field("adamw", description="base optimizer")
-    lr: Positive = Field(3.0e-3, description="peak learning rate")
-    weight_decay: NonNegative = Field(1.0e-4, description="weight decay, not applied to quantizer scales")
-    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.9, description="momentum (sgd)")
-    nesterov: bool = Field(True, description="Nesterov momentum (sgd)")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="moment decay rates (adam, adamw)")
-
-
-class TrainingKeys(BaseModel):
-    """Keys shared by the stages that train, and the check of the flat method's hyper-parameters."""
-
-    model_config = ConfigDict(extra="allow", validate_default=True, allow_inf_nan=False)
-
-    epochs: Annotated[int, Field(ge=1, le=100_000)] = Field(10, description="passes over the training split")
-    optimizer: OptimizerConfig = Field(default_factory=lambda: OptimizerConfig(), description="base optimizer")
-    schedule: Literal["cosine", "one_cycle", "linear", "constant"] = Field(
-        "one_cycle", description="learning-rate schedule over the stage"
-    )
-    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.0, description="label smoothing")
-    max_grad_norm: Positive | None = Field(None, description="clip the combined gradient to this l2 norm")
-    select: Literal["best", "last"] = Field(
-        "best", description="keep the epoch with the best validation accuracy on the training domains, or the last"
-    )
-
-    # How an extra key reaches a flat method; a subclass says which method its own `method` key means.
-    own_extras: ClassVar[frozenset[str]] = frozenset()
-
-    def flat_method(self) -> str:
-        """Name of the flat-minima method this stage trains with."""
-        raise TypeError("a training stage names its flat method")
-
-    @property
-    def hyper(self) -> dict[str, Any]:
-        """The flat method's hyper-parameters given in the recipe."""
-        return dict(self.__pydantic_extra__ or {})
-
-    @model_validator(mode="after")
-    def _known_hyper(self) -> TrainingKeys:
-        extras = self.__pydantic_extra__ or {}
-        accepted = flat_hyper(self.flat_method())
-        for key, value in list(extras.items()):
-            if key not in accepted:
-                known = [*type(self).model_fields, *accepted]
-                guess = nearest(key, known)
-                hint = f" Did you mean {guess!r}?" if guess else ""
-                raise KeyProblem(
-                    key,
-                    f"unknown key.{hint} Method {self.flat_method()!r} takes {', '.join(accepted) or 'no keys'}; "
-                    f"the stage takes {', '.join(type(self).model_fields)}.",
-                )
-            extras[key] = coerce(key, value, accepted[key])
-        return self
-
-
-class KeyProblem(ValueError):
-    """A problem with one key of a section, found after the section's own fields were checked."""
-
-    def __init__(self, key: str, message: str) -> None:
-        super().__init__(message)
-        self.key = key
-
-
-def flat_hyper(method: str) -> dict[str, Any]:
-    """Hyper-parameters of a flat method and their defaults, from its row in the registry."""
-    from flatcompress import flat
-
-    return flat.METHODS[method].defaults
-
-
-def coerce(key: str, value: Any, default: Any) -> Any:
-    """Check a hyper-parameter against the type of its default; YAML reads ``1e-3`` as text, so numbers are parsed."""
-    if isinstance(default, bool):
-        if isinstance(value, bool):
-            return value
-        raise KeyProblem(key, f"expected true or false, found {value!r}.")
-    if isinstance(default, int | float):
-        return _number(key, value, type(default))
-    return value
-
-
-def _number(key: str, value: Any, kind: type) -> float | int:
-    if isinstance(value, str):
-        try:
-            value = float(value)
-        except ValueError:
-            raise KeyProblem(key, f"expected a number, found {value!r}.") from None
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != value or abs(value) == float("inf"):
-        raise KeyProblem(key, f"expected a finite number, found {value!r}.")
-    if key in _NON_NEGATIVE and value < 0:
-        raise KeyProblem(key, f"must be 0 or greater, found {value!r}.")
-    if kind is int and float(value).is_integer():
-        return int(value)
-    return value
-
-
-_NON_NEGATIVE = frozenset({"rho", "eta", "sigma", "grad_rho", "grad_norm_rho"})
-
-
-def known_method(value: str, table: Mapping[str, Any], kind: str) -> str:
-    """Return ``value`` when it is a key of ``table``, else raise a KeyProblem with the nearest spelling."""
-    if value not in table:
-        raise KeyProblem("method", str(unknown(kind, value, table)))
-    return value
+__all__ = [
+    "STAGE_CONFIGS",
+    "ExportConfig",
+    "KeyProblem",
+    "OptimizerConfig",
+    "PruneConfig",
+    "QuantizeConfig",
+    "RemovalKeys",
+    "SparsifyConfig",
+    "StageConfig",
+    "Strict",
+    "TrainConfig",
+    "TrainingKeys",
+    "flat_hyper",
+]
 
 
 class TrainConfig(TrainingKeys):
@@ -158,24 +54,6 @@ class TrainConfig(TrainingKeys):
         from flatcompress import flat
 
         return known_method(self.method, flat.METHODS, "training method")
-
-
-class RemovalKeys(TrainingKeys):
-    """Keys shared by the stages that take something away while training: before, during, after."""
-
-    schedule_steps: Annotated[int, Field(ge=1)] = Field(8, description="removal events in step 2")
-    removal: Literal["exponential", "cubic", "one_shot"] = Field(
-        "exponential", description="removal schedule of step 2"
-    )
-    warmup_share: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.12, description="share of the steps before step 2")
-    prune_share: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(0.3, description="share of the steps in step 2")
-    ignore: list[str] = Field(default_factory=list, description="layers to leave alone: names or re:PATTERN")
-
-    @model_validator(mode="after")
-    def _room_for_step_3(self) -> RemovalKeys:
-        if self.warmup_share + self.prune_share >= 1.0:
-            raise KeyProblem("prune_share", "warmup_share + prune_share must stay below 1, to leave room for step 3.")
-        return self
 
 
 class PruneConfig(RemovalKeys):
@@ -264,12 +142,26 @@ class SparsifyConfig(RemovalKeys):
         return self
 
 
+BITS_BUDGETS = ("effective_bits", "bytes", "bops")
+
+
 class QuantizeConfig(TrainingKeys):
     """Quantization-aware training with learned step sizes, and GAQAT's freezing of conflicting scale gradients."""
 
     method: str = Field("gaqat", description="QAT method; see `flatcompress list qat-methods`")
     weight_bits: Bits = Field(4, description="bits of the weights")
     activation_bits: Bits | None = Field(4, description="bits of the activations; null: they stay float")
+    bits: Literal["auto"] | dict[str, Any] | None = Field(
+        None, description="auto: by sensitivity within a budget; or bits per layer: {fc: 8, 're:layer1.*': {weight: 3}}"
+    )
+    effective_bits: Annotated[float, Field(ge=2, le=8)] | None = Field(
+        None, description="bits: auto, budget: mean bits per weight (default: weight_bits)"
+    )
+    bytes: Size | None = Field(None, description="bits: auto, budget: bytes of all quantized weights (200k)")
+    bops: Size | None = Field(None, description="bits: auto, budget: MACs x weight bits x activation bits (1.5G)")
+    sensitivity: Literal["hessian", "gradient"] = Field(
+        "hessian", description="bits: auto, what a layer's error costs: Hessian trace, or one backward pass"
+    )
     first_last_bits: Bits = Field(8, description="bits of the first and the last layer's weights")
     input_bits: Bits = Field(8, description="bits of the network's input")
     residual_bits: Bits = Field(8, description="bits of signed tensors that feed a residual add")
@@ -316,6 +208,21 @@ class QuantizeConfig(TrainingKeys):
             if self.flat not in flat.METHODS:
                 raise KeyProblem("flat", str(unknown("training method", self.flat, flat.METHODS)))
         return self.flat or QAT_METHODS[self.method].make().flat
+
+    @property
+    def bits_budget(self) -> tuple[str, float]:
+        """(unit, value) of the budget that ``bits: auto`` keeps."""
+        given = [(unit, v) for unit in BITS_BUDGETS if (v := getattr(self, unit)) is not None]
+        return given[0] if given else ("effective_bits", float(self.weight_bits))
+
+    @model_validator(mode="after")
+    def _one_bits_budget(self) -> QuantizeConfig:
+        given = [unit for unit in BITS_BUDGETS if getattr(self, unit) is not None]
+        if given and self.bits != "auto":
+            raise KeyProblem(given[0], "a budget of bits goes with bits: auto.")
+        if len(given) > 1:
+            raise KeyProblem(given[1], f"give one budget of bits, not {' and '.join(given)}.")
+        return self
 
     @model_validator(mode="after")
     def _fits_method(self) -> QuantizeConfig:

@@ -34,6 +34,28 @@ def test_weights_only_method_leaves_activations_float():
         config("quantize", method="qt_dog", activation_bits=4)
 
 
+@pytest.mark.parametrize("keys", [{"effective_bits": 3.5}, {"bops": "2M"}, {"bytes": "7k", "sensitivity": "gradient"}])
+def test_auto_bits_keep_their_budget(keys):
+    work = workpiece()
+    events = []
+    work.emit = lambda event, **fields: events.append((event, fields))
+    quantize.run(work, config("quantize", method="lsq", epochs=1, bits="auto", **keys))
+    chosen = next(fields["bits"] for event, fields in events if event == "bits")
+    layers = quant.quantized_layers(work.model)
+    assert chosen and all(layers[name].weight_spec().bits == bits for name, bits in chosen.items())
+    if "effective_bits" in keys:
+        total = sum(layers[n].weight.numel() for n in chosen)
+        assert sum(layers[n].weight.numel() * b for n, b in chosen.items()) <= 3.5 * total
+
+
+def test_bits_of_single_layers():
+    work = workpiece()
+    quantize.run(work, config("quantize", method="lsq", epochs=1, bits={r"re:layer2\..*": 3}))
+    bits = {n: layer.weight_spec().bits for n, layer in quant.quantized_layers(work.model).items()}
+    assert {b for n, b in bits.items() if n.startswith("layer2")} == {3}
+    assert {b for n, b in bits.items() if n.startswith("layer3")} == {4}
+
+
 def test_quantizers_come_in_after_the_float_share():
     work = workpiece()
     seen = []
@@ -97,7 +119,8 @@ def test_gaqat_logs_a_timeline_each_window():
 @pytest.mark.parametrize(
     ("keys", "message"),
     [({"method": "gaqat", "flat": "none"}, "compares two gradients"),
-     ({"method": "saq", "perturb_scales": True}, "after the quantizer")],
+     ({"method": "saq", "perturb_scales": True}, "after the quantizer"),
+     ({"effective_bits": 4}, "bits: auto"), ({"bits": "auto", "bytes": 9, "bops": 9}, "one budget")],
 )  # fmt: skip
 def test_switches_that_contradict_each_other_are_refused(keys, message):
     with pytest.raises(ValueError, match=message):
