@@ -7,6 +7,7 @@ only through a third layer end in one unit, and what stands in the way of a cut 
 
 from __future__ import annotations
 
+import traceback
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -22,6 +23,9 @@ from flatcompress.prune import axes
 from flatcompress.prune.attention import Attention
 
 Atom = tuple[str, str, int]  # layer (or "!reason"), axis, channel
+
+
+_VISITS = 5  # per node of the graph and root; below 1 in residual, dense, depthwise and transformer networks
 
 
 class Link(NamedTuple):
@@ -120,12 +124,17 @@ def _graph(model: nn.Module, example_input: Tensor, blocks: list[Attention]) -> 
     try:
         with evaluating(model), _differentiable(model), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return tp.DependencyGraph().build_dependency(
+            graph = tp.DependencyGraph().build_dependency(
                 model, (example_input,), customized_pruners=_opaque(model, blocks) or None, verbose=False
             )
+            tp.dependency.index_mapping.update_index_mapping(graph)
+            return graph
     except Exception as error:
-        operation = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        raise UserError(f"the dependency graph of {type(model).__name__} cannot be read ({operation})") from error
+        # The innermost function says which operation was being read, such as update_split_index_mapping.
+        where = traceback.extract_tb(error.__traceback__)[-1].name
+        raise UserError(
+            f"the dependency graph of {type(model).__name__} cannot be read: {type(error).__name__} in {where}: {error}"
+        ) from error
 
 
 def _label(graph: tp.DependencyGraph, names: dict[nn.Module, str], module: Any) -> str | None:
@@ -139,19 +148,72 @@ def _label(graph: tp.DependencyGraph, names: dict[nn.Module, str], module: Any) 
     return None
 
 
-def _couple_one(graph: tp.DependencyGraph, names: dict[nn.Module, str], root: nn.Module) -> Coupled:
+class _Reached(NamedTuple):
+    """A node reached through one of its sides, and its channels that go: pairs with ``idx`` and ``root_idx``."""
+
+    node: Any
+    handler: Any
+    pairs: set[Any]
+
+
+def _reach(graph: tp.DependencyGraph, root: nn.Module, widest: int) -> tuple[list[_Reached], bool]:
+    """Every node that the root's output channels reach, channel by channel, and whether the walk came to an end.
+
+    torch-pruning's own walk compares whole index lists and does not end where its index maps shift channels on each
+    round (focalnet). Here a pair (channel, root channel) is followed once, and channels that no layer can have, or nodes
+    that are visited over and over, show that the maps run in circles.
+    """
     pruner = graph.get_pruner_of_module(root)
-    channels = pruner.get_out_channels(root)
+    roots = pruner.get_out_channels(root)
+    start = [tp._helpers._HybridIndex(idx=i, root_idx=i) for i in range(roots)]
+    first = _Reached(graph.module2node[root], pruner.prune_out_channels, set(start))
+    reached = {(id(first.node), first.handler): first}
+    visits, limit = 0, _VISITS * len(graph.module2node)
+    stack = [(first.node, first.handler, start)]
+    while stack:
+        node, handler, pairs = stack.pop()
+        for dependency in node.dependencies:
+            if not dependency.is_triggered_by(handler):
+                continue
+            key = (id(dependency.target), dependency.handler)
+            at = reached.setdefault(key, _Reached(dependency.target, dependency.handler, set()))
+            fresh = _fresh(dependency, pairs, at.pairs)
+            if fresh:
+                at.pairs.update(fresh)
+                visits += 1
+                if visits > limit or _impossible(fresh, widest):
+                    return list(reached.values()), False
+                stack.append((dependency.target, dependency.handler, fresh))
+    return list(reached.values()), True
+
+
+def _fresh(dependency: Any, pairs: list[Any], seen: set[Any]) -> list[Any]:
+    """``pairs`` through the index maps of a dependency, without those that its target has ``seen``."""
+    for mapping in dependency.index_mapping:
+        if mapping is not None:
+            pairs = mapping(pairs)
+    return pairs if not seen else [pair for pair in pairs if pair not in seen]
+
+
+def _impossible(pairs: list[Any], widest: int) -> bool:
+    return any(pair.root_idx is None or not 0 <= pair.idx < 4 * widest for pair in pairs)
+
+
+def _couple_one(graph: tp.DependencyGraph, names: dict[nn.Module, str], root: nn.Module, widest: int) -> Coupled:
+    reached, ended = _reach(graph, root, widest)
+    channels = list(range(graph.get_pruner_of_module(root).get_out_channels(root)))
     links, through = [], []
-    for item in graph.get_pruning_group(root, pruner.prune_out_channels, list(range(channels))):
-        node = item.dep.target
+    if not ended:
+        links.append(Link("!the dependency graph follows these channels in circles", axes.OUT, channels, channels))
+    for node, handler, pairs in reached:
         name = _label(graph, names, node.module)
         if name is None:
             operation = getattr(node, "grad_fn", None)
             through.append(operation.name() if operation is not None and hasattr(operation, "name") else "unknown")
             continue
-        axis = axes.OUT if name.startswith("!") or graph.is_out_channel_pruning_fn(item.dep.handler) else axes.IN
-        links.append(Link(name, axis, list(item.idxs), list(item.root_idxs)))
+        axis = axes.OUT if name.startswith("!") or graph.is_out_channel_pruning_fn(handler) else axes.IN
+        ordered = sorted(pair for pair in pairs if pair.root_idx is not None)
+        links.append(Link(name, axis, [p.idx for p in ordered], [p.root_idx for p in ordered]))
     return Coupled(names[root], links, tuple(dict.fromkeys(through)))
 
 
@@ -164,12 +226,14 @@ def couple(model: nn.Module, example_input: Tensor, blocks: list[Attention]) -> 
     names = {module: name for name, module in model.named_modules()}
     if not any(module in names for module in graph.module2node):
         raise UserError(_unseen(model, example_input))
+    layers = [module for module in names if isinstance(module, tp.ops.TORCH_CONV | tp.ops.TORCH_LINEAR)]
+    widest = max((axes.width(module, axis) for module in layers for axis in (axes.IN, axes.OUT)), default=1)
     covered: set[str] = set()
     found = []
     for module in list(graph.module2node):
         if not isinstance(module, tp.ops.TORCH_CONV | tp.ops.TORCH_LINEAR) or names.get(module) in covered:
             continue
-        one = _couple_one(graph, names, module)
+        one = _couple_one(graph, names, module, widest)
         found.append(one)
         covered.update(k.name for k in one.links if k.axis == axes.OUT and _is_whole(model, k))
     return found

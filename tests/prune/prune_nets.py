@@ -91,7 +91,24 @@ class Gated(nn.Module):
         return self.fc2(torch.sigmoid(self.fc1(x.flatten(1))))
 
 
-NETS = {"plain": Plain, "residual": Residual, "concat": Concat, "grouped": Grouped, "gated": Gated}
+class Dense(nn.Module):
+    """Every layer reads the concatenation of all before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.norms = nn.ModuleList([nn.BatchNorm2d(8 + 4 * i) for i in range(3)])
+        self.convs = nn.ModuleList([nn.Conv2d(8 + 4 * i, 4, 3, padding=1) for i in range(3)])
+        self.fc = nn.Linear(20, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for norm, conv in zip(self.norms, self.convs, strict=True):
+            x = torch.cat([x, conv(torch.relu(norm(x)))], 1)
+        return self.fc(torch.relu(x).mean((2, 3)))
+
+
+NETS = {"plain": Plain, "residual": Residual, "concat": Concat, "grouped": Grouped, "gated": Gated, "dense": Dense}
 
 
 def randomized(model: nn.Module, seed: int = 0) -> nn.Module:
