@@ -37,6 +37,7 @@ class GraphBuilder:
         self.nodes: list[onnx.NodeProto] = []
         self.constants: dict[str, onnx.TensorProto] = {}
         self._known: dict[tuple[str, tuple[int, ...], bytes], str] = {}
+        self.domains: dict[str, int] = {}
         self._count = 0
         self._named: dict[str, int] = {}
 
@@ -105,14 +106,18 @@ class GraphBuilder:
         *,
         metadata: dict[str, str] | None = None,
         producer: tuple[str, str] = ("flatcompress", ""),
+        functions: Sequence[onnx.FunctionProto] = (),
     ) -> onnx.ModelProto:
         """The finished model: no doc strings, no value_info, the lowest IR version the opset goes with."""
         graph = helper.make_graph(self.nodes, "g", list(inputs), list(outputs), list(self.constants.values()))
         imports = [helper.make_opsetid("", self.opset)]
+        # Functions came with IR version 8; onnx computes it from the standard domain's opset alone.
+        oldest = 8 if functions else 0
         model = helper.make_model(
             graph,
-            opset_imports=imports,
-            ir_version=helper.find_min_ir_version_for(imports),
+            opset_imports=imports + [helper.make_opsetid(*known) for known in self.domains.items()],
+            functions=list(functions),
+            ir_version=max(oldest, helper.find_min_ir_version_for(imports)),
             producer_name=producer[0],
             producer_version=producer[1],
         )

@@ -27,11 +27,12 @@ import onnx
 import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, fx
+from torch import Tensor
 
 import flatcompress
 from flatcompress.errors import UserError
 from flatcompress.onnx_export import inspect_file, latency, parity
+from flatcompress.onnx_export.catalogue import PROFILES
 from flatcompress.onnx_export.diverging import first_diverging_layer
 from flatcompress.onnx_export.evidence import BYTES, Evidence, sha256
 from flatcompress.onnx_export.exporting import Exported
@@ -83,7 +84,7 @@ def certify(
         "machine": machine(),
         "checker": "full",
         "size": _size(exported),
-        "kernels": _kernels(found, exported.layers),
+        "kernels": _kernels(found, exported),
         "layers": [{**row, "kernel": found.of.get(row["name"])} for row in exported.layers],
         "parity": _parity(reference, measured, exported, inputs),
         "metric": _metric(reference, measured, truth, inputs, model),
@@ -173,7 +174,8 @@ def _size(exported: Exported) -> dict[str, Any]:
     }
 
 
-def _kernels(found: Kernels, layers: list[dict[str, Any]]) -> dict[str, Any]:
+def _kernels(found: Kernels, exported: Exported) -> dict[str, Any]:
+    layers, expected = exported.layers, PROFILES[exported.profile].make().integer_kernels
     integer = [row["name"] for row in layers if found.of.get(row["name"]) in INTEGER_KERNELS]
     quantized = [row["name"] for row in layers if row["activation_bits"] is not None]
     floating = [row["name"] for row in layers if row["name"] not in integer]
@@ -183,7 +185,7 @@ def _kernels(found: Kernels, layers: list[dict[str, Any]]) -> dict[str, Any]:
         "layers": len(layers),
         "integer_layers": len(integer),
         "not_integer": floating,
-        "not_integer_inside": [name for name in quantized[1:-1] if name in floating],
+        "not_integer_inside": [name for name in quantized[1:-1] if expected and name in floating],
     }
 
 
@@ -196,7 +198,8 @@ def _parity(
     step = parity.output_step(reference)
     compared: dict[str, Any] = {name: parity.compare(reference, found, step) for name, found in measured.items()}
     differing = None
-    if compared["optimized"]["bit_equal"] != 1.0 and isinstance(exported.reference, fx.GraphModule):
+    codes = PROFILES[exported.profile].make().integer_kernels
+    if compared["optimized"]["bit_equal"] != 1.0 and codes:
         differing = first_diverging_layer(exported, inputs[0])
     return {"step": step, "step_definition": parity.STEP, **compared, "first_diverging_layer": differing}
 

@@ -13,14 +13,11 @@ from torch import fx, nn
 
 import flatcompress
 from flatcompress.errors import UserError
+from flatcompress.onnx_export.catalogue import PROFILES, emitters
 from flatcompress.onnx_export.files import write_whole
-from flatcompress.onnx_export.layers import MODULES
 from flatcompress.onnx_export.lowering import lower
-from flatcompress.onnx_export.operators import FUNCTIONS
-from flatcompress.onnx_export.profiles import PROFILES, Profile
+from flatcompress.onnx_export.profiles import Profile
 from flatcompress.onnx_export.writer import WEIGHTED, Writer
-
-EMITTERS = (MODULES, FUNCTIONS)
 
 
 @dataclass
@@ -85,10 +82,10 @@ def _write(
 ) -> tuple[Writer, onnx.ModelProto]:
     """Write once to learn which opset the operators need, and again where that is more than was assumed."""
     wanted = _opset(profile, opset)
-    writer = Writer(reference, profile, wanted, EMITTERS)
+    writer = Writer(reference, profile, wanted, emitters(profile))
     made = writer.write(metadata, flatcompress.__version__)
     if writer.builder.needed > wanted:
-        writer = Writer(reference, profile, writer.builder.needed, EMITTERS)
+        writer = Writer(reference, profile, writer.builder.needed, emitters(profile))
         made = writer.write(metadata, flatcompress.__version__)
     made.metadata_props.add(key="flatcompress.layers", value=_layer_text(writer.layers))
     return writer, made

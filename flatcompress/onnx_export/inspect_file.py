@@ -15,7 +15,7 @@ from onnx import TensorProto, helper
 
 from flatcompress.errors import UserError
 
-DOMAINS = ("", "ai.onnx", "com.microsoft")
+DOMAINS = ("", "ai.onnx", "com.microsoft", "qonnx.custom_op.general")
 MOST_BYTES = 2 << 30
 MOST_VALUES = 1 << 31
 # Operators that make large tensors out of small ones, and the input that says how large.

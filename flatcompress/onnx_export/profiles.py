@@ -6,14 +6,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from flatcompress.onnx_export import packing, unpack
 from flatcompress.onnx_export.builder import INT8, INT32, GraphBuilder
-from flatcompress.registry import Registry
-
-PROFILES = Registry("export profile")
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,8 @@ class Profile:
     """``integer``: needs a quantized model. ``floats``: the type of real weights. ``opset``: the lowest one.
 
     ``fold_weight_only``: integer weights on real inputs become float weights on load. ``narrow_biases``: biases that
-    fit are stored in 16 bits.
+    fit are stored in 16 bits. ``integer_kernels``: onnxruntime is expected to run the layers on integers.
+    ``functions``: of the opset, definitions that the file carries.
     """
 
     name: str
@@ -57,9 +56,11 @@ class Profile:
     opset: int = 13
     fold_weight_only: bool = True
     narrow_biases: bool = False
+    integer_kernels: bool = True
+    functions: tuple[Callable[[int], onnx.FunctionProto], ...] = ()
 
 
-def _packed(builder: GraphBuilder, weights: Weights) -> dict[str, Stored]:
+def store_packed(builder: GraphBuilder, weights: Weights) -> dict[str, Stored]:
     chosen, signs = {}, {}
     for name, layer in weights.items():
         # Eight bits fill the container: what they leave of it is stored, not multiplied in.
@@ -90,11 +91,11 @@ def _signed(builder: GraphBuilder, tensor: str, signs: NDArray[np.int8]) -> str:
     return builder.cast(wide, INT8)
 
 
-def _int8(builder: GraphBuilder, weights: Weights) -> dict[str, Stored]:
+def store_int8(builder: GraphBuilder, weights: Weights) -> dict[str, Stored]:
     return {n: Stored(builder.constant(layer.scaled), "int8", layer.values.size) for n, layer in weights.items()}
 
 
-def _int4(builder: GraphBuilder, weights: Weights) -> dict[str, Stored]:
+def store_int4(builder: GraphBuilder, weights: Weights) -> dict[str, Stored]:
     return {name: _narrow(builder, layer) for name, layer in weights.items()}
 
 
@@ -120,35 +121,3 @@ def _narrow(builder: GraphBuilder, layer: Integers) -> Stored:
         return Stored(builder.cast(tensor, INT8), f"INT{width}", len(raw))
     factor = builder.constant(np.array(1 << layer.headroom, np.int32))
     return Stored(builder.cast(builder.op("Mul", [builder.cast(tensor, INT32), factor]), INT8), f"INT{width}", len(raw))
-
-
-def packed() -> Profile:
-    """Every weight tensor at its own bits, or as mask or N:M indices and values where that is smaller."""
-    return Profile("packed", _packed, narrow_biases=True)
-
-
-def int8() -> Profile:
-    """Plain int8 weights for tools that want no unpacking."""
-    return Profile("int8", _int8)
-
-
-def int4() -> Profile:
-    """ONNX INT4 and INT2 tensors with a cast: opset 21, and 25 for INT2."""
-    return Profile("int4", _int4, opset=21, fold_weight_only=False)
-
-
-def float32() -> Profile:
-    """A float model as it is, BatchNorms folded."""
-    return Profile("float32", _int8, integer=False)
-
-
-def float16() -> Profile:
-    """A float model with half-precision weights and arithmetic; input and output stay float32."""
-    return Profile("float16", _int8, integer=False, floats=np.float16)
-
-
-PROFILES.add("packed", packed, "weights at their own bits or sparse, unpacked when the file is loaded (default)")
-PROFILES.add("int8", int8, "plain int8 weights, for TensorRT, QNN, ST Edge AI")
-PROFILES.add("int4", int4, "ONNX INT4 / INT2 weights, opset 21 / 25")
-PROFILES.add("float32", float32, "a float model, for comparison")
-PROFILES.add("float16", float16, "a float model in half precision, for comparison")

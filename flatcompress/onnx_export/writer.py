@@ -76,6 +76,7 @@ class Writer:
             [_value_info("output", result.meta["shape"])],
             metadata=metadata,
             producer=("flatcompress", version),
+            functions=[make(self.builder.opset) for make in self.profile.functions],
         )
 
     def _integers(self) -> dict[str, Integers]:
