@@ -50,6 +50,14 @@ class Row:
     seconds: float
     bytes: float | None
     macs: float | None
+    sharpness: float | None
+
+    @property
+    def relative(self) -> float | None:
+        """R_C: corrupted over clean accuracy. It rises when clean accuracy falls, so it never stands alone."""
+        if self.corrupted is None or self.test is None or not self.test.mean:
+            return None
+        return self.corrupted.mean / self.test.mean
 
 
 def table(finished: Iterable[Finished]) -> list[Row]:
@@ -79,6 +87,7 @@ def _row(name: str, runs: list[Finished]) -> Row:
         seconds=_mean([sum(row["seconds"] or 0 for row in r.rows) for r in runs]) or 0.0,
         bytes=_mean([r.rows[-1].get("bytes") for r in runs]),
         macs=_mean([r.rows[-1].get("macs") for r in runs]),
+        sharpness=_mean([r.rows[-1].get("sharpness") for r in runs]),
     )
 
 
@@ -124,7 +133,20 @@ def _mean(values: Iterable[float | None]) -> float | None:
 def columns(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """Header and cells as text; columns that no row fills are left out."""
     domains = list(dict.fromkeys(d for row in rows for d in row.by_domain))
-    head = ["method", *domains, "held out", "in domain", "corrupted", "epochs", "passes", "seconds", "kB"]
+    head = [
+        "method",
+        *domains,
+        "held out",
+        "in domain",
+        "corrupted",
+        "R_C",
+        "sharpness",
+        "MMACs",
+        "epochs",
+        "passes",
+        "seconds",
+        "kB",
+    ]
     cells = [
         [
             row.method + (f" ({row.setting})" if row.setting else ""),
@@ -132,10 +154,13 @@ def columns(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
             _text(row.held_out),
             _text(row.test),
             _text(row.corrupted),
+            _number(row.relative, ".2f"),
+            _number(row.sharpness, ".3f"),
+            _number(None if row.macs is None else row.macs / 1e6, ".2f"),
             str(row.epochs),
             f"{row.passes:,.0f}",
             f"{row.seconds:.0f}",
-            "" if row.bytes is None else f"{row.bytes / 1000:.1f}",
+            _number(None if row.bytes is None else row.bytes / 1000, ".1f"),
         ]
         for row in rows
     ]
@@ -145,6 +170,10 @@ def columns(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
 
 def _text(value: Value | None) -> str:
     return "" if value is None else value.text()
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
 
 
 def markdown(rows: Sequence[Row], note: str = RULE) -> str:
