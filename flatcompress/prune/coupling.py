@@ -104,19 +104,21 @@ def _opaque(model: nn.Module, blocks: list[Attention]) -> dict[type, _Block]:
 
 
 def call_counts(model: nn.Module, example_input: Tensor) -> Counter[str]:
-    """How often each leaf module runs in one forward. UserError when the model does not run on the input."""
+    """How often each leaf module runs in one forward. UserError when the model does not run, or gives NaN."""
     counts: Counter[str] = Counter()
     leaves = [(n, m) for n, m in model.named_modules() if not list(m.children())]
     hooks = [m.register_forward_hook(lambda *_, n=n: counts.update([n])) for n, m in leaves]
     try:
         with torch.no_grad(), evaluating(model):
-            model(example_input)
+            output = model(example_input)
     except Exception as error:
         shape = tuple(example_input.shape)
         raise UserError(f"the model does not run on the example input of shape {shape}: {error}") from error
     finally:
         for hook in hooks:
             hook.remove()
+    if isinstance(output, Tensor) and not bool(output.isfinite().all()):
+        raise UserError(f"{type(model).__name__} gives NaN or infinity on the example input: no cut can be checked.")
     return counts
 
 
@@ -160,8 +162,8 @@ def _reach(graph: tp.DependencyGraph, root: nn.Module, widest: int) -> tuple[lis
     """Every node that the root's output channels reach, channel by channel, and whether the walk came to an end.
 
     torch-pruning's own walk compares whole index lists and does not end where its index maps shift channels on each
-    round (focalnet). Here a pair (channel, root channel) is followed once, and channels that no layer can have, or nodes
-    that are visited over and over, show that the maps run in circles.
+    round (focalnet). Here a pair (channel, root channel) is followed once, and channels that no layer can have, or
+    nodes that are visited over and over, show that the maps run in circles.
     """
     pruner = graph.get_pruner_of_module(root)
     roots = pruner.get_out_channels(root)

@@ -58,7 +58,7 @@ def _mean(parts: list[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def group_l2(group: Group, p: float = 2.0) -> Tensor:
-    """Mean over members of sum |w|^p over the unit's slices, BN gamma included (DepGraph, arXiv 2301.12900, eq. 4)."""
+    """Mean over members of sum |w|^p over the unit's slices, BN gamma included (DepGraph, arXiv 2301.12900)."""
     return _mean([_unit_sum(group, m, w.abs().pow(p), dim) for m, w, dim in _weights(group)])
 
 
@@ -77,7 +77,7 @@ def bn_scale(group: Group) -> Tensor:
 
 @torch.no_grad()
 def taylor(group: Group) -> Tensor:
-    """Mean over members of (sum over the unit's parameters of g*w)^2 (arXiv 1906.10771, eq. 9, in its group form).
+    """Mean over members of (sum over the unit's parameters of g*w)^2 (arXiv 1906.10771, in its group form).
 
     In front of a BatchNorm the sum over a filter is 0 (the loss does not see the filter's size); the BatchNorm and
     the consumers carry the signal.
@@ -128,7 +128,7 @@ def _first_order(group: Group, member: Member, absolute: bool = False) -> Tensor
 
 @torch.no_grad()
 def fpgm(group: Group) -> Tensor:
-    """Mean over producing layers of sum_j ||F_i - F_j||_2 over the layer's filters (FPGM, arXiv 1811.00250, eq. 4).
+    """Mean over producing layers of sum_j ||F_i - F_j||_2 over the layer's filters (FPGM, arXiv 1811.00250).
 
     Taken on the weights themselves: a filter near the geometric median can be replaced by the others. A zero filter
     does not score 0.
@@ -147,7 +147,7 @@ def fpgm(group: Group) -> Tensor:
 
 @torch.no_grad()
 def lamp(group: Group) -> Tensor:
-    """s_u / sum of s_v over v ranked at or above u, with s the group's summed squares (LAMP, arXiv 2010.07611, eq. 3).
+    """s_u / sum of s_v over v ranked at or above u, with s the group's summed squares (LAMP, arXiv 2010.07611).
 
     The largest unit of every group scores 1, so a global ranking can never empty a layer.
     """

@@ -45,8 +45,8 @@ class SoftMask:
                 continue
             for member in group.members:
                 drop = axes.local(member.module, member.axis, ~member.spread(units, True))
-                for name, _, dim in axes.parameters(member.module, member.axis):
-                    self._holes.append((member.module, name, dim, drop))
+                for name, parameter, dim in axes.parameters(member.module, member.axis):
+                    self._holes.append((member.module, name, dim, drop.to(parameter.device)))
         self.apply_()
 
     @torch.no_grad()

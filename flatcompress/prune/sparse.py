@@ -45,7 +45,7 @@ def mask_sparsity_(groups: Sequence[Group], keep: Sequence[Tensor], factor: floa
 
 @torch.no_grad()
 def group_norm_(groups: Sequence[Group], strength: float = 1e-4, base: float = 2.0, alpha: float = 4.0) -> None:
-    """Shrink whole coupled groups, the unimportant ones most (DepGraph, arXiv 2301.12900, section 3.4).
+    """Shrink whole coupled groups, the unimportant ones most (DepGraph, arXiv 2301.12900).
 
     grad += strength * gamma_k * w with gamma_k = base^(alpha * (I_max - I_k) / (I_max - I_min)) and
     I_k = sqrt(group_l2): from ``strength`` for the most to 16 * ``strength`` for the least important unit.

@@ -1,4 +1,4 @@
-"""Learning N:M sparsity from scratch with the sparse-refined straight-through estimator (arXiv 2102.04010, eq. 9)."""
+"""Learning N:M sparsity from scratch with the sparse-refined straight-through estimator (SR-STE, arXiv 2102.04010)."""
 
 from __future__ import annotations
 

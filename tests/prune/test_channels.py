@@ -6,10 +6,12 @@ import copy
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from prune_nets import NETS, Plain, images, largest_difference, net, randomized
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from flatcompress import models
@@ -127,32 +129,55 @@ def test_heads_and_head_counts_are_in_the_plan() -> None:
 
 _RELOAD = """
 import json, sys, torch
+torch.set_num_threads(1)
+from pathlib import Path
 from safetensors.torch import load_file
 from flatcompress import models
 from flatcompress.plan import Plan, apply_plan
-folder = sys.argv[1]
-model = models.build("resnet8", num_classes=4, input_shape=(3, 16, 16), seed=5)
-apply_plan(model, Plan.load(folder + "/plan.json"))
-model.load_state_dict(load_file(folder + "/model.safetensors"))
-data = load_file(folder + "/data.safetensors")
-assert torch.equal(model.eval()(data["x"]), data["y"])
-print("same")
+for name, config in json.loads(sys.argv[2]):
+    folder = Path(sys.argv[1]) / name.replace(":", "_")
+    model = models.build(name, num_classes=4, input_shape=(3, 32, 32), seed=5, config=config)
+    apply_plan(model, Plan.load(folder / "plan.json"))
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+    data = load_file(folder / "data.safetensors")
+    assert torch.equal(model.eval()(data["x"]), data["y"]), name
+    print(name)
 """
 
 
-def test_reload_in_a_new_process_without_pickle(tmp_path) -> None:
-    from safetensors.torch import save_file
+def reload_all(names: list[str], folder: Path) -> None:
+    for name in names:
+        model, x = build(name), images(32)
+        plan, here = prune(model, x, 0.5), folder / name.replace(":", "_")
+        here.mkdir()
+        (here / "plan.json").write_text(plan.to_json())
+        save_file(model.state_dict(), here / "model.safetensors")
+        save_file({"x": x, "y": model(x).detach()}, here / "data.safetensors")
+    wanted = json.dumps([(name, HUGGING_FACE.get(name)) for name in names])
+    command = [sys.executable, "-c", _RELOAD, str(folder), wanted]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.stdout.split() == names, done.stderr
 
-    model, x = models.build("resnet8", num_classes=4, input_shape=(3, 16, 16), seed=0).eval(), images(16)
-    plan = prune(model, x, 0.5)
-    (tmp_path / "plan.json").write_text(plan.to_json())
-    save_file(model.state_dict(), tmp_path / "model.safetensors")
-    save_file({"x": x, "y": model(x).detach()}, tmp_path / "data.safetensors")
-    done = subprocess.run(
-        [sys.executable, "-c", "import torch; torch.set_num_threads(1)\n" + _RELOAD, str(tmp_path)],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.stdout.strip() == "same", done.stderr
+
+def test_reload_in_a_new_process_without_pickle(tmp_path: Path) -> None:
+    reload_all(["resnet8", "ds_cnn", "vit_tiny"], tmp_path)
+
+
+@pytest.mark.slow
+def test_reload_of_every_model_in_a_new_process(tmp_path: Path) -> None:
+    reload_all([*BUILT_IN, *HUGGING_FACE], tmp_path)
+
+
+def test_dead_channels_go_first_and_nothing_changes() -> None:
+    model, x = net("plain"), images()
+    with torch.no_grad():
+        for parameter in (model.conv2.weight, model.conv2.bias, model.bn2.weight, model.bn2.bias):
+            parameter[4:12] = 0
+        model.fc.weight[:, 4:12] = 0
+    before = model(x)
+    data = prune(model, x, 8 / 24, round_to=1).of_kind("channels")[0]
+    assert data["layers"]["conv2"]["out"] == {"of": 16, "keep": [[0, 4], [12, 16]]} and "conv1" not in data["layers"]
+    torch.testing.assert_close(model(x), before)
 
 
 def test_two_cuts_follow_each_other() -> None:

@@ -135,6 +135,14 @@ def test_model_that_does_not_run_is_a_clear_error() -> None:
         find_groups(Plain(), torch.zeros(1, 5, 8, 8))
 
 
+def test_broken_weights_are_a_clear_error() -> None:
+    model = net("plain")
+    with torch.no_grad():
+        model.conv1.weight[0, 0, 0, 0] = float("nan")
+    with pytest.raises(UserError, match="NaN or infinity"):
+        find_groups(model, images())
+
+
 class Blind(Plain):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).detach().argmax(1)
