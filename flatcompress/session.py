@@ -127,6 +127,16 @@ class Session:
             )
         return first
 
+    @property
+    def stop_requested(self) -> bool:
+        """Did anybody ask to stop? All processes get the same answer, so that none waits for one that has left."""
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return self.stop.requested
+        flag = torch.tensor(float(self.stop.requested))
+        flag = flag.cuda() if torch.distributed.get_backend() == "nccl" else flag
+        torch.distributed.all_reduce(flag)
+        return bool(flag)
+
     # ------------------------------------------------------------------ events
 
     def emit(self, event: str, **fields: Any) -> None:
@@ -240,7 +250,7 @@ class Session:
             )
             self.folder.write_ledger(work.ledger)
         work.accelerator.wait_for_everyone()
-        if self.stop.requested and index + 1 < len(self.recipe.stages):
+        if self.stop_requested and index + 1 < len(self.recipe.stages):
             raise Interrupted(f"stopped after stage {self._stage}")
 
     def finish(self, work: Workpiece) -> None:
@@ -271,8 +281,8 @@ class Progress:
 
     @property
     def stop_requested(self) -> bool:
-        """True after SIGINT or SIGTERM."""
-        return self._session.stop.requested
+        """True after SIGINT or SIGTERM, in this process or another of the same run."""
+        return self._session.stop_requested
 
     def due(self, step: int) -> bool:
         """Is a save due after ``step``?"""

@@ -44,6 +44,7 @@ class Plugs:
         self._composers = [*self.hooks.values(), *([self.point] if self.point is not None else [])]
         if self.tracker is not None:
             self.hooks["oscillation"] = self.tracker
+        self.hooks["schedule"] = self
         self.progress = 0.0
 
     @property
@@ -96,6 +97,14 @@ class Plugs:
             return task(logits, y) + weight * quant.dampening_loss(self.model)
 
         return dampened
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far the stage is: the schedules of dampening and freezing follow it."""
+        return {"progress": self.progress}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict`."""
+        self.progress = float(state["progress"])
 
     def release(self) -> None:
         """Take the offsets off the model."""

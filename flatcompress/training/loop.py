@@ -199,10 +199,13 @@ def _end_epoch(job: Job, epoch: int, epochs: int, stats: Means, seconds: float) 
 
 
 def _save_if_due(job: Job, epoch: int, done: int, step: int, stats: Means, base_lrs: list[float]) -> None:
-    if job.progress is None or not (job.progress.stop_requested or job.progress.due(step)):
+    if job.progress is None:
+        return
+    stop = job.progress.stop_requested  # asked once: several processes agree on the answer
+    if not stop and not job.progress.due(step):
         return
     job.progress.save(step, _state(job, epoch, done, stats, base_lrs))
-    if job.progress.stop_requested:
+    if stop:
         raise Interrupted(f"stopped after step {step}")
 
 
