@@ -88,6 +88,7 @@ def create(
     _check_choice("low_precision", low_precision, ("refuse", "warn"))
     if max_grad_norm is not None and not max_grad_norm > 0:
         raise UserError(f"max_grad_norm is {max_grad_norm!r}; it must be > 0, or None for no clipping")
+    optimizer, scaler = _inside_accelerate(optimizer, scaler)
     _check_optimizer(optimizer)
     settings = Settings(
         perturb, chunks, max_grad_norm, scaler, compose, radius, perturbed,
@@ -138,6 +139,13 @@ def _timed(method: Method, when: When | None, hyper: dict[str, Any]) -> Method:
         return (method.program if method.when(step) else method.otherwise)(step)
 
     return replace(method, when=chosen, program=program, otherwise=plain)
+
+
+def _inside_accelerate(optimizer: Any, scaler: Any) -> tuple[Any, Any]:
+    """The optimizer and scaler inside Accelerate's wrapper, whose own step would skip and scale a second time."""
+    if type(optimizer).__name__ != "AcceleratedOptimizer":
+        return optimizer, scaler
+    return optimizer.optimizer, optimizer.scaler if scaler is None else scaler
 
 
 def _check_choice(kind: str, value: str, allowed: Sequence[str]) -> None:

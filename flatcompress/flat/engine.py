@@ -125,6 +125,7 @@ class FlatOptimizer(Optimizer):
         closures = as_closures(closure)
         second = () if auxiliary is None else as_closures(auxiliary)
         before = self.memory.copy()
+        self.base.zero_grad()  # what is frozen since the last step must not move by its old gradient
         self._stepping = True
         try:
             step = self.context()
@@ -232,9 +233,6 @@ class FlatOptimizer(Optimizer):
         for kept in self.settings.filters:
             combined = kept(step, combined)
         combined = self._clip(combined)
-        for group in self.param_groups:
-            for p in group["params"]:
-                p.grad = None  # a parameter frozen since the last step must not move by its old gradient
         for p, g, gone in zip(step.params, combined, run.absent):
             p.grad = None if gone else g
         if self.method.remember is not None:
