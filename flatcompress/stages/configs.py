@@ -56,6 +56,9 @@ class TrainConfig(TrainingKeys):
         return known_method(self.method, flat.METHODS, "training method")
 
 
+PRUNE_BUDGETS = ("ratio", "macs", "params", "bytes", "latency", "latency_ms")
+
+
 class PruneConfig(RemovalKeys):
     """Remove channels while training, AdaSAP's three steps: perturb adaptively, remove, train on robustly."""
 
@@ -67,6 +70,10 @@ class PruneConfig(RemovalKeys):
         None, description="budget: bytes of the weights to keep, as a share or absolute (200k, 1.5M), at budget_bits"
     )
     budget_bits: Bits = Field(8, description="bits per weight that a bytes budget is counted at")
+    latency: Share | None = Field(
+        None, description="budget: share of the dense model's int8 latency, measured per layer in onnxruntime here"
+    )
+    latency_ms: Positive | None = Field(None, description="budget: milliseconds in onnxruntime here, int8, one sample")
     flat: str | None = Field(None, description="flat method while pruning, in place of the pruning method's own")
     importance: str | None = Field(None, description="channel importance; see `flatcompress list importances`")
     rho_min: NonNegative = Field(0.01, description="AdaSAP: radius of the most important channel")
@@ -92,7 +99,7 @@ class PruneConfig(RemovalKeys):
 
     @model_validator(mode="after")
     def _one_budget(self) -> PruneConfig:
-        given = [name for name in ("ratio", "macs", "params", "bytes") if getattr(self, name) is not None]
+        given = [name for name in PRUNE_BUDGETS if getattr(self, name) is not None]
         if len(given) > 1:
             raise KeyProblem(given[1], f"give one budget, not {' and '.join(given)}.")
         if not given:

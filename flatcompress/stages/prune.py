@@ -48,7 +48,7 @@ def rehearse(model: nn.Module, example: torch.Tensor, config: PruneConfig) -> No
         model,
         example,
         importance="random",
-        budget=budget(config),
+        budget=budget(config, model, example),
         ranking=config.ranking,
         round_to=config.round_to,
         min_channels=config.min_channels,
@@ -56,12 +56,18 @@ def rehearse(model: nn.Module, example: torch.Tensor, config: PruneConfig) -> No
     )
 
 
-def budget(config: PruneConfig) -> prune.Budget:
+def budget(config: PruneConfig, model: nn.Module, example: torch.Tensor) -> prune.Budget:
     """What is to be met: a ratio is what goes, every other budget is what stays."""
     for kind in ("macs", "params", "bytes"):
         value = getattr(config, kind)
         if value is not None:
             return prune.Budget(kind, value, weight_bits=config.budget_bits)
+    milliseconds = config.latency or config.latency_ms
+    if milliseconds is not None:
+        from flatcompress.stages.latency_table import LatencyTable
+
+        table = LatencyTable(model, example)
+        return prune.Budget("cost", milliseconds, table, absolute=config.latency_ms is not None)
     return prune.Budget("ratio", config.ratio if config.ratio is not None else 0.5)
 
 
@@ -91,8 +97,8 @@ class Removal:
         self.importance = config.importance or method.importance
         self.adaptive = method.adaptive
         self.rho = config.hyper.get("rho", flat_hyper(config.flat_method()).get("rho"))
-        self.budget = budget(config)
         example = work.example()
+        self.budget = budget(config, work.model, example)
         found = prune.survey(work.model, example, config.ignore)
         require_groups(work.model, found)
         self.groups = found.groups

@@ -6,8 +6,10 @@ import pytest
 import torch
 from stage_pieces import config, workpiece
 
+from flatcompress.errors import UserError
 from flatcompress.plan import apply_plan
-from flatcompress.stages import prune
+from flatcompress.stages import latency_table, prune
+from flatcompress.stages.latency_table import LatencyTable
 from flatcompress.stages.methods import PRUNE_METHODS
 from flatcompress.stages.prune import event_steps, soft_epochs
 
@@ -40,6 +42,32 @@ def test_budget_is_met(key, value):
     after = prune.prune.CostModel(work.model, work.example())
     limit = 3000 if value == "3k" else value * dense
     assert getattr(after, key)(after.dense) <= limit
+
+
+def test_latency_table_interpolates_what_it_measured_and_keeps_it(tmp_path, monkeypatch):
+    work = workpiece()
+    cache = tmp_path / "table.json"
+    table = LatencyTable(work.model, work.example(), cache)
+    dense = table(table.dense)
+    assert dense > 0 and dense == pytest.approx(table._whole(work.model, work.example()), rel=1e-6)
+    inputs, outputs, grid = table._grids["layer2.0.conv2"]
+    width = prune.prune.Width(inputs[1], outputs[2], 1)
+    assert table._layer("layer2.0.conv2", width) == grid[1][2] <= grid[-1][-1]
+    between = table._layer("layer2.0.conv2", width._replace(outputs=(outputs[2] + outputs[3]) // 2))
+    assert min(grid[1][2:4]) <= between <= max(grid[1][2:4])
+    monkeypatch.setattr(latency_table, "kernel_ms", None)  # nothing is measured twice
+    assert LatencyTable(work.model, work.example(), cache)(table.dense) == dense
+
+
+def test_latency_budget_is_met_by_the_estimate(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    work = workpiece()
+    table = LatencyTable(work.model, work.example())
+    removal = prune.Removal(work, config("prune", latency=0.8), PRUNE_METHODS["magnitude"].make())
+    keep = removal.choose(removal.budget)
+    assert table(removal.costs.widths(removal.groups, keep)) <= 0.8 * table(table.dense) * 1.0001
+    with pytest.raises(UserError, match="smallest that can"):
+        prune.rehearse(work.build(), work.example(), config("prune", latency_ms=1e-9))
 
 
 def test_events_end_before_step_3_and_never_repeat():
