@@ -241,6 +241,12 @@ def _store(path: Path, certificate: dict[str, Any], evidence: Evidence) -> None:
     """Evidence first: a certificate that exists names files that exist."""
     kept = path.with_name("evidence.safetensors")
     write_whole(kept, evidence.to_bytes())
-    certificate["evidence"] = {"name": kept.name, "sha256": sha256(kept), "samples": len(evidence)}
+    right = None if evidence.label is None else parity.accuracy(run(session(path), [evidence.input]), evidence.label)
+    certificate["evidence"] = {
+        "name": kept.name,
+        "sha256": sha256(kept),
+        "samples": len(evidence),
+        "accuracy": right,
+    }
     text = json.dumps(certificate, indent=1, allow_nan=False)
     write_whole(path.with_name("certificate.json"), text.encode())

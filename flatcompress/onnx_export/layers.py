@@ -74,7 +74,7 @@ def _tokens(w: Writer, node: fx.Node, module: integer.IntegerLayer) -> str:
 
 def _integer_inputs(w: Writer, node: fx.Node, module: integer.IntegerLayer, turned: bool = False) -> list[str]:
     """Real weight and bias out of int8 and int32. ``s_x * s_w`` is multiplied out by the runtime: a node is smaller
-    than a vector of scales. The weight's zero point is written out: see `writer`.
+    than a vector of scales. A matrix's zero point is written out, or it would not run on integers.
     """
     b, stored, scale = w.builder, w.stored[node.name].tensor, array(module.scale)
     name = b.floats(scale)
@@ -87,10 +87,10 @@ def _integer_inputs(w: Writer, node: fx.Node, module: integer.IntegerLayer, turn
         if module.bias is None:
             return [weight]
         return [weight, b.op("Mul", [b.cast(w.bias_of(node, module), FLOAT), step])]
-    zero = b.constant(np.zeros(scale.size, np.int8))
     if turned:
         stored = b.op("Transpose", [stored], perm=[1, 0])
-    inputs = [b.op("DequantizeLinear", [stored, name, zero], axis=int(turned))]
+    zero = [] if module.kind == "conv" else [b.constant(np.zeros(scale.size, np.int8))]
+    inputs = [b.op("DequantizeLinear", [stored, name, *zero], axis=int(turned))]
     if module.bias is not None:
         inputs.append(b.op("DequantizeLinear", [w.bias_of(node, module), step], axis=0))
     return inputs

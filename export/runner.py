@@ -1,0 +1,234 @@
+#!/usr/bin/env python3
+"""Run an exported model on a device: one file, needs numpy and onnxruntime, and nothing else.
+
+    python runner.py model.onnx predict photo.png images/ frame.npy
+    python runner.py model.onnx bench --threads 1 --runs 50
+    python runner.py model.onnx check            # accuracy on the evidence that lies beside the model
+
+The file itself says how its input is made (size, mean, std) and what its classes are called. PNG and JPEG need
+Pillow; .npy, .pgm and .ppm are read without it. In a program:
+
+    model = Model("model.onnx")
+    model.predict(frame)                         # one camera frame, uint8 [H, W, 3] or [H, W]
+    model.logits(batch)                          # float32 [N, C, H, W], already normalised
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+
+IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".pgm", ".ppm", ".npy")
+
+
+class Model:
+    """An exported file: its session, its preprocessing and its class names."""
+
+    def __init__(self, path: str | Path, threads: int = 1) -> None:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        self.path = Path(path)
+        self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self.input = self.session.get_inputs()[0]
+        meta = self.session.get_modelmeta().custom_metadata_map
+        made = json.loads(meta.get("preprocessing", "{}"))
+        self.size: list[int] = list(made.get("size") or self.input.shape[1:])
+        self.mean = np.asarray(made.get("mean", [0.0] * self.size[0]), np.float32)
+        self.std = np.asarray(made.get("std", [1.0] * self.size[0]), np.float32)
+        self.classes: list[str] = json.loads(meta.get("classes", "[]"))
+        self.metadata = dict(meta)
+
+    def preprocess(self, image: np.ndarray, bgr: bool = False) -> np.ndarray:
+        """An image [H, W] or [H, W, 1 | 3 | 4], uint8 or float in 0..1 -> float32 [C, H, W], normalised."""
+        pixels = np.asarray(image)
+        scale = 255.0 if pixels.dtype == np.uint8 else 1.0
+        pixels = pixels.astype(np.float32) / scale
+        if pixels.ndim == 2:
+            pixels = pixels[:, :, None]
+        pixels = pixels[:, :, :3]
+        if bgr and pixels.shape[2] == 3:
+            pixels = pixels[:, :, ::-1]
+        channels, height, width = self.size
+        if pixels.shape[2] != channels:
+            pixels = luma(pixels) if channels == 1 else np.repeat(pixels[:, :, :1], channels, axis=2)
+        planes = resize(pixels, height, width).transpose(2, 0, 1)
+        return (planes - self.mean[:, None, None]) / self.std[:, None, None]
+
+    def logits(self, batch: np.ndarray) -> np.ndarray:
+        """float32 [N, C, H, W], normalised -> float32 [N, classes]."""
+        return self.session.run(None, {self.input.name: np.ascontiguousarray(batch, np.float32)})[0]
+
+    def predict(self, image: np.ndarray, bgr: bool = False, top: int = 3) -> list[tuple[str, float]]:
+        """The ``top`` classes of one image or camera frame and their probabilities."""
+        found = softmax(self.logits(self.preprocess(image, bgr)[None])[0])
+        best = np.argsort(-found)[:top]
+        return [(self.classes[i] if i < len(self.classes) else str(i), float(found[i])) for i in best]
+
+    def bench(self, runs: int = 50) -> dict[str, float]:
+        """Milliseconds for one sample: median, 10th and 90th percentile of ``runs`` timings of 2 ms and more."""
+        x = np.random.default_rng(0).standard_normal((1, *self.size)).astype(np.float32)
+        start = time.perf_counter()
+        for _ in range(3):
+            self.logits(x)
+        calls = max(1, min(200, round(2e-3 / max(1e-6, (time.perf_counter() - start) / 3))))
+        timings = []
+        for _ in range(runs):
+            start = time.perf_counter()
+            for _ in range(calls):
+                self.logits(x)
+            timings.append(1e3 * (time.perf_counter() - start) / calls)
+        low, high = np.percentile(timings, [10, 90])
+        return {"median_ms": statistics.median(timings), "p10_ms": float(low), "p90_ms": float(high)}
+
+
+def luma(pixels: np.ndarray) -> np.ndarray:
+    """[H, W, 3] -> [H, W, 1] (ITU-R BT.601, as Pillow does)."""
+    return (pixels @ np.array([0.299, 0.587, 0.114], np.float32))[:, :, None]
+
+
+def resize(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Bilinear, pixel centres at half, edges repeated. Shrinking averages the pixels in reach, as Pillow does."""
+    rows, columns = weights(pixels.shape[0], height), weights(pixels.shape[1], width)
+    return np.einsum("ih,hwc,jw->ijc", rows, pixels, columns, optimize=True).astype(np.float32)
+
+
+def weights(old: int, new: int) -> np.ndarray:
+    """[new, old]: how much each old pixel gives to each new one."""
+    if old == new:
+        return np.eye(new, dtype=np.float32)
+    reach = max(1.0, old / new)
+    centres = (np.arange(new) + 0.5) * old / new
+    triangle = 1.0 - np.abs(np.arange(old)[None, :] + 0.5 - centres[:, None]) / reach
+    triangle = np.clip(triangle, 0.0, None)
+    return (triangle / triangle.sum(axis=1, keepdims=True)).astype(np.float32)
+
+
+def softmax(values: np.ndarray) -> np.ndarray:
+    """Probabilities from logits."""
+    shifted = np.exp(values - values.max())
+    return shifted / shifted.sum()
+
+
+def read_image(path: Path) -> np.ndarray:
+    """An image file as uint8 [H, W] or [H, W, 3], or whatever a .npy holds."""
+    if path.suffix == ".npy":
+        return np.load(path, allow_pickle=False)
+    if path.suffix in (".pgm", ".ppm"):
+        return read_netpbm(path.read_bytes())
+    try:
+        from PIL import Image
+    except ImportError:
+        sys.exit(f"{path}: reading {path.suffix} needs Pillow (pip install pillow); .npy, .pgm and .ppm do not.")
+    with Image.open(path) as image:
+        return np.asarray(image if image.mode in ("L", "RGB") else image.convert("RGB"))
+
+
+def read_netpbm(data: bytes) -> np.ndarray:
+    """A binary .pgm (P5) or .ppm (P6) of 8 bits."""
+    fields: list[bytes] = []
+    position = 0
+    while len(fields) < 4:
+        while data[position : position + 1].isspace():
+            position += 1
+        if data[position : position + 1] == b"#":
+            position = data.index(b"\n", position)
+            continue
+        start = position
+        while position < len(data) and not data[position : position + 1].isspace():
+            position += 1
+        if start == position:
+            sys.exit("not a binary .pgm or .ppm file.")
+        fields.append(data[start:position])
+    kind, width, height, top = fields[0], *map(int, fields[1:])
+    if kind not in (b"P5", b"P6") or top != 255:
+        sys.exit(f"only binary 8-bit .pgm and .ppm are read, found {kind!r} with maximum {top}.")
+    shape = (height, width) if kind == b"P5" else (height, width, 3)
+    return np.frombuffer(data, np.uint8, int(np.prod(shape)), position + 1).reshape(shape)
+
+
+def read_evidence(path: Path) -> dict[str, np.ndarray]:
+    """The tensors of a safetensors file: an 8-byte length, a JSON header, raw numbers."""
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    kinds = {"F32": np.float32, "I64": np.int64}
+    found = {}
+    for name, row in header.items():
+        if name != "__metadata__":
+            begin, end = row["data_offsets"]
+            raw = data[8 + length + begin : 8 + length + end]
+            found[name] = np.frombuffer(raw, kinds[row["dtype"]]).reshape(row["shape"])
+    return found
+
+
+def check(model: Model, path: Path) -> dict[str, float]:
+    """Accuracy and agreement with the torch reference on the stored evidence, here."""
+    evidence = read_evidence(path)
+    outputs = np.concatenate(
+        [model.logits(evidence["input"][i : i + 64]) for i in range(0, len(evidence["input"]), 64)]
+    )
+    guesses, reference = outputs.argmax(1), evidence["reference"]
+    result = {
+        "samples": len(outputs),
+        "equal_argmax": float((guesses == reference.argmax(1)).mean()),
+        "largest_error": float(np.abs(outputs - reference).max()),
+    }
+    if "label" in evidence:
+        result["accuracy"] = float((guesses == evidence["label"]).mean())
+    return result
+
+
+def files_in(paths: list[Path]) -> list[Path]:
+    """The images among files and folders, in order."""
+    found: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            found += sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGES)
+        elif path.is_file():
+            found.append(path)
+        else:
+            sys.exit(f"{path}: no such file.")
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=Path)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    predict = verbs.add_parser("predict", help="classify images and folders of images")
+    predict.add_argument("paths", type=Path, nargs="+")
+    predict.add_argument("--json", action="store_true", help="one JSON object a line, with logits")
+    bench = verbs.add_parser("bench", help="time one sample")
+    bench.add_argument("--runs", type=int, default=50)
+    checking = verbs.add_parser("check", help="repeat the accuracy on the evidence beside the model")
+    checking.add_argument("--evidence", type=Path)
+    for verb in (predict, bench, checking):
+        verb.add_argument("--threads", type=int, default=1)
+    given = parser.parse_args()
+    if not given.model.is_file():
+        sys.exit(f"{given.model}: no such file.")
+    model = Model(given.model, given.threads)
+    if given.verb == "bench":
+        print(json.dumps(model.bench(given.runs)))
+    elif given.verb == "check":
+        print(json.dumps(check(model, given.evidence or given.model.with_name("evidence.safetensors"))))
+    else:
+        for path in files_in(given.paths):
+            image = read_image(path)
+            if given.json:
+                values = model.logits(model.preprocess(image)[None])[0]
+                print(json.dumps({"path": str(path), "logits": values.tolist(), "classes": model.predict(image)}))
+            else:
+                print(path, " ".join(f"{name}={share:.3f}" for name, share in model.predict(image)))
+
+
+if __name__ == "__main__":
+    main()
