@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from flatcompress.prune.budget import Budget, choose
 from flatcompress.prune.cost import CostModel, Width
-from flatcompress.prune.gradual import ChannelSchedule
+from flatcompress.prune.gradual import ChannelSchedule, WeightSchedule
 from flatcompress.prune.groups import Group, Member, Survey
 from flatcompress.prune.importance import IMPORTANCES, NEEDS_GRADIENTS, RunningScore, score
 from flatcompress.prune.oneshot import prune
@@ -33,6 +33,7 @@ __all__ = [
     "RunningScore",
     "SoftMask",
     "Survey",
+    "WeightSchedule",
     "Width",
     "adaptive_radius",
     "choose",

@@ -13,6 +13,7 @@ from flatcompress.plan import Plan
 from flatcompress.prune.budget import Budget, choose
 from flatcompress.prune.cost import CostModel
 from flatcompress.prune.importance import IMPORTANCES, NEEDS_GRADIENTS, RunningScore, score
+from flatcompress.prune.masks import WeightMasks, enforce_, parse_pattern
 from flatcompress.prune.oneshot import nothing_pruned, require_groups
 from flatcompress.prune.ranking import Limits
 from flatcompress.prune.schedule import left_after
@@ -134,3 +135,50 @@ class ChannelSchedule:
         self.mask.load_state_dict(state["mask"])
         if self._running is not None and state["running"] is not None:
             self._running.load_state_dict(state["running"])
+
+
+class WeightSchedule:
+    """Single weights masked in ``events`` steps, one every ``every`` optimizer steps (arXiv 1710.01878).
+
+    ``target`` is the final share of zeros; ``kind`` as for channels, cubic by default. N:M masks come all at once, at
+    the first event, after the network has trained dense until then (arXiv 2104.08378). Call `step` after each
+    optimizer step; the masks live in the model's buffers, so the state is a counter.
+    """
+
+    def __init__(
+        self, masks: WeightMasks, target: float | None = None, *, events: int = 10, every: int = 30, kind: str = "cubic"
+    ) -> None:
+        left_after(kind, 1.0, 0.5, 0, events)
+        if every < 1:
+            raise UserError(f"prune events must be at least 1 step apart, found every={every}.")
+        self._nm = parse_pattern(masks.pattern) is not None
+        if not self._nm and (target is None or not 0 < target < 1):
+            raise UserError(f"sparsity is the share of zero weights, above 0 and below 1; found {target}.")
+        self.masks, self.target, self.kind = masks, target, kind
+        self.events, self.every = (1 if self._nm else events), every
+        self.steps = 0
+
+    @property
+    def done(self) -> bool:
+        """All events have been."""
+        return self.steps >= self.events * self.every
+
+    def step(self) -> bool:
+        """Hold masked weights at zero; True where more were masked."""
+        self.steps += 1
+        due = self.steps % self.every == 0 and self.steps <= self.events * self.every
+        if due:
+            event = self.steps // self.every
+            left = 0.0 if self.target is None else left_after(self.kind, 1.0, 1 - self.target, event, self.events)
+            self.masks.update(None if self._nm else 1 - left)
+        else:
+            enforce_(self.masks.model)
+        return due
+
+    def state_dict(self) -> dict[str, int]:
+        """The step counter."""
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue from `state_dict`; apply the masks' plan and load the model's state dict first."""
+        self.steps = int(state["steps"])

@@ -59,9 +59,9 @@ class Group:
 
     @property
     def channels(self) -> int:
-        """Channels of the first producing layer that belong to this group."""
-        first = (self.outs or self.members)[0]
-        return int((first.owner >= 0).sum())
+        """Channels of the first producing layer that belong to this group; of heads, what the projection reads."""
+        member = self.members[-1] if self.kind == "heads" else (self.outs or self.members)[0]
+        return int((member.owner >= 0).sum())
 
     @property
     def topology(self) -> tuple[tuple[str, str], ...]:

@@ -12,7 +12,7 @@ from torch import nn
 
 from flatcompress.errors import UserError
 from flatcompress.plan import Plan, apply_plan
-from flatcompress.prune import masks
+from flatcompress.prune import WeightSchedule, masks
 from flatcompress.prune.srste import SparseRefined
 
 TARGETS = torch.tensor([0, 1, 2])
@@ -177,3 +177,49 @@ def test_srste_restores_dense_weights_when_the_forward_fails() -> None:
     with pytest.raises(ZeroDivisionError), SparseRefined(model):
         raise ZeroDivisionError
     assert torch.equal(model.conv2.weight, before)
+
+
+def test_cubic_schedule_of_weights_holds_between_events_and_resumes() -> None:
+    def start() -> tuple[nn.Module, torch.optim.Optimizer, WeightSchedule]:
+        model = net("residual")
+        schedule = WeightSchedule(masks.WeightMasks(model), 0.8, events=4, every=2)
+        return model, torch.optim.SGD(model.parameters(), 0.05, momentum=0.9), schedule
+
+    def run(model: nn.Module, optimizer: torch.optim.Optimizer, schedule: WeightSchedule, steps: int) -> list[float]:
+        found = []
+        for _ in range(steps):
+            optimizer.zero_grad()
+            backward(model)
+            optimizer.step()
+            schedule.step()
+            found.append(masks.sparsity(model))
+        return found
+
+    model, optimizer, schedule = start()
+    found = run(model, optimizer, schedule, 5)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict(), schedule.state_dict()))
+    found += run(model, optimizer, schedule, 5)
+    wanted = [0, 0.4625, 0.4625, 0.7, 0.7, 0.7875, 0.7875, 0.8, 0.8, 0.8]
+    assert found == pytest.approx(wanted, abs=1e-3) and schedule.done
+    assert all(not m.weight[~mask].any() for _, m, mask in masks.masked_layers(model))
+
+    again, other, resumed = start()
+    apply_plan(again, schedule.masks.plan())
+    again.load_state_dict(saved[0])
+    other.load_state_dict(saved[1])
+    resumed.load_state_dict(saved[2])
+    run(again, other, resumed, 5)
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_nm_masks_come_at_once_after_dense_training() -> None:
+    model = net("residual")
+    schedule = WeightSchedule(masks.WeightMasks(model, "2:4"), every=2)
+    assert [schedule.step() for _ in range(4)] == [False, True, False, False]
+    assert masks.sparsity(model) == 0.5 and schedule.done
+
+
+@pytest.mark.parametrize("options", [{"target": 1.0}, {"target": None}, {"target": 0.5, "every": 0}])
+def test_impossible_weight_schedules_are_clear_errors(options: dict) -> None:
+    with pytest.raises(UserError):
+        WeightSchedule(masks.WeightMasks(net("plain")), **options)
