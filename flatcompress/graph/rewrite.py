@@ -44,15 +44,27 @@ def functional(target: Any, where: str) -> Any:
     return found
 
 
-def drop_whole_slices(graph: fx.Graph) -> None:
-    """``x[:]`` leaves a slice from 0 to the end behind; remove it."""
+def drop_no_ops(graph: fx.Graph) -> None:
+    """Remove what changes nothing: ``x[:]`` and conversions to the dtype and device a tensor has already."""
     for node in list(graph.nodes):
-        if node.target is aten.slice.Tensor and not node.kwargs:
-            bounds: list[Any] = [*node.args[2:], None, None, None]
-            start, end, step = bounds[:3]
-            if start in (0, None) and end in (None, 2**63 - 1) and step in (1, None):
-                node.replace_all_uses_with(node.args[0])
-                graph.erase_node(node)
+        if node.op == "call_function" and (_whole_slice(node) or _same_kind(node)):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+
+
+def _whole_slice(node: fx.Node) -> bool:
+    if node.target is not aten.slice.Tensor or node.kwargs:
+        return False
+    bounds: list[Any] = [*node.args[2:], None, None, None]
+    start, end, step = bounds[:3]
+    return start in (0, None) and end in (None, 2**63 - 1) and step in (1, None)
+
+
+def _same_kind(node: fx.Node) -> bool:
+    if not str(node.target).startswith(("aten.to.", "aten.type_as.", "aten._to_copy.")):
+        return False
+    before, after = node.args[0].meta["val"], node.meta["val"]  # type: ignore[union-attr]
+    return before.dtype == after.dtype and before.device == after.device
 
 
 def decompose_attention(gm: fx.GraphModule, example_input: torch.Tensor) -> None:

@@ -104,7 +104,7 @@ def _traced(model: nn.Module, example_input: torch.Tensor, training: bool) -> fx
     root = _root(model, extras)
     gm = fx.GraphModule(root, graph)
     rewrite.decompose_attention(gm, example_input)
-    rewrite.drop_whole_slices(gm.graph)
+    rewrite.drop_no_ops(gm.graph)
     gm.graph.eliminate_dead_code()
     gm.graph.lint()
     gm.recompile()
