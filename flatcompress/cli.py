@@ -7,6 +7,7 @@ Results go to stdout (``--json`` for machines), progress to stderr. Exit codes: 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -50,6 +51,8 @@ def run(
 
     with printing.display(quiet=quiet) as shown:
         result = run_recipe(recipe, settings or [], output, restart, shown)
+    if int(os.environ.get("RANK", "0")) != 0:
+        return  # one process of several speaks
     if as_json:
         show(result.summary(), True, "")
     else:

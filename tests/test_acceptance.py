@@ -1,4 +1,4 @@
-"""The same recipe on other models, domains, seeds and the user's own images: no code changes, a certificate that holds."""
+"""The same recipe on other models, domains, seeds and the user's own images: a certificate that holds."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def workplace(tmp_path_factory) -> Path:
 def test_readme_commands_run_in_order(workplace, monkeypatch):
     monkeypatch.chdir(workplace)
     found = commands()
-    assert ["run", "verify"] == [c[1] for c in found if c[1] in ("run", "verify")][:2]
+    assert [c[1] for c in found if c[1] in ("run", "verify")][:2] == ["run", "verify"]
     for command in found:
         assert _guarded(command[1:]) == 0, command
 

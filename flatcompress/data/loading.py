@@ -8,16 +8,26 @@ from typing import Any
 import torch
 
 from flatcompress.data import augment as augmentation
+from flatcompress.data.binaries import cifar10, mnist
 from flatcompress.data.bundle import DataBundle, ImageSet, Part
 from flatcompress.data.corruptions import corrupted_parts
+from flatcompress.data.folders import domains, folder
 from flatcompress.data.raw import RawData
 from flatcompress.data.rotated_digits import rotated_digits
 from flatcompress.data.seeds import generator
+from flatcompress.data.styled_shapes import styled_shapes
 from flatcompress.errors import UserError, unknown
 from flatcompress.registry import Entry, Registry
 
 DATASETS = Registry("data set")
 DATASETS.add("rotated-digits", rotated_digits, "1,797 real digits under six rotations, one held out; embedded")
+DATASETS.add(
+    "styled-shapes", styled_shapes, "12 drawn shapes in four styles, one held out; embedded, any size and count"
+)
+DATASETS.add("folder", folder, "your images: PATH/CLASS/image, or PATH/train and PATH/val")
+DATASETS.add("domains", domains, "your images in domains: PATH/DOMAIN/CLASS/image, one domain held out")
+DATASETS.add("cifar10", cifar10, "CIFAR-10, the binary files", "Krizhevsky 2009")
+DATASETS.add("mnist", mnist, "MNIST and its likes, idx files, gz or not", "LeCun et al. 1998")
 
 _COMMON = ("augment", "corruptions", "corrupted_count", "mean", "std")
 _STATISTICS_SAMPLE = 5000  # images that mean and std are computed on: their error is then below 1 %

@@ -70,7 +70,7 @@ class OwnSet(Dataset[Batch]):
 
 
 def bundle(data: Mapping[str, Any] | DataBundle) -> DataBundle:
-    """A `DataBundle` from a mapping with ``train`` and ``test`` (and ``val``, ``held_out``, ``corrupted``, ``classes``).
+    """A `DataBundle` from a mapping: ``train`` and ``test``, perhaps ``val``, ``held_out``, ``corrupted``, ``classes``.
 
     Each part is ``(images, labels)`` or a map-style dataset; ``corrupted`` maps names to parts. Without ``val`` a tenth
     of the training part is set aside. ``mean`` and ``std`` only describe the preprocessing for the exported file.

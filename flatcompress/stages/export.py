@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,12 @@ def run(work: Workpiece, config: ExportConfig) -> Workpiece:
     assert work.folder is not None
     first = "onnx" not in work.artifacts
     folder = work.folder if first else work.folder / config.profile
-    folder.mkdir(exist_ok=True)
-    row, certificate = write(work, config, folder / "model.onnx")
+    with ExitStack() as stack:
+        # every process takes part in the measuring, one of them writes into the run folder
+        main = work.accelerator.is_main_process
+        target = folder if main else Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        target.mkdir(exist_ok=True)
+        row, certificate = write(work, config, target / "model.onnx")
     work.ledger.append(row)
     if first:
         work.artifacts["onnx"] = folder / "model.onnx"

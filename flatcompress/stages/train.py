@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 
 from flatcompress import flat
@@ -104,6 +105,8 @@ def also_after_step(job: Job, function: Callable[[int], None]) -> None:
 def finish(work: Workpiece, job: Job) -> int:
     """Take the trained module out of its wrappers; returns the forward + backward passes that it took."""
     work.model = job.accelerator.unwrap_model(job.model, keep_fp32_wrapper=False)
+    if job.accelerator.num_processes > 1:  # running statistics are each process's own until now
+        broadcast(list(work.model.buffers()))
     job.accelerator.free_memory()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
