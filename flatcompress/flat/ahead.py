@@ -15,7 +15,7 @@ from flatcompress.flat.context import HERE, Probe, Program, Step
 from flatcompress.flat.method import Method
 from flatcompress.flat.vectors import Vector
 
-DIRECTIONS = ("gradient", "step")
+DIRECTIONS = ("gradient", "step", "momentum")
 
 
 def msam(rho: Rho | None = None, weight_decay: str = "published", **ball: Any) -> Method:
@@ -107,7 +107,8 @@ def dpsat(rho: Rho = 0.05, direction: str = "gradient", **ball: Any) -> Method:
     """DP-SAT: e = rho g_{t-1} / ||g_{t-1}||, the gradient of the last step (arXiv 2306.05651, algorithm 1).
 
     With an opacus ``DPOptimizer`` as base the stored gradient is its clipped and noised one, so the perturbation costs
-    no privacy. direction: ``gradient``, or ``step`` for the last move w_{t-1} - w_t. The first step is a plain one.
+    no privacy. direction: ``gradient``, or ``step`` (``momentum`` in the authors' code) for the last
+    move w_{t-1} - w_t. The first step is a plain one.
     """
     ascent = Ball(rho, **{"tiny": 1e-16, **ball})
     if direction not in DIRECTIONS:
@@ -122,7 +123,7 @@ def dpsat(rho: Rho = 0.05, direction: str = "gradient", **ball: Any) -> Method:
 
     def update(step: Step, kept: Sequence[Vector], combined: Vector, apply: Callable[[], None]) -> None:
         private = hasattr(step.base, "pre_step")
-        before = vectors.clone(step.weights if direction == "step" else combined)
+        before = vectors.clone(combined if direction == "gradient" else step.weights)
         apply()
         if private and direction == "gradient":
             before = [torch.zeros_like(p) if p.grad is None else p.grad.detach().clone() for p in step.params]

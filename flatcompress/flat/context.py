@@ -69,7 +69,7 @@ class Step:
     """One step in progress. ``params`` are the trainable parameters, in order; every vector is aligned to them.
 
     selected: indices of the parameters that may be perturbed. losses: of the probes so far, a scalar or one per
-    sample. selective: the closures take ``keep``. others: trainable parameters that this optimizer
+    sample. selective(): do the closures take ``keep``? others: trainable parameters that this optimizer
     does not own. scratch: what a part leaves for a later part of the same step.
     """
 
@@ -88,7 +88,7 @@ class Step:
     clip: Callable[[Vector], Vector] = list
     others: list[nn.Parameter] = field(default_factory=list)
     losses: list[Tensor] = field(default_factory=list)
-    selective: bool = False
+    selective: Callable[[], bool] = lambda: False
     scratch: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -138,10 +138,14 @@ class Step:
 
 def normal(like: Sequence[Tensor], seed: int) -> Vector:
     """Standard normal tensors shaped like ``like``, drawn on their devices from one seed."""
-    generators: dict[torch.device, torch.Generator] = {}
-    out = []
-    for t in like:
-        if t.device not in generators:
-            generators[t.device] = torch.Generator(t.device).manual_seed(seed)
-        out.append(torch.randn(t.shape, dtype=t.dtype, device=t.device, generator=generators[t.device]))
+    kinds: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for i, t in enumerate(like):
+        kinds.setdefault((t.device, t.dtype), []).append(i)
+    out = [torch.empty(0)] * len(like)
+    for (device, dtype), members in kinds.items():
+        generator = torch.Generator(device).manual_seed(seed)
+        sizes = [like[i].numel() for i in members]
+        flat = torch.randn(sum(sizes), dtype=dtype, device=device, generator=generator)
+        for i, part in zip(members, flat.split(sizes)):
+            out[i] = part.view(like[i].shape)
     return out

@@ -42,6 +42,7 @@ def create(
     safety: Any = None,
     process_group: Any = None,
     replay_noise: bool = True,
+    freeze_buffers: bool = True,
     noise: Any = None,
     seed: int = 0,
     low_precision: str = "refuse",
@@ -75,6 +76,8 @@ def create(
     safety: a context manager factory ``(step, gradient)`` around the base optimizer, ``flat.guards.GhostRadius``.
     process_group: reduce over this group for a model that is not a DistributedDataParallel.
     replay_noise: dropout and stochastic depth draw the same noise in all passes of a step.
+    freeze_buffers: running statistics and all other buffers move in the first pass only; False reproduces published
+        code that lets every pass move them.
     noise, seed: the source of random perturbations, ``noise(draw, params) -> tensors``, or a seed for normal ones.
     low_precision: ``refuse`` or ``warn`` when weights to be perturbed are float16 or bfloat16.
     hyper: the method's own hyper-parameters, and those of its ball (`flatcompress.flat.ball.Ball`).
@@ -92,7 +95,7 @@ def create(
     _check_optimizer(optimizer)
     settings = Settings(
         perturb, chunks, max_grad_norm, scaler, compose, radius, perturbed,
-        tuple(filters), safety, process_group, replay_noise, noise, seed,
+        tuple(filters), safety, process_group, replay_noise, freeze_buffers, noise, seed,
     )  # fmt: skip
     flat = FlatOptimizer(name, model, optimizer, method, settings)
     if name != "none":

@@ -47,6 +47,7 @@ class Settings:
     safety: Any = None
     process_group: Any = None
     replay_noise: bool = True
+    freeze_buffers: bool = True
     noise: Noise | None = None
     seed: int = 0
 
@@ -110,6 +111,13 @@ class FlatOptimizer(Optimizer):
     @property
     def last_radius(self) -> float | None:
         return None if self._points.radius is None else float(self._points.radius)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything, so that a deep copy (with its model) goes on by itself."""
+        return dict(self.__dict__)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
 
     def __repr__(self) -> str:
         return f"FlatOptimizer({self.name!r}, base={type(self.base).__name__}, groups={len(self.param_groups)})"
@@ -176,7 +184,7 @@ class FlatOptimizer(Optimizer):
             noise_source=self.settings.noise,
             radius=self.settings.radius,
             clip=self._clip,
-            others=[p for p in self.model.parameters() if p.requires_grad and id(p) not in mine],
+            others=[p for p in _parameters(self._buffers.walk()) if p.requires_grad and id(p) not in mine],
         )
 
     def _run(self, step: Step, closures: Sequence[Closure], second: Sequence[Closure]) -> Run:
@@ -213,7 +221,16 @@ class FlatOptimizer(Optimizer):
         synced = s.perturb == "synced"
         keep, compose = self.method.keeps, s.compose is not None
         return Passes(
-            step, self._points, self._buffers, self._replicas, s.scaler, synced, s.replay_noise, keep, compose
+            step,
+            self._points,
+            self._buffers,
+            self._replicas,
+            s.scaler,
+            synced,
+            s.replay_noise,
+            keep,
+            compose,
+            s.freeze_buffers,
         )
 
     def _reduce(self, run: Run) -> None:
@@ -285,6 +302,10 @@ class FlatOptimizer(Optimizer):
         self.memory.values = dict(own["values"])
         for key, slot in own["slots"].items():
             self.memory.slots[key] = {int(j): t.to(params[int(j)].device, copy=True) for j, t in slot.items()}
+
+
+def _parameters(modules: Sequence[nn.Module]) -> list[nn.Parameter]:
+    return [p for module in modules for p in module._parameters.values() if p is not None]
 
 
 def names_of(model: nn.Module, params: Sequence[nn.Parameter]) -> dict[int, str]:

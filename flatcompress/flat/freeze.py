@@ -31,8 +31,16 @@ class Buffers:
     """
 
     model: nn.Module
-    _owners: list[nn.Module] | None = None
+    modules: list[nn.Module] = field(default_factory=list)
     _spare: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.walk()
+
+    def walk(self) -> list[nn.Module]:
+        """Look up the modules anew: once a step, walking them costs as much as the copies."""
+        self.modules = list(self.model.modules())
+        return self.modules
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
@@ -46,25 +54,18 @@ class Buffers:
     @contextmanager
     def kept_on_error(self) -> Iterator[None]:
         """Inside, buffers move as they like; an exception puts them back, so a failed step has not happened."""
-        self._owners = list(self.model.modules())
         slots = self._snapshot()
         try:
             yield
         except BaseException:
             self._restore(slots)
             raise
-        finally:
-            self._owners = None
         self._keep(slots)
-
-    def _modules(self) -> Iterable[nn.Module]:
-        """Every module; walked once within `kept_on_error`, walking costs as much as the copies."""
-        return self.model.modules() if self._owners is None else self._owners
 
     def _snapshot(self) -> list[_Slot]:
         slots = []
         spare, self._spare = self._spare, {}  # an inner snapshot must not write over an outer one's copies
-        for module in self._modules():
+        for module in self.modules:
             for name, tensor in module._buffers.items():
                 saved = spare.get((id(module), name))
                 if tensor is not None and not _fits(saved, tensor):
@@ -75,7 +76,7 @@ class Buffers:
 
     def _restore(self, slots: list[_Slot]) -> None:
         known = {(id(s.module), s.name) for s in slots}
-        for module in self._modules():
+        for module in self.modules:
             for name in [n for n in module._buffers if (id(module), n) not in known]:
                 del module._buffers[name]
         for slot in slots:

@@ -191,7 +191,7 @@ def esam(rho: Rho = 0.05, beta: float = 0.6, gamma: float = 0.5, **ball: Any) ->
         subset = step.selected if step.t == 0 else _some(step, beta)
         e = [None if x is None else x / beta for x in ascent(replace(step, selected=subset), g0)]
         before = step.losses[-1]
-        if gamma >= 0.99 or not step.selective:
+        if gamma >= 0.99 or not step.selective():
             return (yield Probe(e))
         if before.dim() == 0:
             raise UserError("the closure takes `keep` but returned one number; return the losses of all samples")

@@ -22,7 +22,7 @@ from flatcompress.flat.vectors import Vector
 def filter_noise(step: Step, std: float) -> list[Tensor | None]:
     """N(0, (std ||row||)^2) on matrices and filters (a row is a slice along dim 0), N(0, (std ||b||)^2) on vectors."""
     noise = step.noise()
-    return step.scatter([noise[i] * _filter_size(step.weights[i]) * std for i in step.selected])
+    return step.scatter([noise[i] * (_filter_size(step.weights[i]) * std) for i in step.selected])
 
 
 def _filter_size(w: Tensor) -> Tensor:

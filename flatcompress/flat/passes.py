@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -81,7 +81,8 @@ class Points:
             yield
             return
         targets, deltas = [t for t, _ in pairs], [e for _, e in pairs]
-        saved = self._save(targets)
+        with torch.no_grad():
+            saved = self._save(targets)
         self.radius = vectors.norm(deltas)
         try:
             vectors.add_(targets, deltas)
@@ -100,7 +101,7 @@ class Points:
             kept = self._saved.get(id(t))
             if kept is None or kept.shape != t.shape or kept.dtype != t.dtype or kept.device != t.device:
                 self._saved[id(t)] = torch.empty_like(t, requires_grad=False)
-        vectors.copy_([self._saved[id(t)] for t in stale], [t.detach() for t in stale])
+        vectors.copy_([self._saved[id(t)] for t in stale], stale)
         self._fresh.update(id(t) for t in stale)
         return [self._saved[id(t)] for t in targets]
 
@@ -118,6 +119,7 @@ class Passes:
     replay: bool
     keep: bool
     compose: bool
+    freeze: bool
     probes: list[Vector] = field(default_factory=list)
     present: list[list[bool]] = field(default_factory=list)
     fillers: list[Tensor] = field(default_factory=list)
@@ -128,7 +130,7 @@ class Passes:
     def run(self, program: Program, closures: Sequence[Closure], second: Sequence[Closure]) -> Run:
         """Send every gradient to the program until it returns the combined one."""
         self.step.losses = []
-        self.step.selective = all(takes_keep(closure) for closure in closures)
+        self.step.selective = lambda: all(takes_keep(closure) for closure in closures)
         if self.replay:
             self._noise = RandomState.now(self._devices())
         # The last gradient and the next probe are handed on without a name here: where the program drops them too,
@@ -176,7 +178,7 @@ class Passes:
             stack.enter_context(self.points.at(self.step.params, probe))
             del probe
             if not first:
-                stack.enter_context(self.buffers.frozen())
+                stack.enter_context(self.buffers.frozen() if self.freeze else nullcontext())
                 stack.enter_context(_untouched(self.step.others))
                 stack.enter_context(replayed(self._noise, self._devices()))
             total, present, losses = self._sum(used, unmoved)

@@ -76,6 +76,22 @@ def test_buffers_frozen_nests_and_survives_an_exception():
     assert same(values(model), before)
 
 
+def test_buffers_move_in_every_pass_when_asked_to():
+    x, y = problem.batch(0)
+    model, optimizer = make("sam", freeze_buffers=False)
+    optimizer.step(closure_of(model, x, y))
+    assert int(model.bn1.num_batches_tracked) == 2
+
+
+def test_a_deep_copy_goes_on_by_itself():
+    model, optimizer = make("friendlysam")
+    train(model, optimizer, range(2))
+    other = copy.deepcopy(optimizer)
+    train(model, optimizer, range(2, 4))
+    train(other.model, other, range(2, 4))
+    assert other.model is not model and same(values(other.model), values(model))
+
+
 def test_dropout_noise_is_replayed_and_advances_once():
     model = nn.Sequential(nn.Linear(4, 64), nn.Dropout(0.5), nn.Linear(64, 3))
     masks = []

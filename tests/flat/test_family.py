@@ -267,6 +267,7 @@ RULES = {
     "ssam fixed mask": (masked, "ssam", {"mask": fixed_masks}),
     "dpsat": (dpsat, "dpsat", {}),
     "dpsat step": (dpsat_step, "dpsat", {"direction": "step"}),
+    "dpsat momentum": (dpsat_step, "dpsat", {"direction": "momentum"}),
     "lpf_sgd": (lpf, "lpf_sgd", {"std": 0.05, "samples": 2, "noise": fixed_noise}),
     "rsam": (rsam, "rsam", {"noise": fixed_noise}),
     "bsam": (bsam, "bsam", {"num_data": 40, "noise": fixed_noise}),

@@ -41,6 +41,20 @@ def _parallel(rank, name, perturb, compose=None):
     return values(model), optimizer
 
 
+def _reductions(name, perturb):
+    """How many messages one step sends."""
+    model = problem.build("mlp")
+    ddp = DistributedDataParallel(model, broadcast_buffers=False)
+    optimizer = flat.create(name, ddp, sgd(model), perturb=perturb)
+    sent, real = [], dist.all_reduce
+    dist.all_reduce = lambda *a, **k: (sent.append(0), real(*a, **k))[1]
+    try:
+        optimizer.step(halves(ddp, 0)[dist.get_rank()])
+    finally:
+        dist.all_reduce = real
+    return len(sent)
+
+
 def _scaled(rank):
     """Rank 1 alone overflows at the second step: both must skip it and keep the same scale."""
     model = problem.build("mlp")
@@ -110,6 +124,11 @@ def work(rank, folder):
             weights, optimizer = _parallel(rank, name, perturb)
             state = {k: dict(v) for k, v in optimizer.memory.slots.items()}
             found[perturb, name] = {"weights": weights, "state": state, "passes": optimizer.passes}
+    found["messages"] = [
+        _reductions("sam", "per_replica"),
+        _reductions("sagm", "per_replica"),
+        _reductions("sam", "synced"),
+    ]
     found["scaled"] = _scaled(rank)
     found["lopsided"] = _lopsided(rank)
     found["compose"] = _seen_by_compose(rank)
@@ -160,6 +179,10 @@ def test_replicas_hold_the_same_bits_weights_and_state(two):
             assert all(torch.equal(two[0][key]["weights"][n], w) for n, w in two[1][key]["weights"].items()), key
             for slot, held in two[0][key]["state"].items():
                 assert all(torch.equal(t, two[1][key]["state"][slot][j]) for j, t in held.items()), (key, slot)
+
+
+def test_replicas_reduce_once_a_step(two):
+    assert two[0]["messages"] == [1, 1, 2]
 
 
 def test_overflow_in_one_process_skips_the_step_in_both(two):
