@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +35,17 @@ def measure(
     runs: int = 30,
     batch: int = 1,
     size: Sequence[int] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, dict[str, float]]:
     """{name: {"median_ms", "p10_ms", "p90_ms", "load_ms"}} for every model, measured against one another.
 
-    runs: rounds. size: [C, H, W] where the models leave them open. UserError for files that do not load.
+    runs: rounds. size: [C, H, W] where the models leave them open. clock: wall time; `time.process_time` does for
+    one thread on a machine with other users. UserError for files that do not load.
     """
     if runs < 1 or threads < 1 or batch < 1:
         raise UserError(f"runs, threads and batch must be at least 1, found {runs}, {threads}, {batch}.")
-    loads = {name: load_ms(model, threads) for name, model in models.items()}
-    timers = {name: _Timer(session(model, threads=threads), batch, size) for name, model in models.items()}
+    loads = {name: load_ms(model, threads, clock=clock) for name, model in models.items()}
+    timers = {name: _Timer(session(model, threads=threads), batch, size, clock) for name, model in models.items()}
     names = list(models)
     for round_number in range(runs):
         turn = round_number % len(names)
@@ -52,13 +54,15 @@ def measure(
     return {name: {**timers[name].summary(), "load_ms": round(loads[name], 3)} for name in names}
 
 
-def load_ms(model: str | Path | bytes, threads: int = 1, repeats: int = 3) -> float:
+def load_ms(
+    model: str | Path | bytes, threads: int = 1, repeats: int = 3, clock: Callable[[], float] = time.perf_counter
+) -> float:
     """Milliseconds from file to ready session, median."""
     times = []
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = clock()
         session(model, threads=threads)
-        times.append(time.perf_counter() - start)
+        times.append(clock() - start)
     return 1e3 * statistics.median(times)
 
 
@@ -94,18 +98,20 @@ def bench(
 class _Timer:
     """One session, its input, and the timings so far."""
 
-    def __init__(self, handle: ort.InferenceSession, batch: int, size: Sequence[int] | None) -> None:
-        self.handle = handle
+    def __init__(
+        self, handle: ort.InferenceSession, batch: int, size: Sequence[int] | None, clock: Callable[[], float]
+    ) -> None:
+        self.handle, self.clock = handle, clock
         self.feed = {handle.get_inputs()[0].name: _input(handle, batch, size)}
         self.seconds: list[float] = []
         once = max(min(self._call(3), self._call(3)), 1e-6)
         self.calls = max(1, min(MOST_CALLS, round(TIMING_SECONDS / once)))
 
     def _call(self, times: int) -> float:
-        start = time.perf_counter()
+        start = self.clock()
         for _ in range(times):
             self.handle.run(None, self.feed)
-        return (time.perf_counter() - start) / times
+        return (self.clock() - start) / times
 
     def time(self) -> None:
         self.seconds.append(self._call(self.calls))

@@ -51,6 +51,17 @@ def _div(w: Writer, node: fx.Node, a: Any, b: Any, rounding_mode: str | None = N
     raise UserError(f"rounding_mode {rounding_mode!r} has no ONNX form here.")
 
 
+def _logical(kind: str) -> FunctionEmitter:
+    """~, & and | of truth values; on integers they mean something else."""
+
+    def emit(w: Writer, node: fx.Node, *operands: fx.Node) -> str:
+        if any(operand.meta["dtype"] != torch.bool for operand in operands):
+            raise UserError("bitwise operators on integers have no ONNX form here.")
+        return w.builder.op(kind, [w.tensor(operand) for operand in operands])
+
+    return emit
+
+
 def _not_equal(w: Writer, node: fx.Node, a: Any, b: Any) -> str:
     return w.builder.op("Not", [w.builder.op("Equal", [w.tensor(a), w.tensor(b)])])
 
@@ -261,7 +272,14 @@ def _embedding(w: Writer, node: fx.Node, weight: fx.Node, index: fx.Node, *_: An
 
 
 def _layer_norm(
-    w: Writer, node: fx.Node, x: fx.Node, shape: Sequence[int], weight: Any = None, bias: Any = None, eps: float = 1e-5
+    w: Writer,
+    node: fx.Node,
+    x: fx.Node,
+    shape: Sequence[int],
+    weight: Any = None,
+    bias: Any = None,
+    eps: float = 1e-5,
+    *_: Any,
 ) -> str:
     scale = w.tensor(weight) if weight is not None else w.constant(torch.ones(list(shape)))
     inputs = [w.tensor(x), scale] + ([w.tensor(bias)] if bias is not None else [])
@@ -298,9 +316,9 @@ FUNCTIONS: dict[Any, FunctionEmitter] = {
     aten.amin.default: _reduce("ReduceMin"),
     aten.maximum.default: _binary("Max"),
     aten.minimum.default: _binary("Min"),
-    aten.logical_and.default: _binary("And"),
-    aten.logical_or.default: _binary("Or"),
-    aten.logical_not.default: _unary("Not"),
+    **dict.fromkeys((aten.logical_and.default, aten.bitwise_and.Tensor, aten.__and__.Tensor), _logical("And")),
+    **dict.fromkeys((aten.logical_or.default, aten.bitwise_or.Tensor, aten.__or__.Tensor), _logical("Or")),
+    **dict.fromkeys((aten.logical_not.default, aten.bitwise_not.default), _logical("Not")),
     aten.argmax.default: _argmax,
     aten.relu.default: _relu,
     aten.silu.default: _silu,

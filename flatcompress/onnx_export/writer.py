@@ -1,9 +1,9 @@
 """The lowered graph as ONNX, node by node.
 
 What makes onnxruntime run a layer on integers, and what this writer therefore does (measured with 1.31): a matrix's
-DequantizeLinear carries an explicit zero point (a Conv's need not); the bias is int32 with its own DequantizeLinear; a matrix layer is a
-Gemm on [B, C] and MatMul + Add on anything longer; one QuantizeLinear per tensor; limits below 8 bits are a Clip on
-the uint8 tensor behind it; operators that only move values work on the uint8 tensor itself.
+DequantizeLinear carries an explicit zero point (a Conv's need not); the bias is int32 with its own DequantizeLinear; a
+matrix layer is a Gemm on [B, C]; one QuantizeLinear per tensor; limits below 8 bits are a Clip on the uint8 tensor
+behind it; operators that only move values work on the uint8 tensor itself.
 """
 
 from __future__ import annotations
