@@ -30,6 +30,10 @@ APPLIERS: dict[str, str] = {
 }
 
 
+# What a step's data can provoke when it is not what the room that applies it once wrote.
+_DAMAGED = (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError, OverflowError, RecursionError)
+
+
 @dataclass(frozen=True)
 class Step:
     """One change of the architecture: which kind, and the data that repeats it."""
@@ -83,7 +87,7 @@ class Plan:
 def _step(raw: Any, where: str) -> Step:
     if not isinstance(raw, dict) or not isinstance(raw.get("data"), dict):
         raise UserError(f"{where}: a step needs 'kind' and 'data'.")
-    if raw.get("kind") not in APPLIERS:
+    if not isinstance(raw.get("kind"), str) or raw["kind"] not in APPLIERS:
         raise UserError(f"{where}: {unknown('plan step', raw.get('kind'), APPLIERS)}")
     return Step(raw["kind"], raw["data"])
 
@@ -99,6 +103,14 @@ def apply_plan(model: nn.Module, plan: Plan, example_input: torch.Tensor | None 
     The weights are not part of the plan: load the checkpoint's state dict afterwards. ``example_input`` is one
     batch of inputs, needed by steps that trace the graph. UserError names the first layer that does not fit.
     """
-    for step in plan.steps:
-        model = _load(APPLIERS[step.kind])(model, step.data, example_input)
+    for index, step in enumerate(plan.steps):
+        try:
+            model = _load(APPLIERS[step.kind])(model, step.data, example_input)
+        except UserError:
+            raise
+        except _DAMAGED as error:
+            raise UserError(
+                f"plan: steps[{index}] ({step.kind}) is damaged or does not fit this model "
+                f"({type(error).__name__}: {str(error)[:200]})."
+            ) from error
     return model
