@@ -28,7 +28,7 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     >>> nearest("sagn", ["sam", "sagm", "adasap"])
     'sagm'
     """
-    matches = difflib.get_close_matches(str(name).lower(), list(known), n=1, cutoff=0.6)
+    matches = difflib.get_close_matches(str(name)[:100].lower(), list(known), n=1, cutoff=0.6)
     return matches[0] if matches else None
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import hashlib
 import io
 import json
@@ -34,6 +35,7 @@ PATIENCE = 12  # on a busy machine the clock may run this many times faster
 MEMORY = 8 << 30
 CHUNK = 500
 Rng = random.Random
+Most = tuple[float, int]  # seconds of the slowest input, and its index
 
 HOSTILE: list[Any] = [
     None, True, False, 0, -1, 1, 2**31, 2**63, -(2**70), 1e308, -0.0, 1e-320, 10**400, "", " ", "\x00", "nan", "NaN",
@@ -75,7 +77,7 @@ def damage(data: bytes, rng: Rng) -> bytes:
 
 def twist(value: Any, rng: Rng) -> Any:
     """One to three hostile changes inside nested plain data."""
-    value = json.loads(json.dumps(value))
+    value = copy.deepcopy(value)
     for _ in range(rng.randint(1, 3)):
         places = list(_places(value))
         if not places:
@@ -85,15 +87,15 @@ def twist(value: Any, rng: Rng) -> Any:
         if kind == 0:
             del parent[key]
         elif kind == 1 and isinstance(parent, dict):
-            parent[rng.choice(["", "$", "schema", "name", key + "x", "__class__"])] = parent[key]
+            parent[rng.choice(["", "$", "schema", "name", key + "x", "__class__"])] = copy.deepcopy(parent[key])
         elif kind == 2:
             other, name = rng.choice(places)
             with contextlib.suppress(KeyError, IndexError):
-                parent[key] = json.loads(json.dumps(other[name]))
-        elif kind == 3 and isinstance(parent[key], int | float) and not isinstance(parent[key], bool):
+                parent[key] = copy.deepcopy(other[name])
+        elif kind == 3 and type(parent[key]) in (int, float) and abs(parent[key]) < 1e300:
             parent[key] = rng.choice((-1, 1e9, 0.5)) * parent[key] + rng.choice((-1, 0, 1))
         else:
-            parent[key] = rng.choice(HOSTILE)
+            parent[key] = copy.deepcopy(rng.choice(HOSTILE))
     return value
 
 
@@ -382,11 +384,11 @@ def work(sound: Path, target: str, first: int, last: int, seed: int, pipe: int) 
             os.write(pipe, line.encode() + b"\n")
 
 
-def watched(sound: Path, target: str, count: int, seed: int) -> tuple[dict[str, int], list[str], float]:
+def watched(sound: Path, target: str, count: int, seed: int) -> tuple[dict[str, int], list[str], Most]:
     """Run ``count`` inputs of a kind; returns outcomes, what failed, and the longest processor time of one."""
     counts: dict[str, int] = {"answered": 0, "refused": 0, "failed": 0, "hung": 0}
     failures: list[str] = []
-    longest, index = 0.0, 0
+    longest, index = (0.0, 0), 0
     while index < count:
         last = min(count, index + CHUNK)
         index, longest = _chunk(sound, target, (index, last), seed, counts, failures, longest)
@@ -394,8 +396,8 @@ def watched(sound: Path, target: str, count: int, seed: int) -> tuple[dict[str, 
 
 
 def _chunk(
-    sound: Path, target: str, span: tuple[int, int], seed: int, counts: dict[str, int], failures: list[str], most: float
-) -> tuple[int, float]:
+    sound: Path, target: str, span: tuple[int, int], seed: int, counts: dict[str, int], failures: list[str], most: Most
+) -> tuple[int, Most]:
     index, last = span
     reader, writer = os.pipe()
     child = os.fork()
@@ -415,7 +417,7 @@ def _chunk(
             if not line:
                 break
             row = json.loads(line)
-            most = max(most, row["seconds"])
+            most = max(most, (row["seconds"], index))
             _count(row, f"{target} {index}", counts, failures)
             index += 1
         hung = not ready
@@ -503,14 +505,17 @@ def _table(sound: Path, options: argparse.Namespace) -> int:
     chosen = {options.only: 1.0} if options.only else TARGETS
     total, failed = 0, []
     print(
-        f"{'file':<20}{'inputs':>8}{'answered':>10}{'refused':>9}{'failed':>8}{'hung':>6}{'longest':>10}{'seconds':>9}"
+        f"{'file':<20}{'inputs':>8}{'answered':>10}{'refused':>9}{'failed':>8}{'hung':>6}{'slowest':>10}{'input':>7}{'seconds':>9}"
     )
     for target, share in chosen.items():
         count, started = max(1, round(share * options.count)), time.monotonic()
         counts, failures, longest = watched(sound, target, count, options.seed)
         total, failed = total + count, failed + failures
         row = "".join(f"{counts[k]:>{w}}" for k, w in (("answered", 10), ("refused", 9), ("failed", 8), ("hung", 6)))
-        print(f"{target:<20}{count:>8}{row}{longest:>9.2f}s{time.monotonic() - started:>8.0f}s", flush=True)
+        print(
+            f"{target:<20}{count:>8}{row}{longest[0]:>9.2f}s{longest[1]:>7}{time.monotonic() - started:>8.0f}s",
+            flush=True,
+        )
     print(f"{total} mutated inputs, {len(failed)} tracebacks, crashes or hangs over {HANG:g} s")
     for text in failed[:20]:
         print(f"\n--- {text}")

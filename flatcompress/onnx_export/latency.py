@@ -17,6 +17,7 @@ import numpy as np
 import onnxruntime as ort
 
 from flatcompress.errors import UserError
+from flatcompress.onnx_export import inspect_file
 from flatcompress.onnx_export.sessions import machine, session
 
 METHOD = (
@@ -77,7 +78,14 @@ def bench(
     for file in paths:
         if not file.is_file():
             raise UserError(f"{file}: no such file.")
-    results = {n: measure({str(p): p for p in paths}, threads=n, runs=runs, batch=batch) for n in threads}
+        inspect_file.load(file)  # refuses what a file from a stranger must not make onnxruntime do
+    try:
+        results = {n: measure({str(p): p for p in paths}, threads=n, runs=runs, batch=batch) for n in threads}
+    except UserError:
+        raise
+    except Exception as error:  # onnxruntime's exceptions share no base class
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
+        raise UserError(f"{', '.join(map(str, paths))}: onnxruntime cannot run it ({reason}).") from None
     return {
         "method": METHOD,
         "machine": machine(),
