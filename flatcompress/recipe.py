@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from flatcompress.errors import UserError, nearest
 from flatcompress.stages.configs import (
@@ -87,6 +87,11 @@ class StageEntry(Strict):
         return getattr(self, self.kind)
 
 
+def _plain_no(value: Any) -> Any:
+    """YAML reads a bare ``no`` as false."""
+    return "no" if value is False else value
+
+
 class Recipe(Strict):
     """Everything a run needs, every default written out."""
 
@@ -96,7 +101,9 @@ class Recipe(Strict):
     seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="fixes every random choice")
     output_dir: str = Field("runs", description="where run folders go")
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = Field("auto", description="where to train")
-    precision: Literal["no", "bf16", "fp16"] = Field("no", description="mixed precision while training")
+    precision: Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(_plain_no)] = Field(
+        "no", description="mixed precision while training"
+    )
     checkpoint_every: Annotated[int, Field(ge=1)] | Annotated[str, Field(pattern=r"^\d+(\.\d+)?[smh]$")] = Field(
         "5m", description="save inside a stage every so many steps (a number) or seconds, minutes, hours (90s, 5m, 2h)"
     )
