@@ -183,7 +183,7 @@ def test_offset_quantizer_is_its_integer_grid() -> None:
     assert (spec.zero_point, spec.signed) == (3, False)
     real = spec.scale * (quantizer.integers(x) - spec.zero_point)
     torch.testing.assert_close(quantizer.quantize(x), real)
-    assert float(quantizer.quantize(torch.zeros(1, dtype=torch.float64))) == 0
+    assert quantizer.quantize(torch.zeros(1, dtype=torch.float64)).item() == 0
 
 
 def test_offset_gradients_follow_the_paper() -> None:
