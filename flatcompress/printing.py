@@ -11,13 +11,14 @@ from rich.table import Table
 
 from flatcompress.report import terminal
 
-
 WIDTH = 132  # the ledger's; a pipe or a log file has no width of its own
 
 
 def _console() -> Console:
-    console = Console(highlight=False)
-    return console if console.is_terminal and console.width >= WIDTH else Console(highlight=False, width=WIDTH)
+    console = Console(highlight=False, markup=False)  # what a file holds is text, never markup
+    if console.is_terminal and console.width >= WIDTH:
+        return console
+    return Console(highlight=False, markup=False, width=WIDTH)
 
 
 @contextmanager
