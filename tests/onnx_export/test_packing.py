@@ -137,3 +137,17 @@ def test_other_bits_are_refused(bits):
 def test_codes_that_do_not_fit_are_refused():
     with pytest.raises(UserError, match="do not fit"):
         packing.pack(np.array([4]), 2)
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.lists(tensors, min_size=1, max_size=4))
+def test_any_tensors_come_back_through_openvino(specs):
+    openvino = pytest.importorskip("openvino")
+    made = {}
+    for i, (shape, bits, sparsity, seed) in enumerate(specs):
+        values = integers(shape, bits, sparsity, seed)
+        made[f"t{i}"] = (values, packing.choose(values, bits))
+    core = openvino.Core()
+    found = core.compile_model(core.read_model(model_of(made).SerializeToString()), "CPU")([])
+    for index, (values, _) in enumerate(made.values()):
+        np.testing.assert_array_equal(found[index].reshape(values.shape), values)
