@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,8 @@ def arguments(doc: str | None, argv: Sequence[str] | None = None) -> argparse.Na
     parser.add_argument("--check", action="store_true", help="exit 1 where a target is missed, naming it")
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time (default 1)")
     parser.add_argument("--seeds", type=int, nargs="+", default=None, help="seeds (default 0 1 2)")
+    parser.add_argument("--held-out", nargs="+", default=None, help="domains to hold out, in place of all of them")
+    parser.add_argument("--only", nargs="+", default=None, help="methods whose name fits one of these patterns")
     parser.add_argument("--output", default="runs/benchmarks", help="where the runs go; finished ones are not repeated")
     parser.add_argument("--collect", action="store_true", help="run nothing: make the tables from what is finished")
     return parser.parse_args(argv)
@@ -97,6 +100,10 @@ def run(name: str, spec: Mapping[str, Any], options: argparse.Namespace) -> list
     sweep = parse_sweep({"name": name, "output_dir": options.output, "jobs": options.jobs, **spec}, name)
     if options.seeds:
         sweep.seeds = options.seeds
+    if options.held_out:
+        sweep.held_out = options.held_out
+    if options.only:
+        sweep.methods = [m for m in sweep.methods if any(fnmatch(m.name, pattern) for pattern in options.only)]
     return collect(sweep) if options.collect else sweep_run.run_sweep(sweep, sweep_run.stderr)
 
 

@@ -23,7 +23,7 @@ from benchmarks._sweeps import Claim
 from benchmarks.domain_generalization import MODEL, train
 
 NAME = "robust_pruning"
-DATA = {"name": "styled-shapes", "size": 24, "corrupted_count": 300, "batch_size": 64}
+DATA = {"name": "styled-shapes", "size": 24, "train_count": 600, "corrupted_count": 300, "batch_size": 64}
 INTRO = """
 Accuracy in percent. *corrupted* is the mean over corruption kinds and severities of in-domain test images; *sketch* is
 the style that no training image had. All pruned rows start from the same dense ERM network and take the same number of
@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     shares = [0.5] if options.quick else chosen.macs
     spec = {
         "recipe": {"device": "cpu", "threads": 1, "data": DATA, "model": MODEL, "stages": [train("none", 1)]},
-        "methods": methods(shares, (4, 4) if options.quick else (10, 10), options.quick),
+        "methods": methods(shares, (4, 4) if options.quick else (12, 12), options.quick),
         "seeds": [0] if options.quick else [0, 1, 2],
         "held_out": ["sketch"],
         "tune_seeds": [0],
