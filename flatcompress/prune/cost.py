@@ -62,19 +62,21 @@ class CostModel:
         self.attention = [(name, self.layers[name].positions) for name in outputs]
         weighted = sum(layer.weights(layer.width) for layer in self.layers.values())
         biases = sum(layer.width.outputs for layer in self.layers.values() if layer.bias)
-        self._norms = {
-            name: sum(p.numel() for p in module.parameters(recurse=False))
-            for name, module in model.named_modules()
-            if axes.cuttable(module) and name not in self.layers and not isinstance(module, (_ConvNd, nn.Linear))
+        norms = {n: m for n, m in model.named_modules() if axes.cuttable(m) and not isinstance(m, (_ConvNd, nn.Linear))}
+        self._norms = {name: axes.width(module, axes.OUT) for name, module in norms.items()}
+        self._per_channel = {
+            name: sum(p.numel() for p in module.parameters(recurse=False)) / self._norms[name]
+            for name, module in norms.items()
         }
         total = sum(p.numel() for p in model.parameters())
-        self._fixed = total - weighted - biases - sum(self._norms.values())
+        in_norms = sum(self._per_channel[name] * width for name, width in self._norms.items())
+        self._fixed = total - weighted - biases - in_norms
 
     @property
     def dense(self) -> Widths:
-        """Widths of the model as it is."""
+        """Widths of the model as it is: convolutions, linear layers and (inputs = outputs) norms."""
         found = {name: layer.width for name, layer in self.layers.items()}
-        return found | {name: Width(0, -1, 1) for name in self._norms}
+        return found | {name: Width(width, width, 1) for name, width in self._norms.items()}
 
     def widths(self, groups: Sequence[Group], keep: Sequence[Tensor]) -> Widths:
         """Widths after keeping ``keep`` (bool [units] per group)."""
@@ -102,7 +104,7 @@ class CostModel:
         found = self.dense
         for (name, axis), (left, total) in kept.items():
             if name in self._norms:
-                found[name] = Width(0, left * self._norms[name] // total, 1)
+                found[name] = Width(left, left, 1)
             elif name in found:
                 found[name] = _narrowed(found[name], axis, left, total, self.layers[name].depthwise)
         return found
@@ -115,15 +117,13 @@ class CostModel:
     def params(self, widths: Widths) -> float:
         """Parameters."""
         own = sum(k.weights(widths[n]) + k.bias * widths[n].outputs for n, k in self.layers.items())
-        return float(own + self._norm_parameters(widths) + self._fixed)
+        norms = sum(share * widths[name].outputs for name, share in self._per_channel.items())
+        return float(own + norms + self._fixed)
 
     def bytes(self, widths: Widths, weight_bits: float = 8) -> float:
         """Bytes of weights at ``weight_bits`` and a 32-bit bias per output channel (BatchNorm folded); rest float32."""
         own = sum(k.weights(widths[n]) * weight_bits / 8 + 4 * widths[n].outputs for n, k in self.layers.items())
         return float(own + 4 * self._fixed)
-
-    def _norm_parameters(self, widths: Widths) -> int:
-        return sum(n if widths[name].outputs < 0 else widths[name].outputs for name, n in self._norms.items())
 
 
 def _narrowed(width: Width, axis: str, kept: int, total: int, depthwise: bool) -> Width:
