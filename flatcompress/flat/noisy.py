@@ -156,8 +156,7 @@ def ggpo(sigma: float = 0.03, beta: float = 0.01, layers: Callable[[nn.Module], 
     def program(step: Step) -> Program:
         found = layers(step.model)
         if not found:
-            noise = step.noise()
-            return (yield Probe(step.scatter([noise[i] * _own_rows(step, i, sigma, beta) for i in step.selected])))
+            return (yield Probe(_own_noise(step, sigma, beta)))
         seeds = range(len(found))
         outside = [(x.base, _like(x.base, step, j) * _rows(step, x, sigma, beta)) for j, x in zip(seeds, found)]
         return (yield Probe(outside=outside))
@@ -165,7 +164,7 @@ def ggpo(sigma: float = 0.03, beta: float = 0.01, layers: Callable[[nn.Module], 
     def remember(step: Step, kept: Sequence[Vector], combined: Vector) -> None:
         found, where = layers(step.model), {id(p): i for i, p in enumerate(step.params)}
         if not found:
-            step.memory.values["rows"] = {step.names[i]: _row_norms(combined[i]) for i in step.selected}
+            step.memory.values["rows"] = {step.names[i]: _row_norms(combined[i]) for i in _matrices(step)}
             return
         rows = {}
         for x in found:
@@ -177,15 +176,22 @@ def ggpo(sigma: float = 0.03, beta: float = 0.01, layers: Callable[[nn.Module], 
 
 
 def _row_norms(w: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(w.reshape(w.shape[0], -1), dim=1) if w.dim() > 1 else torch.zeros_like(w)
+    return torch.linalg.vector_norm(w.flatten(1), dim=1)
 
 
-def _own_rows(step: Step, i: int, sigma: float, beta: float) -> Tensor:
-    w = step.weights[i]
-    if w.dim() < 2:
-        return torch.zeros_like(w)
-    g = _last_rows(step, step.names[i], w)
-    return ((sigma * _row_norms(w) + beta * g**2) / math.sqrt(w.shape[0])).reshape(-1, *[1] * (w.dim() - 1))
+def _matrices(step: Step) -> list[int]:
+    return [i for i in step.selected if step.params[i].dim() > 1]
+
+
+def _own_noise(step: Step, sigma: float, beta: float) -> list[Tensor | None]:
+    """Without adapters: each matrix takes the part of BA, with W = 0; vectors stay put."""
+    noise = step.noise()
+    shift: list[Tensor | None] = [None] * len(step.params)
+    for i in _matrices(step):
+        w = step.weights[i]
+        rows = sigma * _row_norms(w) + beta * _last_rows(step, step.names[i], w) ** 2
+        shift[i] = noise[i] * (rows / math.sqrt(w.shape[0])).reshape(-1, *[1] * (w.dim() - 1))
+    return shift
 
 
 def _rows(step: Step, x: Adapter, sigma: float, beta: float) -> Tensor:
