@@ -14,6 +14,8 @@ from safetensors.torch import save_file
 
 from flatcompress import Pipeline, models
 from flatcompress.recipe import load_recipe
+from flatcompress.sweep import load_sweep
+from flatcompress.sweep_run import check_all
 from flatcompress.training.loop import epoch_batches, loader
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -75,7 +77,9 @@ def fabricate(raw: dict, root: Path) -> list[str]:
         if isinstance(raw["data"].get("size"), int):
             settings.append("data.size=32")
     if raw["model"].get("weights"):
-        state = models.build(raw["model"]["name"], num_classes=2, input_shape=(3, 224, 224), seed=1).state_dict()
+        own_head = raw["model"].get("new_head", False)  # ImageNet weights have other classes
+        classes = 5 if own_head else 2
+        state = models.build(raw["model"]["name"], num_classes=classes, input_shape=(3, 224, 224), seed=1).state_dict()
         save_file(state, root / "weights.safetensors")
         settings += [f"model.weights={root / 'weights.safetensors'}", "data.size=96"]
     return settings
@@ -100,3 +104,10 @@ def test_recipe_reaches_its_first_batch(path, tmp_path):
     loss = torch.nn.functional.cross_entropy(work.model.train()(x), y)
     loss.backward()
     assert torch.isfinite(loss)
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "sweeps").glob("*.yaml")), ids=lambda p: p.stem)
+def test_sweep_file_is_valid_with_all_its_runs(path):
+    sweep = load_sweep(path)
+    assert sweep.name == path.stem
+    assert len(check_all(sweep)) >= len(sweep.methods) * len(sweep.seeds)
