@@ -13,7 +13,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from benchmarks import _common
+from benchmarks import _common, _negative
 from flatcompress import sweep_run, sweep_table
 from flatcompress.sweep import Sweep, parse_sweep
 from flatcompress.sweep_run import Finished
@@ -151,7 +151,10 @@ def _write(
     ]  # fmt: skip
     short = [{"section": r["section"], "method": r["method"], "setting": r["setting"],
               **{k: r[k] and r[k]["mean"] for k in ("held_out", "test", "corrupted")}} for r in rows]  # fmt: skip
-    return _common.finish(name, short, failures, options, table=rows, runs=cells, claims=[v.text() for v in verdicts])
+    code = _common.finish(name, short, failures, options, table=rows, runs=cells, claims=[v.text() for v in verdicts])
+    if not options.quick:
+        _negative.write(_common.RESULTS, DOCS / "what-did-not-work.md")
+    return code
 
 
 def _brief(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -72,4 +72,5 @@ def test_page_names_what_does_not_hold_and_check_fails(tmp_path, monkeypatch, ca
     code = _sweeps.publish("demo", "Demo", "Words.", {"All": runs}, [Claim("new", "old")], options)
     page = (tmp_path / "docs" / "demo.md").read_text()
     assert code == 1 and "DOES NOT HOLD: new against old" in page and "-10.0 points" in page
+    assert "new against old" in (tmp_path / "docs" / "what-did-not-work.md").read_text()
     assert "MISSED" in capsys.readouterr().out
