@@ -41,8 +41,9 @@ class Pipeline:
     """A recipe, ready to run.
 
     ``Pipeline.from_yaml("recipe.yaml")`` takes everything from the file.
-    ``Pipeline(model=..., data=..., stages=[...])`` takes a module that maps [B, C, H, W] to logits and a `DataBundle` (or what `flatcompress.data.bundle` accepts);
-    ``stages`` are what a recipe's ``stages`` would hold. UserError when anything is wrong, before anything runs.
+    ``Pipeline(model=..., data=..., stages=[...])`` takes a module that maps [B, C, H, W] to logits and a
+    `DataBundle` (or what `flatcompress.data.bundle` accepts); ``stages`` are what a recipe's ``stages`` would hold.
+    UserError when anything is wrong, before anything runs.
     """
 
     def __init__(

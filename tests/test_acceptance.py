@@ -30,7 +30,10 @@ def data(held_out: str) -> dict:
     }
 
 
-@pytest.mark.parametrize("name", MODELS)
+SLOW = ("resnet20", "ds_cnn", "mobilenet_v1_025")  # built-in models that the export tests cover as well
+
+
+@pytest.mark.parametrize("name", [pytest.param(m, marks=[pytest.mark.slow] * (m in SLOW)) for m in MODELS])
 def test_every_kind_of_model_ends_in_a_certificate_that_holds(name: str, tmp_path):
     if name.startswith("transformers"):
         pytest.importorskip("transformers")

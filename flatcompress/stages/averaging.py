@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,7 +25,12 @@ class Averaging:
     def __init__(self, work: Workpiece, job: Job, config: TrainConfig) -> None:
         self.work, self.job, self.kind = work, job, config.averaging
         model = job.raw_model
-        self.average: Average | SWAD = {"swa": SWA, "ema": lambda m: EMA(m, EMA_DECAY), "swad": SWAD}[self.kind](model)
+        kinds: dict[str, Callable[[nn.Module], Average | SWAD]] = {
+            "swa": SWA,
+            "ema": lambda m: EMA(m, EMA_DECAY),
+            "swad": SWAD,
+        }
+        self.average = kinds[self.kind](model)
         self.first_step = round(SWA_START * config.epochs) * job.steps_per_epoch if self.kind == "swa" else 0
         job.hooks["averaging"] = self
         held = job.after_step

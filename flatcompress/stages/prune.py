@@ -131,7 +131,8 @@ class Removal:
     def radius(self, params: list[nn.Parameter]) -> list[Any]:
         """A radius per channel for the flat engine's ball: AdaSAP's eq. 2, or uniform; removed channels stay put."""
         c = self.config
-        low, high, norm = (c.rho_min, c.rho_max, c.norm) if self.adaptive else (self.rho, self.rho, "global")
+        rho = float(self.rho or 0.0)
+        low, high, norm = (c.rho_min, c.rho_max, c.norm) if self.adaptive else (rho, rho, "global")
         scores = prune.score(self.groups, "group_l2" if self.running is not None else self.importance)
         return prune.adaptive_radius(self.groups, scores, params, low, high, norm=norm, keep=self.mask.keep)
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from flatcompress.stages import export, prune, quantize, sparsify, train
+from collections.abc import Callable
+from typing import Any
 
-RUN = {
+from flatcompress.stages import export, prune, quantize, sparsify, train
+from flatcompress.stages.workpiece import Workpiece
+
+RUN: dict[str, Callable[[Workpiece, Any], Workpiece]] = {
     "train": train.run,
     "prune": prune.run,
     "sparsify": sparsify.run,
