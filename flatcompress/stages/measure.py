@@ -161,7 +161,7 @@ def layer_sharpness(work: Workpiece) -> dict[str, float]:
     """Loss rise when one layer's weight alone is perturbed by ||e|| = 0.05, on one batch, by layer name."""
     found = flat.sharpness.layerwise(
         work.model,
-        train_batches(work, 128),
+        train_batches(work, 64),
         nn.functional.cross_entropy,
         rho=SHARPNESS_RHO,
         perturbed=lambda name, parameter: name.endswith(".weight") and parameter.ndim > 1,
