@@ -25,6 +25,7 @@ from flatcompress.graph import ActivationSpec
 
 MIN_BITS, MAX_BITS = 2, 8
 FLOOR = 1e-6  # a scale never acts below this share of where it started (positive-scale guard)
+_SAMPLE = 2048
 _GUARD_INTERVAL = 100  # on an accelerator the guard's answer costs a synchronisation, so it is asked for rarely
 
 
@@ -223,6 +224,7 @@ class Observer:
         self.name = name
         self.total, self.count = 0.0, 0
         self.low, self.high = math.inf, -math.inf
+        self._samples: list[torch.Tensor] = []
 
     @torch.no_grad()
     def see(self, v: torch.Tensor) -> torch.Tensor:
@@ -231,7 +233,12 @@ class Observer:
             raise UserError(f"calibration data gives NaN or infinity at quantizer {self.name!r}.")
         self.low, self.high = min(self.low, low), max(self.high, high)
         self.total, self.count = self.total + total, self.count + v.numel()
+        self._samples.append(v.flatten()[:: max(1, v.numel() // _SAMPLE)][:_SAMPLE].clone())
         return v
+
+    def sample(self) -> torch.Tensor:
+        """An even pick of the values seen, up to 2048 of each batch."""
+        return torch.cat(self._samples)
 
     @property
     def mean_abs(self) -> float:

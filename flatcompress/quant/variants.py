@@ -59,14 +59,16 @@ class OffsetQuantizer(StepQuantizer):
         self.beta = nn.Parameter(torch.zeros(()))
 
     def set_range(self, low: float, high: float) -> None:
-        """Let the grid span [min(low, 0), max(high, 0)]: zero must stay exact, it pads convolutions."""
-        low, high = min(low, 0.0), max(high, 0.0)
+        """Let the grid span [low, high]."""
         self.set_scale(torch.tensor((high - low) / self.qp))
         with torch.no_grad():
             self.beta.copy_(torch.tensor(low))
 
     def start_from_observer(self, observer: Observer) -> None:
-        self.set_range(observer.low, observer.high)
+        """The part of what was seen, around zero (which must stay exact: it pads convolutions), of least error."""
+        low, high = min(observer.low, 0.0), max(observer.high, 0.0)
+        share = best_share(observer.sample(), low, high, self.bits)
+        self.set_range(share * low, share * high)
 
     def zero_point(self, step: torch.Tensor) -> torch.Tensor:
         """The integer that stands for zero."""
@@ -74,7 +76,9 @@ class OffsetQuantizer(StepQuantizer):
 
     def quantize(self, v: torch.Tensor) -> torch.Tensor:
         if self.observer is None and not self.ready:
-            self.set_range(float(v.detach().amin()), float(v.detach().amax()))
+            first = Observer(self.name)
+            first.see(v.detach())
+            self.start_from_observer(first)
         return super().quantize(v)
 
     def _apply_grid(self, v: torch.Tensor) -> torch.Tensor:
@@ -141,16 +145,15 @@ class ClipQuantizer(StepQuantizer):
         return strength * self.alpha.square().sum()
 
 
-def mse_scale(sample: torch.Tensor, bits: int, signed: bool, candidates: int = 80) -> torch.Tensor:
-    """The scale, out of ``candidates`` even shares of max|v| / Qp, whose grid has the least squared error (LSQ+)."""
-    qn, qp = grid(bits, signed)
-    largest = float(sample.abs().max()) / qp
-    best, error = largest, math.inf
+def best_share(sample: torch.Tensor, low: float, high: float, bits: int, candidates: int = 40) -> float:
+    """The share of the range [low, high] (zero inside) whose unsigned grid has the least squared error (LSQ+, 3.3)."""
+    qp = grid(bits, signed=False)[1]
+    best, error = 1.0, math.inf
     for share in torch.linspace(1 / candidates, 1, candidates).tolist():
-        step = largest * share
-        if step <= 0:
-            continue
-        found = float(((sample / step).round_().clamp_(-qn, qp).mul_(step) - sample).square().mean())
-        if found < error:
-            best, error = step, found
-    return torch.tensor(best)
+        step = share * (high - low) / qp
+        if step > 0:
+            zero = round(-share * low / step)
+            found = float((((sample / step).round() + zero).clamp(0, qp).sub(zero).mul(step) - sample).square().mean())
+            if found < error:
+                best, error = share, found
+    return best
