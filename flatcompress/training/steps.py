@@ -89,7 +89,7 @@ def _closure(job: Job, x: Tensor, y: Tensor, factor: float, step: int, hits: lis
             hits.append(int((logits.detach().argmax(1) == y).sum()))
         gradients = divergence.gradients_of(job.optimizer.param_groups) if checked else []
         if not divergence.finite(loss, gradients):
-            raise Diverged(divergence.find(job.raw_model, x, float(loss), step + 1))
+            raise Diverged(divergence.find(job.raw_model, x, float(loss.detach()), step + 1))
         return loss
 
     return closure
