@@ -11,6 +11,7 @@ from torch import fx, nn
 from flatcompress.errors import UserError
 from flatcompress.onnx_export import integer
 from flatcompress.onnx_export.builder import FLOAT
+from flatcompress.onnx_export.prepare import PADS
 from flatcompress.onnx_export.writer import ModuleEmitter, Writer, array, as_matrix
 
 
@@ -19,14 +20,16 @@ def _quantize(w: Writer, node: fx.Node, module: integer.Quantize) -> str:
 
 
 def _dequantize(w: Writer, node: fx.Node, module: integer.Dequantize) -> str:
-    users = list(node.users)
-    floats = [u for u in users if u.op == "call_module" and _is_float_layer(w, u)]
-    axis = _axis(node) if floats and len(floats) == len(users) else None
+    axis = _axis(node) if any(_feeds_float_layer(w, user) for user in node.users) else None
     return w.real_of(w.tensor(node.args[0]), module.grid, axis)
 
 
-def _is_float_layer(w: Writer, node: fx.Node) -> bool:
-    return isinstance(w.gm.get_submodule(str(node.target)), nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear)
+def _feeds_float_layer(w: Writer, user: fx.Node) -> bool:
+    """A float layer, or a padding before one: onnxruntime merges that into the layer first."""
+    if user.op == "call_function" and user.target in PADS:
+        return any(_feeds_float_layer(w, after) for after in user.users)
+    module = w.gm.get_submodule(str(user.target)) if user.op == "call_module" else None
+    return isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear)
 
 
 def _axis(node: fx.Node) -> tuple[int, int] | None:

@@ -82,7 +82,7 @@ class _Lowering:
         owner, _, name = str(node.target).rpartition(".")
         value = getattr(self.gm.get_submodule(owner), name)
         flat = str(node.target).replace(".", "_")
-        self.root.register_buffer(flat, value.detach().clone())
+        self.root.register_buffer(flat, value.detach().cpu().clone())
         self._set(node, self.graph.get_attr(flat))
 
     def _output(self, node: fx.Node) -> None:
@@ -95,7 +95,7 @@ class _Lowering:
         elif is_weighted(self.gm, node):
             self._weighted(node, module)
         elif isinstance(module, _KEPT):
-            self._set(node, self._call(node, copy.deepcopy(module).float(), self._real(node.args[0])))
+            self._set(node, self._call(node, copy.deepcopy(module).cpu().float(), self._real(node.args[0])))
         else:
             raise UserError(f"module {node.target!r}: a {type(module).__name__} has no exported form.")
 

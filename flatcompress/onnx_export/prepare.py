@@ -61,7 +61,7 @@ _CROSSABLE = MOVES - {
     aten.chunk.default,
 }
 _CASTS = {aten.to.dtype, aten._to_copy.default, aten.type_as.default}
-_PADS = {aten.pad.default, aten.constant_pad_nd.default}
+PADS = {aten.pad.default, aten.constant_pad_nd.default}
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Identity)
 
 
@@ -123,7 +123,7 @@ def _is_identity(node: fx.Node) -> bool:
 
 def zero_pads(node: fx.Node) -> list[int] | None:
     """The amounts of a padding with zeros (torch's order: last dimension first), else None."""
-    if node.op != "call_function" or node.target not in _PADS:
+    if node.op != "call_function" or node.target not in PADS:
         return None
     given = [*node.args[2:], *node.kwargs.values()]
     if any(value not in ("constant", None, 0, 0.0) for value in given):

@@ -49,8 +49,16 @@ def compared(model: nn.Module, path, profile: str = "packed", x: torch.Tensor | 
     return exported, parity.compare(reference, found, step), parity.compare(reference, plain, step)
 
 
-@pytest.mark.parametrize("name", BUILT_IN)
-@pytest.mark.parametrize(("weights", "activations", "sparsity"), [(4, 4, 0), (2, 4, 0), (8, 8, 0), (3, 8, 0.8)])
+def _matrix():
+    """Every built-in model at four settings; all but W4A4 and the two smallest models are slow."""
+    for weights, activations, sparsity in [(4, 4, 0), (2, 4, 0), (8, 8, 0), (3, 8, 0.8)]:
+        for name in BUILT_IN:
+            fast = weights == 4 or name in ("resnet8", "ds_cnn")
+            marks = () if fast else (pytest.mark.slow,)
+            yield pytest.param(name, weights, activations, sparsity, marks=marks)
+
+
+@pytest.mark.parametrize(("name", "weights", "activations", "sparsity"), _matrix())
 def test_built_in_models_match_their_reference_and_run_on_integers(name, weights, activations, sparsity, tmp_path):
     model = quantized(name, weights, activations, sparsity)
     exported, optimized, plain = compared(model, tmp_path / "m.onnx")
@@ -230,3 +238,29 @@ def test_lowering_is_bit_equal_to_onnxruntime_on_every_kernel(tmp_path):
     exported, optimized, _ = compared(quantized("resnet8", 4, 4), tmp_path / "m.onnx", x=inputs(256))
     assert optimized["bit_equal"] == 1.0
     assert np.isfinite(parity.reference_outputs(exported.reference, [inputs(4)])).all()
+
+
+TRANSFORMERS = {
+    "transformers:resnet": {"hidden_sizes": [16, 32], "depths": [1, 1], "embedding_size": 16, "layer_type": "basic"},
+    "transformers:mobilenet_v2": {"depth_multiplier": 0.35},
+    "transformers:vit": dict(  # noqa: C408
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, patch_size=8
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_transformers_models_match_their_reference_and_run_on_integers(name, tmp_path):
+    pytest.importorskip("transformers")
+    shape = (3, 32, 32)
+    model = models.build(name, num_classes=10, input_shape=shape, seed=0, config=TRANSFORMERS[name])
+    x = inputs(16, shape)
+    _, optimized, _ = compared(model.eval(), tmp_path / "f.onnx", "float32", x=x)
+    assert optimized["largest_error_steps"] <= 0.01
+    quant.quantize(model, weight_bits=4, activation_bits=4, example_input=x[:2])
+    quant.calibrate(model, [x])
+    exported, optimized, _ = compared(model.eval(), tmp_path / "m.onnx", x=x)
+    assert optimized["largest_error_steps"] <= 1 and optimized["equal_argmax"] == 1.0
+    found = kernels(exported.path).of
+    assert [r["name"] for r in exported.layers[1:] if found.get(r["name"]) not in INTEGER_KERNELS] == []
