@@ -1,0 +1,64 @@
+"""A stage that was stopped in its middle and goes on ends in the same bits as one that was not."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from stage_pieces import config, workpiece
+
+from flatcompress.errors import Interrupted
+from flatcompress.stages.run import RUN
+from flatcompress.training.devices import seed_everything
+
+
+class StopAt:
+    """A progress that is asked to stop after ``step`` and keeps what is saved then."""
+
+    on_divergence, on_out_of_memory, max_rollbacks = "stop", "stop", 0
+
+    def __init__(self, step: int) -> None:
+        self.step, self.stop_requested, self.state = step, False, None
+
+    def due(self, step: int) -> bool:
+        self.stop_requested = step >= self.step
+        return self.stop_requested
+
+    def save(self, step: int, state: dict) -> None:
+        self.state = copy.deepcopy(state)
+
+
+STAGES = [
+    ("prune", {"method": "adasap", "epochs": 4}, 3),
+    ("prune", {"method": "adasap", "epochs": 4}, 11),
+    ("prune", {"method": "taylor", "epochs": 3, "schedule_steps": 2}, 3),
+    ("prune", {"method": "growing_reg", "epochs": 4}, 5),
+    ("sparsify", {"method": "asam", "sparsity": 0.7, "schedule_steps": 2}, 3),
+    ("sparsify", {"method": "none", "pattern": "2:4"}, 6),
+    ("quantize", {"method": "gaqat", "K": 3}, 5),
+    ("quantize", {"method": "qt_dog", "weight_bits": 3}, 2),
+    ("quantize", {"method": "qt_dog", "weight_bits": 3}, 6),
+    ("quantize", {"method": "squat", "bits": "auto"}, 5),
+    ("quantize", {"method": "saq", "oscillation_threshold": 0.01, "weight_bits": 2}, 5),
+]
+
+
+@pytest.mark.parametrize(("kind", "keys", "step"), STAGES, ids=lambda v: v["method"] if isinstance(v, dict) else str(v))
+def test_resumed_stage_ends_in_the_same_bits(kind, keys, step):
+    whole = RUN[kind](workpiece(), config(kind, **keys))
+
+    stopped = workpiece()
+    stopped.progress = StopAt(step)
+    with pytest.raises(Interrupted):
+        RUN[kind](stopped, config(kind, **keys))
+    resumed = workpiece()
+    resumed.resume = stopped.progress.state
+    seed_everything(1234)  # whatever the new process drew before
+    resumed = RUN[kind](resumed, config(kind, **keys))
+
+    assert resumed.plan.to_json() == whole.plan.to_json()
+    assert resumed.passes == whole.passes
+    a, b = whole.model.state_dict(), resumed.model.state_dict()
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[k], b[k]) for k in a), [k for k in a if not torch.equal(a[k], b[k])]
