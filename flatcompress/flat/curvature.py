@@ -90,21 +90,22 @@ def top_eigenvalues(
     *,
     matrix: str = "hessian",
     iterations: int = 50,
+    tolerance: float = 1e-4,
     perturbed: Choice | None = None,
     seed: int = 0,
 ) -> list[float]:
     """S5: the ``count`` algebraically largest eigenvalues, descending, by Lanczos with full reorthogonalisation.
 
     Unlike power iteration, which returns the eigenvalue of largest magnitude, a strongly negative one cannot win.
-    matrix: ``hessian`` or ``ggn``. Converges in far fewer than ``iterations`` products for separated eigenvalues.
+    matrix: ``hessian`` or ``ggn``. Stops after ``iterations`` products, or when the values wanted have changed by less
+    than ``tolerance`` of the largest twice in a row; 0 runs to the end.
     """
     with probed(model, loss, perturbed=perturbed) as at:
         held = listed(batches, model)
         size = sum(p.numel() for p in at.params)
         if not 1 <= count <= size:
             raise UserError(f"count is {count}; it must lie in 1..{size}, the number of parameters")
-        values = lanczos(_product(at, held, matrix), _unit(at, seed), min(iterations, size))
-    return sorted(values.tolist(), reverse=True)[:count]
+        return lanczos(_product(at, held, matrix), _unit(at, seed), min(iterations, size), count, tolerance)
 
 
 def trace(
@@ -147,26 +148,41 @@ def frobenius_squared(
     return total / draws
 
 
-def lanczos(product: Product, start: Vector, iterations: int) -> Tensor:
-    """Ritz values of a symmetric operator after ``iterations`` steps from ``start`` (unit length)."""
+def lanczos(product: Product, start: Vector, iterations: int, count: int, tolerance: float) -> list[float]:
+    """The ``count`` largest Ritz values, descending, of a symmetric operator from ``start`` (unit length)."""
     basis = [start]
     diagonal: list[float] = []
     beside: list[float] = []
+    top: list[float] = []
+    calm = 0
     for k in range(iterations):
         w = product(basis[k])
         diagonal.append(float(vectors.dot(w, basis[k])))
         for q in [*basis, *basis]:  # twice: once leaves ghosts of converged eigenvalues
             w = vectors.sub(w, q, float(vectors.dot(w, q)))
+        before, top = top, _ritz(diagonal, beside)[:count]
+        calm = calm + 1 if _close(before, top, tolerance) else 0
         size = float(vectors.norm(w))
-        if size < 1e-8 * max(1.0, *map(abs, diagonal)) or k == iterations - 1:
+        if calm == 2 or size < 1e-8 * max(1.0, *map(abs, diagonal)):
             break
         beside.append(size)
         basis.append(vectors.scale(w, 1 / size))
+    return top
+
+
+def _ritz(diagonal: Sequence[float], beside: Sequence[float]) -> list[float]:
+    """Eigenvalues of the tridiagonal matrix, descending."""
     t = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
     if beside:
-        off = torch.tensor(beside[: len(diagonal) - 1], dtype=torch.float64)
+        off = torch.tensor(beside, dtype=torch.float64)
         t = t + torch.diag(off, 1) + torch.diag(off, -1)
-    return torch.linalg.eigvalsh(t)
+    return sorted(torch.linalg.eigvalsh(t).tolist(), reverse=True)
+
+
+def _close(before: Sequence[float], now: Sequence[float], tolerance: float) -> bool:
+    if len(before) != len(now):
+        return False
+    return all(abs(a - b) < tolerance * abs(now[0]) for a, b in zip(before, now))
 
 
 def _product(at: Probed, held: Held, matrix: str) -> Product:

@@ -43,8 +43,8 @@ class Probed:
         out = getattr(out, "logits", out)
         return self.loss(normalized_logits(out) if self.normalize_logits else out, y)
 
-    def at(self, shift: Sequence[Tensor], x: Tensor, y: Tensor) -> float:
-        """The loss of one batch at w + shift."""
+    def at(self, shift: Sequence[Tensor | None], x: Tensor, y: Tensor) -> float:
+        """The loss of one batch at w + shift; None where a parameter stays."""
         with torch.no_grad(), self.points.at(self.params, Probe(shift)):
             return float(self.value(x, y))
 

@@ -93,14 +93,22 @@ def test_directional_and_layerwise_equal_the_record():
     assert sharpness.directional(model, _batches(8), LOSS, "sign") == pytest.approx(record["u_sign_unit"], rel=1e-9)
     found = sharpness.layerwise(model, _batches(40), LOSS, 0.05)
     assert found == pytest.approx(record["layer_sharpness"], rel=1e-9)
+    by_function = sharpness.layerwise(model, _batches(8), LOSS, 0.5, measure=sharpness.one_step, adaptive=True)
+    assert sharpness.layerwise(model, _batches(8), LOSS, 0.5, adaptive=True) == pytest.approx(by_function, rel=1e-12)
+    worst = sharpness.layerwise(model, _batches(40), LOSS, 0.01, measure="worst_case", steps=3)
+    assert set(worst) == set(found) and min(worst.values()) > 0
 
 
 def test_hessian_quantities_equal_the_exact_ones():
     record, model = RECORD["hessian"], problem.build("mlp")
     exact = record["eigenvalues_ascending"]
-    assert curvature.top_eigenvalues(model, _batches(8), LOSS, 3) == pytest.approx(exact[:-4:-1], rel=1e-9)
+    assert curvature.top_eigenvalues(model, _batches(8), LOSS, 3, tolerance=0) == pytest.approx(exact[:-4:-1], rel=1e-9)
+    quick = curvature.top_eigenvalues(model, _batches(8), LOSS)
+    assert quick == pytest.approx(exact[:-2:-1], rel=1e-3)
     for name, top in record["block_top"].items():
-        found = curvature.top_eigenvalues(model, _batches(40), LOSS, perturbed=lambda n, p, name=name: n == name)
+        found = curvature.top_eigenvalues(
+            model, _batches(40), LOSS, tolerance=0, perturbed=lambda n, p, name=name: n == name
+        )
         assert found == pytest.approx([top], rel=1e-9)
     # Hutchinson: the standard deviation of one draw is below sqrt(2) ||H||_F = 2.27, so of 400 below 0.12.
     assert curvature.trace(model, _batches(40), LOSS, draws=400) == pytest.approx(record["trace"], abs=0.4)
@@ -113,10 +121,10 @@ def test_gauss_newton_product_equals_the_explicit_matrix():
     model = nn.Linear(3, 4).double()
     x, y = torch.randn(5, 3, dtype=torch.float64), torch.tensor([0, 1, 2, 3, 0])
     # A linear model has no curvature of its own: its Gauss-Newton matrix is its Hessian.
-    for draws in (3,):
-        ggn = curvature.top_eigenvalues(model, [(x, y)], LOSS, draws, matrix="ggn")
-        assert ggn == pytest.approx(curvature.top_eigenvalues(model, [(x, y)], LOSS, draws), rel=1e-8)
-    assert min(curvature.top_eigenvalues(problem.build("mlp"), _batches(8), LOSS, 43, matrix="ggn")) > -1e-9
+    ggn = curvature.top_eigenvalues(model, [(x, y)], LOSS, 3, matrix="ggn", tolerance=0)
+    assert ggn == pytest.approx(curvature.top_eigenvalues(model, [(x, y)], LOSS, 3, tolerance=0), rel=1e-8)
+    whole = curvature.top_eigenvalues(problem.build("mlp"), _batches(8), LOSS, 43, matrix="ggn", tolerance=0)
+    assert min(whole) > -1e-9
 
 
 def test_filter_normalised_direction_and_line_equal_the_record():
@@ -163,7 +171,7 @@ def test_report_is_plain_data_with_every_measure():
     json.dumps(found)
     assert found["loss"] == pytest.approx(RECORD["loss"])
     assert found["one_step"] == pytest.approx(RECORD["one_step"]["m8_rho0.05"], rel=1e-9)
-    assert found["hessian_top"] == pytest.approx(RECORD["hessian"]["eigenvalues_ascending"][-1], rel=1e-6)
+    assert found["hessian_top"] == pytest.approx(RECORD["hessian"]["eigenvalues_ascending"][-1], rel=0.02)
     assert set(found["layers"]) == {n for n, _ in model.named_parameters()}
     assert found["worst_case"] > 0 and found["settings"]["samples"] == 40
 
