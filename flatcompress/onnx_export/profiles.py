@@ -29,6 +29,7 @@ class Integers:
 
 
 Weights = Mapping[str, Integers]
+INT2_SINCE = 25
 
 
 @dataclass(frozen=True)
@@ -99,25 +100,41 @@ def store_int4(builder: GraphBuilder, weights: Weights) -> dict[str, Stored]:
     return {name: _narrow(builder, layer) for name, layer in weights.items()}
 
 
+def _knows_int2(builder: GraphBuilder) -> bool:
+    """Whether INT2 can be written; asks for its opset when the onnx package has it."""
+    if onnx.defs.onnx_opset_version() < INT2_SINCE:
+        return False
+    builder.need(INT2_SINCE)
+    return builder.opset >= INT2_SINCE
+
+
 def _narrow(builder: GraphBuilder, layer: Integers) -> Stored:
     """An ONNX INT2 or INT4 initializer and a Cast, which onnxruntime folds; INT8 for wider weights."""
-    values = layer.values
-    width, offset = packing.value_range(values, layer.bits)
-    fits = offset == -(1 << (width - 1))
-    if width <= 2 and fits and builder.opset >= 25:
+    values, signs = layer.values, packing.row_signs(layer.values, layer.bits)
+    if signs is not None:
+        values = (values.astype(np.int16) * _column(signs, values)).astype(np.int8)
+    low, high = (int(values.min()), int(values.max())) if values.size else (0, 0)
+    if layer.bits <= 2 and low >= -2 and high <= 1 and _knows_int2(builder):
         kind, width = TensorProto.INT2, 2
-    elif width <= 4 and fits:
+    elif layer.bits <= 4 and low >= -8 and high <= 7:
         kind, width = TensorProto.INT4, 4
     else:
         return Stored(builder.constant(layer.scaled), "int8", values.size)
+    raw = _nibbles(values, width)
+    # raw_data, because the helper's typed field takes eight bytes for two values
+    tensor = builder.raw(helper.make_tensor("", kind, list(values.shape), raw, raw=True))
+    wide = tensor
+    if layer.headroom:
+        factor = builder.constant(np.array(1 << layer.headroom, np.int32))
+        wide = builder.op("Mul", [builder.cast(tensor, INT32), factor])
+    stored = Stored(builder.cast(wide, INT8), f"INT{width}", len(raw))
+    return stored if signs is None else replace(stored, tensor=_signed(builder, stored.tensor, _column(signs, values)))
+
+
+def _nibbles(values: NDArray[np.int8], width: int) -> bytes:
+    """Two's complement values of 2 or 4 bits, the first in the lowest bits of a byte, as ONNX wants them."""
     per_byte = 8 // width
     flat = np.zeros(-(-values.size // per_byte) * per_byte, np.uint8)
     flat[: values.size] = values.reshape(-1).astype(np.int8).view(np.uint8) & ((1 << width) - 1)
     shifts = np.arange(per_byte, dtype=np.uint8) * np.uint8(width)
-    raw = np.bitwise_or.reduce(flat.reshape(-1, per_byte) << shifts, axis=1).astype(np.uint8).tobytes()
-    # raw_data, because the helper's typed field takes eight bytes for two values
-    tensor = builder.raw(helper.make_tensor("", kind, list(values.shape), raw, raw=True))
-    if not layer.headroom:
-        return Stored(builder.cast(tensor, INT8), f"INT{width}", len(raw))
-    factor = builder.constant(np.array(1 << layer.headroom, np.int32))
-    return Stored(builder.cast(builder.op("Mul", [builder.cast(tensor, INT32), factor]), INT8), f"INT{width}", len(raw))
+    return np.bitwise_or.reduce(flat.reshape(-1, per_byte) << shifts, axis=1).astype(np.uint8).tobytes()

@@ -79,6 +79,16 @@ def test_profiles_give_the_same_bits(profile, tmp_path):
     assert kernels(exported.path).counts["QLinearConv"] == 9
 
 
+def test_two_bit_weights_become_int2_tensors(tmp_path):
+    model = quantized("resnet8", 2, 4)
+    packed, _, _ = compared(model, tmp_path / "p.onnx")
+    exported, optimized, _ = compared(model, tmp_path / "m.onnx", "int4")
+    assert exported.opset == 25 and optimized["bit_equal"] == 1.0
+    # A small layer with a flipped channel stays in INT4: a sign per channel would not pay.
+    assert "INT2" in {row["encoding"] for row in exported.layers} <= {"INT2", "INT4", "int8"}
+    assert exported.bytes < 1.1 * packed.bytes
+
+
 @pytest.mark.parametrize("profile", ["float32", "float16"])
 @pytest.mark.parametrize("name", ["resnet8", "vit_tiny"])
 def test_float_profiles_match_the_model(profile, name, tmp_path):
