@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from flatcompress import sweep_run, sweep_table
+from flatcompress import cli, sweep_run, sweep_table
 from flatcompress.errors import RunError, UserError
 from flatcompress.sweep import load_sweep, parse_sweep, runs_of, tasks_of
 from flatcompress.sweep_run import Finished
@@ -159,3 +159,14 @@ def test_sweep_runs_shares_resumes_and_reports_failures(tmp_path):
     broken = spec(**keys, methods=[{"name": "hot", "set": {"stages.0.train.optimizer.lr": 1e30}}])
     with pytest.raises(RunError, match="hot"):
         sweep_run.run_sweep(broken)
+
+
+def test_verb_plans_a_sweep_and_names_what_is_wrong_with_one(tmp_path, capsys):
+    path = tmp_path / "sweep.yaml"
+    path.write_text(json.dumps({"recipe": RECIPE, "methods": METHODS[:1], "seeds": [0], "output_dir": str(tmp_path)}))
+    assert cli._guarded(["sweep", str(path), "--plan", "--json"]) == 0
+    commands = json.loads(capsys.readouterr().out)
+    assert len(commands) == 1 and "--output" in commands[0]
+    path.write_text("recipe: 3\n")
+    assert cli._guarded(["sweep", str(path)]) == 2
+    assert "methods" in capsys.readouterr().err
