@@ -10,6 +10,7 @@ from flatcompress import quant
 from flatcompress.errors import UserError
 from flatcompress.plan import apply_plan
 from flatcompress.prune import masks
+from flatcompress.recipe import parse_recipe
 from flatcompress.stages import prune, quantize, sparsify, train
 
 
@@ -91,3 +92,26 @@ def test_masking_state_round_trip():
     other = sparsify.Masking(workpiece(), config("sparsify"))
     other.load_state_dict(masking.state_dict())
     assert other.event == 1
+
+
+TRAIN, SPARSIFY = {"train": {"epochs": 1}}, {"sparsify": {"epochs": 1}}
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [([SPARSIFY], "random weights"),
+     ([TRAIN, {"quantize": {}}, SPARSIFY], "after 'quantize'"),
+     ([TRAIN, SPARSIFY, {"prune": {}}], "after 'sparsify'"),
+     ([TRAIN, {"sparsify": {"pattern": "4:2"}}], "sparsity pattern '4:2'"),
+     ([TRAIN, {"sparsify": {"pattern": "2:4", "sparsity": 0.5}}], "says the sparsity itself"),
+     ([TRAIN, {"sparsify": {"sparsity": 1.0}}], "less than 1"),
+     ([TRAIN, {"sparsify": {"sparsty": 0.5}}], "'sparsity'")],
+)  # fmt: skip
+def test_recipes_that_make_no_sense_are_refused(stages, message):
+    with pytest.raises(UserError, match=message):
+        parse_recipe({"stages": stages})
+
+
+def test_masks_may_be_tightened_and_trained_on():
+    recipe = parse_recipe({"stages": [TRAIN, SPARSIFY, TRAIN, {"sparsify": {"sparsity": 0.8}}, {"quantize": {}}]})
+    assert [s.kind for s in recipe.stages] == ["train", "sparsify", "train", "sparsify", "quantize"]
