@@ -11,8 +11,8 @@ import shlex
 import sys
 import time
 import warnings
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +68,7 @@ class Session:
                 trackers = [open_tracker(name, self.folder.path, self.recipe.name) for name in self.recipe.log]
                 self._log = stack.enter_context(RunLog(self.folder.log, trackers))
                 self.folder.write_recipe(self.recipe.to_yaml())
+                stack.enter_context(self._warnings_as_events())
             self.stop = stack.enter_context(StopRequest())
             self._stack = stack.pop_all()
         return self
@@ -149,6 +150,25 @@ class Session:
             row = self._log.event(event, **kept)
         if self.display is not None:
             self.display(row)
+
+    @contextmanager
+    def _warnings_as_events(self) -> Iterator[None]:
+        """While it is open, a warning is an event: in the log, and where somebody watches shown there alone."""
+        said: set[str] = set()
+        with warnings.catch_warnings():
+            usual = warnings.showwarning
+
+            def show(
+                message: Any, category: Any, filename: Any, lineno: Any, file: Any = None, line: Any = None
+            ) -> None:
+                if self.display is None:
+                    usual(message, category, filename, lineno, file, line)
+                if str(message) not in said:
+                    said.add(str(message))
+                    self.emit("warning", message=str(message))
+
+            warnings.showwarning = show
+            yield
 
     # ------------------------------------------------------------------ resume
 
