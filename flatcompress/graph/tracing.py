@@ -9,6 +9,7 @@ stock layer computes becomes a call of that layer again.
 from __future__ import annotations
 
 import copy
+import logging
 import re
 import warnings
 from collections.abc import Iterator
@@ -116,11 +117,16 @@ def _export(model: nn.Module, example_input: torch.Tensor) -> torch.export.Expor
     export = torch.export.export
     if tuple(int(v) for v in re.findall(r"\d+", torch.__version__)[:2]) < (2, 7):
         export = torch.export.export_for_training  # type: ignore[attr-defined]
+    log = logging.getLogger("torch._subclasses.fake_tensor")  # it prints a traceback of what is raised below anyway
+    level = log.level
+    log.setLevel(logging.CRITICAL)
     try:
         return export(model, (example_input,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), strict=False)
     except Exception as error:  # torch.export raises whatever it meets on its way
         name = type(model).__name__
         raise UserError(f"{name} cannot be traced by torch.export: {_reason(error)}") from error
+    finally:
+        log.setLevel(level)
 
 
 def _reason(error: BaseException) -> str:
