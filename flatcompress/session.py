@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import yaml
 
 from flatcompress.errors import Interrupted, RunError, UserError
 from flatcompress.plan import apply_plan
@@ -29,6 +28,7 @@ from flatcompress.training.runlog import RunLog
 from flatcompress.training.signals import StopRequest
 from flatcompress.training.storage import write_error
 from flatcompress.training.trackers import open_tracker
+from flatcompress.yaml_source import parse_yaml
 
 if TYPE_CHECKING:
     from flatcompress.training.checkpoint import Checkpoint
@@ -109,8 +109,8 @@ class Session:
         if text is None:
             return None
         try:
-            before = yaml.safe_load(text)
-        except yaml.YAMLError:
+            before, _ = parse_yaml(text, str(self.folder.recipe))
+        except UserError:
             before = None
         if not isinstance(before, dict):
             raise UserError(f"{self.folder.recipe}: not a recipe any more. Run with --restart to begin afresh.")

@@ -7,8 +7,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from flatcompress import data, flat, models, onnx_export, prune, quant
 from flatcompress.errors import UserError, nearest, unknown
 from flatcompress.pipeline import Pipeline, Result
@@ -17,6 +15,7 @@ from flatcompress.registry import Registry
 from flatcompress.stages.methods import PRUNE_METHODS, QAT_METHODS
 from flatcompress.training import checkpoint
 from flatcompress.training.runfolder import RunFolder
+from flatcompress.yaml_source import parse_yaml
 
 CATALOGUE: dict[str, Registry] = {
     "methods": flat.METHODS,
@@ -158,7 +157,7 @@ def open_run(folder: Path) -> tuple[Recipe, Pipeline]:
     text = RunFolder(folder).read_recipe() if folder.is_dir() else None
     if text is None:
         raise UserError(f"{folder}: no recipe.yaml there, so it is no run folder.")
-    recipe = parse_recipe(yaml.safe_load(text), str(folder / "recipe.yaml"))
+    recipe = parse_recipe(parse_yaml(text, str(folder / "recipe.yaml"))[0], str(folder / "recipe.yaml"))
     return recipe, Pipeline.from_recipe(recipe)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import onnx
 import pytest
+import small_runs
 import torch
 from onnx import TensorProto, helper
 from tiny_net import build
@@ -114,6 +115,17 @@ def test_a_checkpoint_is_never_unpickled(tmp_path):
     with pytest.raises(UserError, match="not a sound safetensors file"):
         checkpoint.load(path)
     assert not (tmp_path / "exploded").exists()
+
+
+def test_an_alias_bomb_in_a_run_folder_does_nothing(stranger, capsys):
+    run, _ = stranger
+    bomb = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12))
+    run.recipe.write_text(bomb)
+    assert cli._guarded(["report", str(run.path)]) == 0
+    assert cli._guarded(["verify", str(run.path)]) in (0, 3)
+    assert cli._guarded(["sharpness", str(run.path)]) == 2
+    with pytest.raises(UserError, match="not a recipe any more"):
+        small_runs.pipeline(small_runs.TRAIN).run(run.path)
 
 
 @pytest.mark.parametrize("path", ["../../etc/passwd", "/etc/passwd", "latest/../../x"])

@@ -9,13 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
 from flatcompress.errors import UserError
 from flatcompress.report.numbers import mapping, number, records, text
 from flatcompress.training import storage
 from flatcompress.training.runfolder import RunFolder
 from flatcompress.training.runlog import read_events
+from flatcompress.yaml_source import parse_yaml
 
 MAX_PREVIEW = 4 << 20
 MAX_RECIPE = 1 << 18
@@ -103,7 +102,7 @@ def _read_recipe(run: Run, folder: RunFolder) -> None:
     raw = _tried(run, lambda: storage.read_bytes(folder.recipe, MAX_RECIPE), b"")
     run.recipe_text = raw.decode("utf-8", "replace")
     try:
-        run.recipe = mapping(yaml.safe_load(run.recipe_text))
+        run.recipe = mapping(parse_yaml(run.recipe_text, "recipe.yaml")[0])
     except Exception as error:  # hostile YAML breaks PyYAML in many ways; the text itself is shown all the same
         run.notes.append(text(f"recipe.yaml: not YAML ({error})", 400))
 
