@@ -27,7 +27,7 @@ DATA = {"name": "styled-shapes", "size": 24, "train_count": 600, "corrupted_coun
 INTRO = """
 Accuracy in percent. *corrupted* is the mean over corruption kinds and severities of in-domain test images; *sketch* is
 the style that no training image had. All pruned rows start from the same dense ERM network and take the same number of
-epochs; flat methods take two passes a step, and "twice the epochs" gives the plain optimizer as many. `R_C` is corrupted
+epochs; flat methods take two passes a step, "twice the epochs" gives the plain optimizer as many. `R_C` is corrupted
 over clean accuracy, *sharpness* the rise of the training loss at distance 0.05.
 """
 
