@@ -31,9 +31,9 @@ MODEL = {"name": "resnet8", "stem_stride": 2}
 K = 20  # steps a window: a run has 168
 RHO = 0.1  # of the float SAGM runs that quantization starts from
 INTRO = """
-Accuracy in percent on 12 drawn classes; three styles are trained on, the fourth (the column) only tested on. Methods of a
-block see the same number of epochs; a flat method takes two passes a step, which the column *passes* shows. QAT starts
-from the float network that its name says (SAGM unless it says ERM).
+Accuracy in percent on 12 drawn classes; three styles are trained on, the fourth (the column) is only tested on. All
+methods of a block see the same number of epochs; a flat method takes two passes a step, which the column *passes*
+shows. QAT starts from the float network that its name says (SAGM unless it says ERM).
 """
 
 
