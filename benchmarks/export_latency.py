@@ -167,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     failures: list[str] = []
     loads: dict[str, Any] = {}
     names = list(MODELS)[:1] if options.quick else list(MODELS)
-    rounds = 15 if options.quick else 60
+    rounds = 15 if options.quick else 40
     for name in names:
         with tempfile.TemporaryDirectory() as folder:
             files = contenders(name, Path(folder))

@@ -1,6 +1,6 @@
 """The ONNX sub-graphs that turn packed words back into int8 weights.
 
-Only standard operators on constants (BitShift, Cast, Sub, CumSum, Gather, ScatterElements, Split, Reshape), all of
+Only standard operators on constants (BitShift, Mod, Cast, Add, CumSum, Gather, ScatterElements, Split, Reshape), all of
 them in opset 13, so onnxruntime folds the whole sub-graph when it loads the file and sees plain int8 initializers.
 Tensors stored alike are concatenated into one *pool* and unpacked together: one sub-graph serves many small layers,
 and its text would otherwise outweigh them.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,32 +70,41 @@ def _write_pool(builder: GraphBuilder, encoding: Encoding, tensors: dict[str, ND
     return _split(builder, *_scattered(builder, codes, marks, encoding), tensors, encoding)
 
 
-def _codes(builder: GraphBuilder, codes: NDArray[np.int64], width: int) -> tuple[str, int]:
-    """Words and the shifts that cut them: int32 codes of shape [slots, words] and how many they are with padding."""
+def _codes(builder: GraphBuilder, codes: NDArray[np.int64], width: int, headroom: int = 0) -> tuple[str, int]:
+    """Words and the shifts that cut them: int32 codes of shape [slots, words] and how many they are with padding.
+
+    The codes come multiplied by ``2**headroom``, which is one more shift while they still lie in their words.
+    """
     words = packing.pack(codes, width)
-    size, kind = packing.word_bits(width), words.dtype.type
-    left = [size - width * (slot + 1) for slot in range(packing.slots(width))]
-    shifted = builder.op(
-        "BitShift",
-        [builder.constant(words), builder.constant(np.array(left, kind).reshape(-1, 1))],
-        direction="LEFT",
-    )
-    right = builder.op("BitShift", [shifted, builder.constant(np.array(size - width, kind))], direction="RIGHT")
-    return builder.cast(right, INT32), words.size * len(left)
+    size, kind, slots = packing.word_bits(width), words.dtype.type, packing.slots(width)
+    cut = _cut_bytes if size == 8 else _cut_words
+    right = cut(builder, builder.constant(words), kind, size, width)
+    if headroom:
+        right = builder.op("BitShift", [right, builder.constant(np.array(headroom, kind))], direction="LEFT")
+    return builder.cast(right, INT32), words.size * slots
+
+
+def _cut_bytes(builder: GraphBuilder, words: str, kind: Any, size: int, width: int) -> str:
+    """Shifted right, modulo 2**width. OpenVINO 2026.4 does not drop the bits that a byte shifted left loses."""
+    right = np.arange(0, size, width).astype(kind).reshape(-1, 1)
+    shifted = builder.op("BitShift", [words, builder.constant(right)], direction="RIGHT")
+    return builder.op("Mod", [shifted, builder.constant(np.array(1 << width, kind))])
+
+
+def _cut_words(builder: GraphBuilder, words: str, kind: Any, size: int, width: int) -> str:
+    """Shifted left until the slots above are gone, then right: a modulo of wide words would be slow."""
+    left = [size - width * (slot + 1) for slot in range(size // width)]
+    shifted = builder.op("BitShift", [words, builder.constant(np.array(left, kind).reshape(-1, 1))], direction="LEFT")
+    return builder.op("BitShift", [shifted, builder.constant(np.array(size - width, kind))], direction="RIGHT")
 
 
 def _integers(builder: GraphBuilder, codes: NDArray[np.int64], encoding: Encoding) -> tuple[str, int]:
     """int8 values (not yet flat) and their number with padding."""
-    if encoding.width == 8 and encoding.offset == -128 and not encoding.headroom:
-        return builder.constant((codes + encoding.offset).astype(np.int8)), codes.size
     if encoding.width == 8:
-        wide, count = builder.cast(builder.constant(codes.astype(np.uint8)), INT32), codes.size
-    else:
-        wide, count = _codes(builder, codes, encoding.width)
-    values = builder.op("Add", [wide, builder.constant(np.array(encoding.offset, np.int32))])
-    if encoding.headroom:
-        values = builder.op("Mul", [values, builder.constant(np.array(1 << encoding.headroom, np.int32))])
-    return builder.cast(values, INT8), count
+        return builder.constant(((codes + encoding.offset) << encoding.headroom).astype(np.int8)), codes.size
+    wide, count = _codes(builder, codes, encoding.width, encoding.headroom)
+    offset = builder.constant(np.array(encoding.offset << encoding.headroom, np.int32))
+    return builder.cast(builder.op("Add", [wide, offset]), INT8), count
 
 
 def _flat(builder: GraphBuilder, tensor: str) -> str:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -69,10 +71,21 @@ def test_every_encoding_that_applies_is_lossless(shape, bits, sparsity, seed):
     width, offset = packing.value_range(values, bits)
     encodings = {packing.Encoding("dense", width, offset)}
     encodings |= {encoding for encoding, _ in packing._sparse_candidates(values, width, offset)}
+    encodings.add(packing.Encoding("dense", 8, -128))
     for encoding in encodings:
         model = model_of({"t0": (values, encoding)})
         np.testing.assert_array_equal(through_onnxruntime(model)[0], values, err_msg=str(encoding))
         np.testing.assert_array_equal(through_reference(model)[0], values, err_msg=str(encoding))
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.9])
+@pytest.mark.parametrize("bits", range(2, 8))
+def test_headroom_multiplies_what_comes_out(bits, sparsity):
+    values = integers((16, 24, 3, 3), bits, sparsity, bits)
+    encoding = dataclasses.replace(packing.choose(values, bits), headroom=7 - bits)
+    model = model_of({"t0": (values, encoding)})
+    for run in (through_onnxruntime, through_reference):
+        np.testing.assert_array_equal(run(model)[0], values << (7 - bits))
 
 
 @pytest.mark.parametrize("width", range(1, 8))
