@@ -94,7 +94,9 @@ def _check_mark(sentinel: nn.Parameter, mark: Tensor) -> None:
 
 
 def _dense(gradient: Tensor) -> Tensor:
-    return (gradient.to_dense() if gradient.is_sparse else gradient).detach()
+    if gradient.is_sparse:
+        gradient = gradient.to_dense()
+    return gradient.detach() if gradient.requires_grad else gradient
 
 
 def _loss(returned: Any) -> Tensor:

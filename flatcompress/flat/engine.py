@@ -110,7 +110,8 @@ class FlatOptimizer(Optimizer):
 
     @property
     def last_radius(self) -> float | None:
-        return None if self._points.radius is None else float(self._points.radius)
+        sizes = self._points.sizes
+        return float(vectors.total_norm(sizes)) if sizes else None
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything, so that a deep copy (with its model) goes on by itself."""

@@ -38,8 +38,14 @@ class Buffers:
         self.walk()
 
     def walk(self) -> list[nn.Module]:
-        """Look up the modules anew: once a step, walking them costs as much as the copies."""
-        self.modules = list(self.model.modules())
+        """Look up the modules anew, once a step; by hand, since ``modules()`` takes as long as the copies."""
+        waiting, found = [self.model], {}
+        while waiting:
+            module = waiting.pop()
+            if id(module) not in found:
+                found[id(module)] = module
+                waiting.extend(child for child in module._modules.values() if child is not None)
+        self.modules = list(found.values())
         return self.modules
 
     @contextmanager

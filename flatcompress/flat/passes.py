@@ -64,12 +64,12 @@ class Points:
     def __init__(self) -> None:
         self._saved: dict[int, Tensor] = {}
         self._fresh: set[int] = set()
-        self.radius: Tensor | None = None
+        self.sizes: list[Tensor] = []
 
     def begin(self) -> None:
         """A new step: the copies are of older weights."""
         self._fresh = set()
-        self.radius = None
+        self.sizes = []
 
     @contextmanager
     def at(self, params: Sequence[Tensor], probe: Probe) -> Iterator[None]:
@@ -83,7 +83,7 @@ class Points:
         targets, deltas = [t for t, _ in pairs], [e for _, e in pairs]
         with torch.no_grad():
             saved = self._save(targets)
-        self.radius = vectors.norm(deltas)
+        self.sizes = vectors.norms(deltas)
         try:
             vectors.add_(targets, deltas)
             del pairs, deltas  # a copy of the weights that need not be held during the pass

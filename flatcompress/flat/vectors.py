@@ -7,7 +7,7 @@ float64 weights, because 1e6 half-precision entries of 100 already overflow a ha
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -21,9 +21,14 @@ def accumulate_dtype(vector: Sequence[Tensor]) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in vector) else torch.float32
 
 
-def _total(parts: Iterable[Tensor], like: Sequence[Tensor]) -> Tensor:
-    device = like[0].device
-    return torch.stack([part.to(device) for part in parts])
+def _stacked(parts: Sequence[Tensor]) -> Tensor:
+    device = parts[0].device
+    return torch.stack([part if part.device == device else part.to(device) for part in parts])
+
+
+def total_norm(sizes: Sequence[Tensor]) -> Tensor:
+    """The norm of the whole from the norms of its tensors."""
+    return torch.linalg.vector_norm(_stacked(sizes))
 
 
 def norms(vector: Sequence[Tensor]) -> list[Tensor]:
@@ -40,7 +45,7 @@ def norm(vector: Sequence[Tensor]) -> Tensor:
     """The l2 norm over everything, 0-dim; 0 for an empty vector."""
     if not vector:
         return torch.zeros(())
-    return torch.linalg.vector_norm(_total(norms(vector), vector))
+    return total_norm(norms(vector))
 
 
 def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
@@ -49,7 +54,7 @@ def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
         return torch.zeros(())
     dtype = accumulate_dtype(a)
     parts = [torch.dot(x.reshape(-1).to(dtype), y.reshape(-1).to(dtype)) for x, y in zip(a, b)]
-    return _total(parts, a).sum()
+    return _stacked(parts).sum()
 
 
 def dots(a: Sequence[Tensor], b: Sequence[Tensor]) -> list[Tensor]:
