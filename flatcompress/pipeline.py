@@ -211,7 +211,7 @@ class Pipeline:
 def recipe_hash(recipe: Recipe) -> str:
     """SHA-256 of everything in the recipe that can change the result."""
     raw = recipe.to_dict()
-    for key in ("name", "output_dir"):
+    for key in ("name", "output_dir", "checkpoint_every", "log"):
         raw.pop(key)
     return hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest()
 

@@ -16,7 +16,7 @@ import pytest
 import small_runs
 
 from flatcompress.errors import Interrupted, UserError
-from flatcompress.session import how_to_go_on
+from flatcompress.session import Progress, how_to_go_on, seconds
 
 ROOT = Path(__file__).parents[1]
 AGAIN = {"train": {"method": "none", "epochs": 1}}
@@ -148,6 +148,31 @@ def test_keys_that_cannot_change_the_result_may_change(whole, tmp_path):
     stopped_in(tmp_path / "run", "0-train")
     options = {"checkpoint_every": "1h", "threads": None, "on_divergence": "skip", "on_out_of_memory": "halve"}
     assert small_runs.same(run(tmp_path / "run", **options, max_rollbacks=9), whole)
+
+
+def test_more_loading_processes_give_the_same_bits(whole, tmp_path):
+    stopped_in(tmp_path / "run", "0-train")
+    pipeline = small_runs.pipeline(small_runs.TRAIN, AGAIN)
+    pipeline.recipe.data.workers = 1
+    assert small_runs.same(pipeline.run(tmp_path / "run"), whole)
+
+
+@pytest.mark.parametrize(("text", "expected"), [("90s", 90.0), ("5m", 300.0), ("1.5h", 5400.0)])
+def test_checkpoint_every_reads_times(text, expected, monkeypatch, tmp_path):
+    assert seconds(text) == expected
+    saved, clock = [], [0.0]
+    monkeypatch.setattr("flatcompress.session.time.monotonic", lambda: clock[0])
+    save = Progress.save
+    monkeypatch.setattr(Progress, "save", lambda self, step, state: (saved.append(step), save(self, step, state)))
+    due = Progress.due
+
+    def ticking(self, step):
+        clock[0] += expected / 4
+        return due(self, step)
+
+    monkeypatch.setattr(Progress, "due", ticking)
+    run(tmp_path / "run", small_runs.TRAIN, checkpoint_every=text)
+    assert saved == [4, 8]
 
 
 def test_restart_begins_afresh(tmp_path):

@@ -7,7 +7,7 @@ from typing import Any
 
 # Keys that cannot change what is computed: where it goes, how often it is saved, who watches, what a failure does.
 HARMLESS = frozenset(
-    {"output_dir", "name", "device", "threads", "checkpoint_every", "log"}
+    {"output_dir", "name", "device", "threads", "data.workers", "checkpoint_every", "log"}
     | {"on_divergence", "max_rollbacks", "on_out_of_memory"}
 )
 Change = tuple[str, Any, Any]
