@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks import _sweeps
 from benchmarks._sweeps import Claim
-from benchmarks.domain_generalization import MODEL, RHO, K, quantize, train
+from benchmarks.domain_generalization import MODEL, QAT_RHO, RHO, K, quantize, train
 from benchmarks.robust_pruning import DATA, prune
 
 NAME = "pipeline_vs_parts"
@@ -35,7 +35,7 @@ def methods(epochs: tuple[int, int, int]) -> list[dict[str, Any]]:
     first, second, third = epochs
     starts = {"plain": train("none", first), "flat": train("sagm", first, rho=RHO)}
     cuts = {"plain": prune("magnitude", 0.5, second), "flat": prune("adasap", 0.5, second)}
-    grids = {"plain": quantize("lsq", 4, third), "flat": quantize("gaqat", 4, third, K=K)}
+    grids = {"plain": quantize("lsq", 4, third), "flat": quantize("gaqat", 4, third, K=K, rho=QAT_RHO)}
     packed, floats = {"export": {"profile": "packed"}}, {"export": {"profile": "float32"}}
     rows = []
     for kind in ("plain", "flat"):
