@@ -182,7 +182,9 @@ def test_own_module_and_own_data_from_python(tmp_path):
 def test_wrong_use_from_python_is_a_user_error(tmp_path):
     with pytest.raises(UserError, match="'test' is missing"):
         Pipeline(model=Net(), data={"train": stripes(8, 0)}, stages=[TrainConfig(epochs=1)])
-    wrong = Pipeline(model=nn.Linear(3, 2), data={"train": stripes(64, 0), "test": stripes(8, 1)}, stages=[{"train": {}}])
+    wrong = Pipeline(
+        model=nn.Linear(3, 2), data={"train": stripes(64, 0), "test": stripes(8, 1)}, stages=[{"train": {}}]
+    )
     with pytest.raises(UserError, match="cannot read the data"):
         wrong.run(tmp_path / "wrong")
     assert not (tmp_path / "wrong").exists()
