@@ -17,7 +17,7 @@ import onnxruntime as ort
 
 from flatcompress.errors import UserError
 from flatcompress.onnx_export import inspect_file, parity
-from flatcompress.onnx_export.certificate import ARGMAX, ARGMAX_UNOPTIMIZED, LARGEST_STEPS, METRIC, SCHEMA, versions
+from flatcompress.onnx_export.certificate import ARGMAX, LARGEST_STEPS, METRIC, SCHEMA, unoptimized_floor, versions
 from flatcompress.onnx_export.evidence import Evidence, read, sha256
 from flatcompress.onnx_export.sessions import kernels, machine, run, session
 
@@ -171,7 +171,7 @@ def _judge(result: Verification, evidence: Evidence, outputs: dict[str, np.ndarr
     step = (
         claimed if isinstance(claimed, float) and 0 < claimed < float("inf") else parity.output_step(evidence.reference)
     )
-    for name, least in (("optimized", ARGMAX), ("unoptimized", ARGMAX_UNOPTIMIZED)):
+    for name, least in (("optimized", ARGMAX), ("unoptimized", unoptimized_floor(result.certificate))):
         found = outputs[name]
         if found.shape != evidence.reference.shape:
             result.failures.append(f"{name}: output shape {found.shape}, evidence {evidence.reference.shape}.")
