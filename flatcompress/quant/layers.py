@@ -48,7 +48,7 @@ def quantize(
     `QUANTIZERS`. ``first_last_bits``: weights of the first and last layers and the last one's input. ``input_bits``,
     ``input_signed``: the network's input. ``residual_bits``: signed tensors that enter a residual add. ``ignore``:
     layers (or ``re:`` patterns, or parents) that stay float. ``bits``: per layer or pattern an integer (weights) or
-    ``{"weight": .., "activation": ..}``. ``example_input``: [B, ...]; without it ``model.input_shape`` is used.
+    ``{"weight": .., "activation": ..}``. ``example_input``: [B, ...]; without it ``model.input_shape``, or the first usual size it takes.
 
     Weight scales are set from the weights; activation scales by `calibrate`, or else by the first batch. Returns the
     `Plan` that `flatcompress.apply_plan` repeats; `explain` says what was decided and why. Raises UserError for
@@ -153,11 +153,40 @@ def _example(model: nn.Module, example_input: torch.Tensor | None) -> torch.Tens
             raise UserError("example_input contains NaN or infinity.")
         return _on_model(model, example_input)
     shape = getattr(model, "input_shape", None)
-    if shape is None:
-        raise UserError(
-            f"{type(model).__name__} does not say the size of its input: pass example_input, or set model.input_shape."
-        )
-    return _on_model(model, torch.zeros(2, *shape))
+    candidates = [tuple(shape)] if shape is not None else _plausible_shapes(model)
+    for candidate in candidates:
+        example = _on_model(model, torch.zeros(2, *candidate))
+        if shape is not None or _accepts(model, example):
+            return example
+    raise UserError(
+        f"{type(model).__name__} does not say the size of its input: pass example_input, or set model.input_shape."
+    )
+
+
+def _plausible_shapes(model: nn.Module) -> list[tuple[int, ...]]:
+    """Input shapes that the first layer with weights would take, the usual image sizes in turn."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            return [(module.in_channels, side, side) for side in (32, 28, 64, 96, 224, 16, 8)]
+        if isinstance(module, nn.Conv1d):
+            return [(module.in_channels, length) for length in (64, 128, 256, 1000, 16000)]
+        if isinstance(module, nn.Linear):
+            return [(module.in_features,)]
+    return []
+
+
+def _accepts(model: nn.Module, example: torch.Tensor) -> bool:
+    modes = {m: m.training for m in model.modules()}
+    model.eval()  # running statistics must not see the guess
+    try:
+        with torch.no_grad():
+            model(example)
+    except (RuntimeError, ValueError, TypeError, IndexError):
+        return False
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    return True
 
 
 def _on_model(model: nn.Module, example: torch.Tensor) -> torch.Tensor:

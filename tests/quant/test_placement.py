@@ -244,7 +244,7 @@ def test_quantizing_twice_and_using_a_float_model_are_refused() -> None:
     with pytest.raises(UserError, match="not quantized"):
         quant.calibrate(Net(), [X])
     with pytest.raises(UserError, match="example_input"):
-        quant.quantize(nn.Sequential(nn.Linear(2, 2)))
+        quant.quantize(nn.Sequential(nn.Unflatten(1, (2, 2)), nn.Flatten(), nn.Linear(5, 2)))  # takes no size at all
 
 
 def test_plan_of_another_model_is_refused_by_name() -> None:
@@ -282,3 +282,9 @@ def test_calibration_uses_all_batches() -> None:
     quant.calibrate(model, [X, 3 * X])
     scale = quant.scale_parameters(model)["quantizers.input"]
     assert float(scale) == pytest.approx(2 * float(X.abs().mean()) * 2 / 127**0.5, rel=1e-5)
+
+
+def test_input_size_is_found_when_nobody_says_it():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 26 * 26, 2))  # reads 28 x 28 alone
+    quant.quantize(net, weight_bits=4, activation_bits=4)
+    assert net(torch.randn(1, 3, 28, 28)).shape == (1, 2)
