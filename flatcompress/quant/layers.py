@@ -48,7 +48,8 @@ def quantize(
     `QUANTIZERS`. ``first_last_bits``: weights of the first and last layers and the last one's input. ``input_bits``,
     ``input_signed``: the network's input. ``residual_bits``: signed tensors that enter a residual add. ``ignore``:
     layers (or ``re:`` patterns, or parents) that stay float. ``bits``: per layer or pattern an integer (weights) or
-    ``{"weight": .., "activation": ..}``. ``example_input``: [B, ...]; without it ``model.input_shape``, or the first usual size it takes.
+    ``{"weight": .., "activation": ..}``. ``example_input``: [B, ...]; without it ``model.input_shape``, or else the
+    first usual size that the model takes.
 
     Weight scales are set from the weights; activation scales by `calibrate`, or else by the first batch. Returns the
     `Plan` that `flatcompress.apply_plan` repeats; `explain` says what was decided and why. Raises UserError for
