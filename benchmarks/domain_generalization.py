@@ -9,9 +9,9 @@ validation on the source styles, flat methods' radii likewise on the first seed.
 benchmarks/results/domain_generalization.json and docs/results/domain_generalization.md. `--collect` makes them from
 the runs that are finished.
 
-Targets (``--check`` exits 1 where one is missed), on the held-out style, paired by seed and style:
-float SAGM above float ERM by more than two standard errors; at every bit width LSQ under SAGM above plain LSQ (from
-ERM) by more than two standard errors, and the recommended GAQAT above naive LSQ+SAGM.
+Targets (``--check`` exits 1 where one is missed), on the held-out style, paired by seed and style: float SAGM above
+float ERM by more than two standard errors, also when ERM gets as many passes; at every bit width LSQ under SAGM above
+plain LSQ (from ERM) by more than two standard errors, and GAQAT above naive LSQ+SAGM by more than one.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ def methods(bits: Sequence[int], epochs: tuple[int, int], quick: bool) -> list[d
         {"name": "float SAGM", "stages": [sagm]},
     ]
     if not quick:
+        rows.append({"name": "float ERM, twice the epochs", "stages": [train("none", 2 * epochs[0])]})
         rows.append({"name": "float SAM", "stages": [train("sam", epochs[0], rho=RHO)]})
     for b in bits:
         rows += _quantized(b, epochs[1], erm, sagm, quick)
@@ -92,11 +93,14 @@ def _quantized(b: int, epochs: int, erm: Any, sagm: Any, quick: bool) -> list[di
 
 def claims(bits: Sequence[int]) -> list[Claim]:
     """The targets of the module's docstring."""
-    found = [Claim("float SAGM", "float ERM", standard_errors=2)]
+    found = [
+        Claim("float SAGM", "float ERM", standard_errors=2),
+        Claim("float SAGM", "float ERM, twice the epochs", standard_errors=2),
+    ]
     for b in bits:
         found += [
             Claim(f"W{b}A{b} LSQ+SAGM", f"W{b}A{b} LSQ from ERM", standard_errors=2),
-            Claim(f"W{b}A{b} GAQAT", f"W{b}A{b} LSQ+SAGM"),
+            Claim(f"W{b}A{b} GAQAT", f"W{b}A{b} LSQ+SAGM", standard_errors=1),
         ]
     return found
 
