@@ -98,6 +98,11 @@ def test_table_averages_domains_within_a_seed_then_seeds():
     assert "60.0 ± 14.1" in text and "chosen by validation" in text and "corrupted |" not in text
 
 
+def test_one_held_out_domain_is_shown_once():
+    text = sweep_table.markdown(sweep_table.table([result("LSQ", 0, "0", 0.4)]))
+    assert "held out (0)" in text and text.count("40.0") == 1
+
+
 def test_paired_difference_cancels_what_seeds_share():
     a = [result("LSQ", 0, "0", 0.5), result("LSQ", 1, "0", 0.9)]
     b = [result("float", 0, "0", 0.4), result("float", 1, "0", 0.8), result("float", 2, "0", 0.1)]
