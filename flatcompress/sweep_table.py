@@ -133,10 +133,13 @@ def _mean(values: Iterable[float | None]) -> float | None:
 def columns(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """Header and cells as text; columns that no row fills are left out."""
     domains = list(dict.fromkeys(d for row in rows for d in row.by_domain))
+    overall = "held out"
+    if len(domains) == 1:  # one domain is its own mean
+        overall, domains = f"held out ({domains[0]})", []
     head = [
         "method",
         *domains,
-        "held out",
+        overall,
         "in domain",
         "corrupted",
         "R_C",
