@@ -149,6 +149,7 @@ def columns(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
         "passes",
         "seconds",
         "kB",
+        "seeds",
     ]
     cells = [
         [
@@ -164,6 +165,7 @@ def columns(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
             f"{row.passes:,.0f}",
             f"{row.seconds:.0f}",
             _number(None if row.bytes is None else row.bytes / 1000, ".1f"),
+            "" if row.test is None else str(row.test.n),
         ]
         for row in rows
     ]
