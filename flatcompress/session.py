@@ -23,6 +23,7 @@ from flatcompress.plan import apply_plan
 from flatcompress.recipe import Recipe
 from flatcompress.stages.workpiece import Workpiece
 from flatcompress.training import changes, checkpoint, memory
+from flatcompress.training.divergence import describe
 from flatcompress.training.runfolder import RunFolder
 from flatcompress.training.runlog import RunLog
 from flatcompress.training.signals import StopRequest
@@ -337,6 +338,10 @@ class Progress:
         """A step diverged: into the log, and into the stage's row of the ledger."""
         self._session.incidents.append(finding)
         self._session.emit("divergence", **finding)
+        done = (
+            "left out" if finding["action"] == "skip" else f"back to step {finding['to_step']}, half the learning rate"
+        )
+        self._session.emit("warning", message=f"{describe(finding)}; {done}")
 
 
 def seconds(text: str) -> float:

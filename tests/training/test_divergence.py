@@ -205,4 +205,5 @@ def test_the_ledger_says_what_diverged(tmp_path, monkeypatch):
     result = small_runs.pipeline(small_runs.TRAIN, on_divergence="rollback").run(tmp_path / "run")
     (incident,) = result.ledger[0]["divergences"]
     assert (incident["step"], incident["action"], incident["to_step"]) == (3, "rollback", 2)
-    assert '"event": "divergence"' in (tmp_path / "run" / "log.jsonl").read_text()
+    log = (tmp_path / "run" / "log.jsonl").read_text()
+    assert '"event": "divergence"' in log and "back to step 2, half the learning rate" in log

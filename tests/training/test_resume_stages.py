@@ -91,7 +91,7 @@ def run(bundle, stages, folder, monkeypatch, stop_at=()):
         monkeypatch.setattr(Progress, "save", save)
 
 
-SLOW = {"looksam", "gam", "friendlysam", "esam", "tram", "msam", "rsam", "swa", "masksparsity", "squat"}
+SLOW = {"looksam", "gam", "friendlysam", "esam", "tram", "msam", "rsam", "swa", "masksparsity", "squat", "distillation"}
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.slow] * (c.split()[-1] in SLOW)) for c in CASES])
