@@ -10,3 +10,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 
 torch.set_num_threads(1)
+
+# The longest files first, so that no process is left alone with one at the end.
+LONG = ("test_acceptance", "test_pipeline", "test_documents", "test_cli", "test_session_runs", "test_hostile_files")
+
+
+def pytest_collection_modifyitems(items):
+    """Stable: inside a file the order stays."""
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
