@@ -179,6 +179,19 @@ def test_own_module_and_own_data_from_python(tmp_path):
     assert result.ledger[-1]["accuracy"]["held_out"] is None
 
 
+def test_two_runs_of_one_program_may_differ_in_precision(tmp_path):
+    for precision in ("bf16", "no"):
+        pipeline = Pipeline(
+            model=Net(),
+            data={"train": stripes(64, 0), "test": stripes(16, 1)},
+            stages=[{"train": {"method": "sam", "epochs": 1}}],
+            batch_size=32,
+            device="cpu",
+            precision=precision,
+        )
+        assert pipeline.run(tmp_path / precision).ledger[0]["stage"] == "train"
+
+
 def test_wrong_use_from_python_is_a_user_error(tmp_path):
     with pytest.raises(UserError, match="'test' is missing"):
         Pipeline(model=Net(), data={"train": stripes(8, 0)}, stages=[TrainConfig(epochs=1)])

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor, nn
 
 from flatcompress.errors import Interrupted, RunError
@@ -38,7 +39,11 @@ def make_accelerator(device: str = "auto", precision: str = "no") -> Accelerator
     """An Accelerator on ``device`` (auto | cpu | mps | cuda | cuda:N). UserError when that device is not there."""
     from flatcompress.training.devices import select
 
-    return Accelerator(cpu=select(device) == "cpu", mixed_precision=precision)
+    cpu = select(device) == "cpu"
+    # Accelerate keeps one state per process and refuses another precision; two runs in one program may differ.
+    if AcceleratorState._shared_state and PartialState().num_processes == 1:
+        AcceleratorState._reset_state(True)
+    return Accelerator(cpu=cpu, mixed_precision=precision)
 
 
 class Progress(Protocol):

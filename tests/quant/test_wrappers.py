@@ -41,6 +41,7 @@ def test_accelerate_wraps_the_graph_and_switches_still_work() -> None:
     from accelerate.state import AcceleratorState, PartialState
 
     model = net()
+    AcceleratorState._reset_state(True)  # another test of this process may have chosen another precision
     try:
         accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
         prepared, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=1e-3))
