@@ -18,13 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from flatcompress.errors import Interrupted, RunError, UserError
 from flatcompress.recipe import Recipe, parse_recipe
 from flatcompress.sweep import MethodEntry, Run, Sweep, Task, folder_name, runs_of, tasks_of
 from flatcompress.training import checkpoint
 from flatcompress.training.storage import write_text_atomic
+from flatcompress.yaml_source import parse_yaml
 
 Show = Callable[[str], None]
 
@@ -247,9 +246,9 @@ def is_done(folder: Path, recipe: Recipe) -> bool:
     """Every stage of ``recipe`` has its row in the folder's ledger, and the folder is this recipe's."""
     try:
         rows = json.loads((folder / "ledger.json").read_text())["rows"]
-        saved = yaml.safe_load((folder / "recipe.yaml").read_text())
+        saved, _ = parse_yaml((folder / "recipe.yaml").read_text(), str(folder))
         same = parse_recipe(saved, str(folder)).stages == recipe.stages
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+    except (OSError, ValueError, KeyError, TypeError):
         return False
     return same and len(rows) >= len(recipe.stages)
 
