@@ -7,7 +7,7 @@ demo: .venv/.installed  ## install and run the quickstart recipe to a verified O
 	$(BIN)/flatcompress run configs/quickstart.yaml
 
 test: .venv/.test-installed  ## the tests, without the slow ones
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: .venv/.test-installed  ## everything that takes long
 	$(BIN)/python -m pytest -m slow
