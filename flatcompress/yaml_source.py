@@ -49,9 +49,9 @@ def parse_yaml(text: str, where: str) -> tuple[Any, dict[Path, int]]:
     try:
         for depth, event in _depths(text):
             if isinstance(event, yaml.AliasEvent):
-                raise UserError(f"{where}:{event.start_mark.line + 1}: aliases (*name) are not read in recipes.")
+                raise UserError(f"{where}:{_line(event)}: aliases (*name) are not read in recipes.")
             if depth > MAX_DEPTH:
-                raise UserError(f"{where}:{event.start_mark.line + 1}: nested deeper than {MAX_DEPTH} levels.")
+                raise UserError(f"{where}:{_line(event)}: nested deeper than {MAX_DEPTH} levels.")
         loader = _Loader(text)
         try:
             node = loader.get_single_node()
@@ -69,6 +69,11 @@ def parse_yaml(text: str, where: str) -> tuple[Any, dict[Path, int]]:
     if node is not None:
         _lines(node, (), lines)
     return value, lines
+
+
+def _line(event: yaml.Event) -> int:
+    """The line an event starts on, counted from 1; an event without a mark counts as the first."""
+    return event.start_mark.line + 1 if event.start_mark is not None else 1
 
 
 def _depths(text: str) -> Iterator[tuple[int, yaml.Event]]:
