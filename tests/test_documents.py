@@ -42,7 +42,7 @@ def test_readme_names_the_two_commands():
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory) -> Path:
+def quick_checkout(tmp_path_factory) -> Path:
     """A folder that looks like the checkout, with quick recipes."""
     folder = tmp_path_factory.mktemp("readme")
     (folder / "configs").mkdir()
@@ -56,16 +56,16 @@ def workplace(tmp_path_factory) -> Path:
     return folder
 
 
-def test_readme_commands_run_in_order(workplace, monkeypatch):
-    monkeypatch.chdir(workplace)
+def test_readme_commands_run_in_order(quick_checkout, monkeypatch):
+    monkeypatch.chdir(quick_checkout)
     found = commands()
     assert [c[1] for c in found if c[1] in ("run", "verify")][:2] == ["run", "verify"]
     for command in found:
         assert _guarded(command[1:]) == 0, command
 
 
-def test_readme_python_runs(workplace, monkeypatch):
-    monkeypatch.chdir(workplace)
+def test_readme_python_runs(quick_checkout, monkeypatch):
+    monkeypatch.chdir(quick_checkout)
     snippets = blocks("python")
     assert snippets
     for snippet in snippets:
