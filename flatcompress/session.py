@@ -5,6 +5,7 @@ The pipeline asks the session where to begin, tells it when a stage is entered a
 
 from __future__ import annotations
 
+import io
 import os
 import platform
 import shlex
@@ -27,7 +28,7 @@ from flatcompress.training.divergence import describe
 from flatcompress.training.runfolder import RunFolder
 from flatcompress.training.runlog import RunLog
 from flatcompress.training.signals import StopRequest
-from flatcompress.training.storage import write_error
+from flatcompress.training.storage import write_bytes_atomic, write_error
 from flatcompress.training.trackers import open_tracker
 from flatcompress.yaml_source import parse_yaml
 
@@ -189,7 +190,8 @@ class Session:
         work.ledger = list(finished.extra["ledger"])
         work.passes = int(finished.extra["passes"])
         work.certificate = finished.extra.get("certificate")
-        work.artifacts = {k: self.folder.path / v for k, v in finished.extra.get("artifacts", {}).items()}
+        # Names alone: a stranger's checkpoint must not point out of the folder.
+        work.artifacts = {k: self.folder.path / Path(v).name for k, v in finished.extra.get("artifacts", {}).items()}
         return finished.stage_index + 1
 
     def _sound(self) -> tuple[Checkpoint | None, Checkpoint | None]:
@@ -221,10 +223,16 @@ class Session:
             data=work.data.name,
             classes=list(work.data.classes),
             held_out=work.data.held_out_domain,
+            skipped=len(work.data.skipped),
             environment=environment(work),
         )
+        if work.data.skipped:  # whoever loaded the data was told before there was a log
+            count, first = len(work.data.skipped), work.data.skipped[0]
+            self.emit("warning", message=f"bad samples left out of the data: {count}; the first: {first}")
         if self.main and not self.folder.preview.exists():
-            work.data.preview().save(self.folder.preview)
+            picture = io.BytesIO()
+            work.data.preview().save(picture, format="PNG")
+            write_bytes_atomic(self.folder.preview, picture.getvalue())
 
     # ------------------------------------------------------------------ stages
 

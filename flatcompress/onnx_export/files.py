@@ -14,7 +14,10 @@ def write_whole(path: Path, data: bytes) -> None:
     temporary = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(data)
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())  # or the name may outlive a power cut that the bytes do not
         os.replace(temporary, path)
     except OSError as error:
         with contextlib.suppress(OSError):

@@ -227,6 +227,7 @@ def _state(job: Job, epoch: int, done: int, stats: Means, base_lrs: list[float])
         "rng": capture_rng(),
         "context": job.context,
         "trouble": asdict(job.trouble),
+        **({} if job.accelerator.scaler is None else {"scaler": job.accelerator.scaler.state_dict()}),
     }
 
 
@@ -247,6 +248,8 @@ def _resume(job: Job) -> tuple[int, int, Means]:
         job.trouble = Trouble(**state["trouble"])
         if job.trouble.parts > 1:
             share_perturbation(job)
+        if job.accelerator.scaler is not None:
+            job.accelerator.scaler.load_state_dict(state["scaler"])
         restore_rng(state["rng"])
         return int(state["epoch"]), int(state["done"]), stats
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
