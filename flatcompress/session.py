@@ -227,8 +227,8 @@ class Session:
             environment=environment(work),
         )
         if work.data.skipped:  # whoever loaded the data was told before there was a log
-            count, first = len(work.data.skipped), work.data.skipped[0]
-            self.emit("warning", message=f"bad samples left out of the data: {count}; the first: {first}")
+            count, example = len(work.data.skipped), work.data.skipped[0]
+            self.emit("warning", message=f"bad samples left out of the data: {count}; the first: {example}")
         if self.main and not self.folder.preview.exists():
             picture = io.BytesIO()
             work.data.preview().save(picture, format="PNG")
