@@ -4,7 +4,7 @@
 
 Styled shapes with *sketch* held out. One dense network, trained by the plain optimizer, is pruned by every method to
 the same budget of multiply-accumulates, at equal epochs. Corrupted accuracy is the mean over kinds and severities on
-in-domain test images. Every method's radius is chosen by validation on the source styles. Prints the
+in-domain test images. Every method's radius or strength is chosen by validation on the source styles. Prints the
 tables, writes benchmarks/results/robust_pruning.json and docs/results/robust_pruning.md.
 
 Targets (``--check`` exits 1 where one is missed): at 50 % of the MACs AdaSAP (global norm) at least 5 points above
@@ -66,9 +66,9 @@ def methods(shares: Sequence[float], epochs: tuple[int, int], quick: bool) -> li
                 row("SAM", "sam", grid={"rho": [0.1, 0.2, 0.4]}),
                 row("Taylor", "taylor"),
                 row("AdaSAP, per neuron", "adasap", norm="per_neuron", grid={"rho_max": [0.5, 1.0, 2.0]}),
-                row("group norm", "group_norm"),
-                row("MaskSparsity", "masksparsity"),
-                row("growing regularisation", "growing_reg"),
+                row("group norm", "group_norm", grid={"strength": [0.01, 0.1, 1.0]}),
+                row("MaskSparsity", "masksparsity", grid={"strength": [5e-4, 0.05]}),
+                row("growing regularisation", "growing_reg", grid={"strength": [0.01, 1.0]}),
             ]
     return rows
 

@@ -6,12 +6,14 @@ Where one machine is too small, ``plan`` writes every run's recipe and the comma
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -160,7 +162,7 @@ class _Pool:
     def work(self) -> dict[str, str]:
         """Run everything; returns the failures by key."""
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(self.jobs, context, _worker_start) as pool:
+        with _terminable(), ProcessPoolExecutor(self.jobs, context, _worker_start) as pool:
             running: dict[Future[str | None], Task] = {}
             try:
                 while self.waiting or running:
@@ -170,7 +172,11 @@ class _Pool:
                 raise RunError(
                     "a process of the sweep was killed (out of memory?). The same command goes on."
                 ) from None
-            except KeyboardInterrupt:
+            except KeyboardInterrupt as stop:
+                # A terminal interrupts the workers itself; a second signal would stop them before they have saved.
+                if isinstance(stop, _Terminated):
+                    for worker in multiprocessing.active_children():
+                        worker.terminate()
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise Interrupted("the sweep was stopped; every run is saved, and the same command goes on") from None
         return self.failed
@@ -202,13 +208,48 @@ class _Pool:
             self.show(f"[{self.count}/{self.total}] {task.name}: {problem or 'done'}")
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which reached this process alone."""
+
+
+def _terminate(number: int, frame: Any) -> None:
+    raise _Terminated
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM stops the sweep as an interrupt of the terminal does; only the main thread can take signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    old = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, old)
+
+
 def _worker_start() -> None:
     """A worker has one thread, and leaves an interrupt of the terminal to the run it is in."""
     os.environ["OMP_NUM_THREADS"] = "1"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_outlive_no_parent, daemon=True).start()
     import torch
 
     torch.set_num_threads(1)
+
+
+def _outlive_no_parent() -> None:
+    """End this worker when the sweep was killed: at once if idle, after saving the present step if in a run."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _orphaned() -> bool:
+    parent = multiprocessing.parent_process()
+    return parent is not None and not parent.is_alive()
 
 
 def execute(recipe: dict[str, Any], folder: str, base: str | None) -> str | None:
@@ -224,6 +265,9 @@ def execute(recipe: dict[str, Any], folder: str, base: str | None) -> str | None
         return str(error)
     except Exception as error:  # one broken run must not end the others; the text goes into the sweep's report
         return f"{type(error).__name__}: {error}"
+    finally:
+        if _orphaned():
+            os._exit(1)
     return None
 
 

@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import _common, _sweeps, domain_generalization, flat_family, pipeline_vs_parts, robust_pruning
+from benchmarks import (
+    _common,
+    _sweeps,
+    adasap_ablation,
+    domain_generalization,
+    flat_family,
+    pipeline_vs_parts,
+    robust_pruning,
+)
 from benchmarks._sweeps import Claim, judge
 from flatcompress import flat, sweep_run
 from flatcompress.sweep import parse_sweep, runs_of
@@ -17,6 +25,7 @@ RECIPE = {"data": {"name": "styled-shapes"}, "model": {"name": "resnet8"}, "stag
 METHODS = {
     "domain_generalization": domain_generalization.methods([4, 3, 2], (12, 6), False),
     "robust_pruning": robust_pruning.methods([0.5, 0.25], (12, 12), False),
+    "adasap_ablation": adasap_ablation.methods([0.25, 0.125], (12, 12), list(adasap_ablation.PHASES)),
     "pipeline_vs_parts": pipeline_vs_parts.methods((12, 12, 6)),
     "flat_family": flat_family.methods([n for n in flat.METHODS if n not in flat_family.LEFT_OUT], 12, False),
 }
@@ -32,6 +41,7 @@ def test_benchmarks_claim_only_what_they_run():
     pairs = {
         "domain_generalization": domain_generalization.claims([4, 3, 2]),
         "robust_pruning": robust_pruning.claims([0.5, 0.25]),
+        "adasap_ablation": adasap_ablation.claims([0.25, 0.125], list(adasap_ablation.PHASES)),
         "pipeline_vs_parts": pipeline_vs_parts.CLAIMS,
     }
     for name, claims in pairs.items():

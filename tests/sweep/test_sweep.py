@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -175,3 +181,41 @@ def test_verb_plans_a_sweep_and_names_what_is_wrong_with_one(tmp_path, capsys):
     path.write_text("recipe: 3\n")
     assert cli._guarded(["sweep", str(path)]) == 2
     assert "methods" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_no_worker_outlives_a_sweep_that_is_stopped(tmp_path, number):
+    recipe = {**RECIPE, "stages": [{"train": {"method": "none", "epochs": 100_000}}]}
+    path = tmp_path / "sweep.yaml"
+    path.write_text(
+        json.dumps({"name": "long", "recipe": recipe, "methods": [{"name": "float"}], "seeds": [0],
+                    "held_out": ["75"], "output_dir": str(tmp_path)})
+    )  # fmt: skip
+    command = [sys.executable, "-m", "flatcompress", "sweep", str(path)]
+    sweep = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True, text=True)
+    try:
+        _wait_until(lambda: any("epoch" in log.read_text() for log in tmp_path.rglob("log.jsonl")))
+        sweep.send_signal(number)
+        error = sweep.communicate(timeout=120)[1]
+        if number == signal.SIGTERM:
+            assert sweep.returncode == 130 and "same command goes on" in error
+            assert any(tmp_path.rglob("checkpoints/*"))
+        _wait_until(lambda: not _group_lives(sweep.pid))
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(sweep.pid, signal.SIGKILL)
+
+
+def _wait_until(condition, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.1)
+
+
+def _group_lives(group):
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
