@@ -1,7 +1,7 @@
 # Fresh machine with Python 3.11+ and make: `make demo`, then `make test`.
 PYTHON ?= python3
 BIN := .venv/bin
-.PHONY: demo test test-slow lint format clean bench-quick
+.PHONY: demo test test-slow lint format clean bench bench-quick
 
 demo: .venv/.installed  ## install and run the quickstart recipe to a verified ONNX file
 	$(BIN)/flatcompress run configs/quickstart.yaml
@@ -22,8 +22,11 @@ format: .venv/.dev-installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench-quick: .venv/.installed  ## every quick benchmark; prints tables, writes benchmarks/results/
+bench-quick: .venv/.test-installed  ## every quick benchmark; prints tables, writes benchmarks/results/
 	$(BIN)/python -m benchmarks --quick
+
+bench: .venv/.test-installed  ## every benchmark in full (hours), with every figure and page of docs/results
+	$(BIN)/python -m benchmarks
 
 clean:
 	rm -rf .venv runs build dist *.egg-info
