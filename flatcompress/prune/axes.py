@@ -30,6 +30,18 @@ def is_depthwise(module: nn.Module) -> bool:
     return isinstance(module, _ConvNd) and module.groups > 1 and module.groups == module.in_channels
 
 
+def layer_kind(module: nn.Module) -> str:
+    """The layer's class, with depthwise and grouped convolutions told from dense ones.
+
+    >>> layer_kind(nn.Conv2d(8, 8, 3, groups=8)), layer_kind(nn.Conv2d(8, 8, 3))
+    ('depthwise Conv2d', 'Conv2d')
+    """
+    name = type(module).__name__
+    if is_depthwise(module):
+        return f"depthwise {name}"
+    return f"grouped {name}" if conv_groups(module) > 1 else name
+
+
 def _conv_slots(module: _ConvNd, axis: str) -> tuple[Slot, ...]:
     if axis == OUT:
         return (Slot("weight", 1 if module.transposed else 0), Slot("bias", 0))

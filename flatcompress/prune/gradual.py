@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from flatcompress.prune.cost import CostModel
 from flatcompress.prune.importance import IMPORTANCES, NEEDS_GRADIENTS, RunningScore, score
 from flatcompress.prune.masks import WeightMasks, enforce_, parse_pattern
 from flatcompress.prune.oneshot import nothing_pruned, require_groups
+from flatcompress.prune.radius import Radius, adaptive_radius
 from flatcompress.prune.ranking import Limits
 from flatcompress.prune.schedule import left_after
 from flatcompress.prune.soft import SoftMask, shrink
@@ -25,7 +27,8 @@ class ChannelSchedule:
     """Removes channels of ``model`` in ``events`` steps, one every ``every`` optimizer steps.
 
     In the training loop: `observe` after a backward (gradient scores are averaged between events, arXiv 2110.10811),
-    the optimizer's step, then `step`. After the phase `shrink` cuts. `scores` and `mask` are for AdaSAP's radius.
+    the optimizer's step, then `step`. After the phase `shrink` cuts. `radius` is AdaSAP's, for the flat engine's ball.
+    ``events`` may also be the very optimizer steps, counted from 1, and ``every`` says nothing then.
     ``kind``: exponential | cubic | one_shot, on what is left of the budget's measure.
     UserError at construction, with the model untouched: nothing can be pruned, or the budget is out of reach.
     """
@@ -36,7 +39,7 @@ class ChannelSchedule:
         example_input: Tensor,
         budget: Budget | None = None,
         *,
-        events: int = 10,
+        events: int | Sequence[int] = 10,
         every: int = 30,
         kind: str = "exponential",
         importance: str = "group_l2",
@@ -45,28 +48,33 @@ class ChannelSchedule:
         **options: Any,
     ) -> None:
         _ = IMPORTANCES[importance]
-        left_after(kind, 1.0, 0.5, 0, events)
         if every < 1:
             raise UserError(f"prune events must be at least 1 step apart, found every={every}.")
+        self.at = [every * (i + 1) for i in range(events)] if isinstance(events, int) else list(events)
+        left_after(kind, 1.0, 0.5, 0, self.events)
         self.model, self.example_input = model, example_input
-        self.budget, self.limits = budget or Budget(), limits or Limits()
-        self.events, self.every, self.kind = events, every, kind
+        self.budget, self.limits, self.kind = budget or Budget(), limits or Limits(), kind
         self.importance, self.options = importance, options
         found = survey(model, example_input, ignore)
         require_groups(model, found)
         self.groups, self.protected = found.groups, found.protected
         self.mask = SoftMask(self.groups)
         self.steps = self.event = 0
-        self._costs = None if self.budget.kind == "ratio" else CostModel(model, example_input)
+        self.costs = None if self.budget.kind == "ratio" else CostModel(model, example_input)
         self._running = RunningScore(self.groups, importance, **options) if importance in NEEDS_GRADIENTS else None
         self._check_reachable()
 
     def _check_reachable(self) -> None:
         # Whether a budget can be met depends on how many units may go, not on which.
         even = [torch.zeros(group.units) for group in self.groups]
-        keep = choose(self.groups, even, self.budget, self.limits, costs=self._costs)
+        keep = choose(self.groups, even, self.budget, self.limits, costs=self.costs)
         if all(bool(units.all()) for units in keep):
             raise UserError(nothing_pruned(self.budget))
+
+    @property
+    def events(self) -> int:
+        """How many prune events there are."""
+        return len(self.at)
 
     @property
     def done(self) -> bool:
@@ -75,7 +83,7 @@ class ChannelSchedule:
 
     def observe(self) -> None:
         """Take in the gradients that are there now; nothing to do for scores that need none."""
-        if self._running is not None and not self.done:
+        if self._running is not None:
             self._running.update()
 
     def scores(self) -> list[Tensor]:
@@ -84,35 +92,67 @@ class ChannelSchedule:
             return self._running.scores()
         return score(self.groups, self.importance, **self.options)
 
+    def radius(
+        self,
+        params: Sequence[nn.Parameter],
+        rho_min: float = 0.01,
+        rho_max: float = 2.0,
+        percentile: float | None = None,
+        *,
+        norm: str = "global",
+    ) -> list[Radius]:
+        """AdaSAP's radius per parameter from the scores that decide what goes; see `adaptive_radius`.
+
+        Gradient scores are averages over earlier steps: since the last event, right after one until it. Before the
+        first gradient all units get the middle radius. Removed units get 0.
+        """
+        scores: list[Tensor] | None = self.scores() if self._running is None else self._running.latest()
+        if scores is None:
+            scores = [torch.ones(group.units) for group in self.groups]
+        return adaptive_radius(
+            self.groups, scores, params, rho_min, rho_max, percentile, norm=norm, keep=self.mask.keep
+        )
+
     def step(self) -> bool:
         """Call after each optimizer step: holds removed channels at zero; True where more were removed."""
-        self.steps += 1
-        due = not self.done and self.steps % self.every == 0
+        return self.advance(self.steps + 1)
+
+    def advance(self, step: int) -> bool:
+        """`step` for a loop that counts the optimizer steps itself, from 1."""
+        self.steps = step
+        self.mask.apply_()  # what is gone must not stand in the scores of what is left
+        due = not self.done and step >= self.at[self.event]
         if due:
             self._remove(self.event + 1)
-        else:
-            self.mask.apply_()
         return due
 
     def _remove(self, event: int) -> None:
-        budget = self._target(event)
-        if budget is not None:
-            keep = choose(self.groups, self.scores(), budget, self.limits, costs=self._costs, keep=self.mask.keep)
+        keep = self.kept_after(event)
+        if keep is not None:
             self.mask.remove_(keep)
         self.event = event
         if self._running is not None:
             self._running.reset()
 
+    def kept_after(self, event: int) -> list[Tensor] | None:
+        """What prune event ``event`` (from 1) leaves, bool [units] per group; None while nothing is to go yet."""
+        budget = self._target(event)
+        return None if budget is None else self.choose(budget)
+
+    def choose(self, budget: Budget) -> list[Tensor]:
+        """The units that stay within ``budget``, bool [units] per group; removed ones stay removed."""
+        return choose(self.groups, self.scores(), budget, self.limits, costs=self.costs, keep=self.mask.keep)
+
     def _target(self, event: int) -> Budget | None:
         """The budget of one event; None while there is nothing to remove yet."""
         if event >= self.events:
             return self.budget
-        if self._costs is None:
+        if self.costs is None:
             ratio = 1 - left_after(self.kind, 1.0, 1 - self.budget.value, event, self.events)
             return Budget("ratio", ratio) if ratio > 0 else None
-        dense = self.budget.measure(self._costs)(self._costs.dense)
+        dense = self.budget.measure(self.costs)(self.costs.dense)
         left = left_after(self.kind, dense, self.budget.limit(dense), event, self.events)
-        return Budget(self.budget.kind, left, self.budget.cost, self.budget.weight_bits, absolute=True)
+        return replace(self.budget, value=left, absolute=True)
 
     def finish(self) -> None:
         """Go to the final budget now, whatever events are missing."""

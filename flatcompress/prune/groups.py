@@ -64,9 +64,13 @@ class Group:
         return int((member.owner >= 0).sum())
 
     @property
-    def topology(self) -> tuple[tuple[str, str], ...]:
-        """What isomorphic ranking compares: the kinds of layers and axes, whatever their widths (arXiv 2407.04616)."""
-        return tuple(sorted((type(m.module).__name__, m.axis) for m in self.members))
+    def topology(self) -> tuple[str, ...]:
+        """What isomorphic ranking compares (arXiv 2407.04616): what the units are, and the kinds of the coupled layers.
+
+        Widths and kernel sizes do not count. Heads never equal channels, though an MLP of a transformer has the same
+        two Linear layers as an attention block: one is wide, the other is cut in pieces of a head.
+        """
+        return (self.kind, *sorted(f"{axes.layer_kind(m.module)} {m.axis}" for m in self.members))
 
 
 @dataclass(frozen=True)

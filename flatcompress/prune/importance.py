@@ -209,10 +209,13 @@ class RunningScore:
 
     def __init__(self, groups: Sequence[Group], importance: str = "taylor", **options: Any) -> None:
         self.groups, self.importance, self.options = list(groups), importance, options
+        self.count = 0
+        self._last: list[Tensor] | None = None
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything; done after each prune event."""
+        """Begin a new average; done after each prune event."""
+        self._last = self._mean()
         self.count = 0
         self.skipped = 0
         self._sum = [torch.zeros(g.units) for g in self.groups]
@@ -231,13 +234,25 @@ class RunningScore:
         """The normalised averages. UserError before the first finite update."""
         if self.count == 0:
             raise UserError(f"importance {self.importance!r}: no finite gradients seen ({self.skipped} skipped).")
-        return [normalized(total / self.count, self.importance, normalize) for total in self._sum]
+        return self.latest(normalize) or []
+
+    def latest(self, normalize: str | None = None) -> list[Tensor] | None:
+        """`scores`, or just after a `reset` those of before it; None while no finite gradient was ever seen."""
+        mean = self._mean()
+        return None if mean is None else [normalized(m, self.importance, normalize) for m in mean]
+
+    def _mean(self) -> list[Tensor] | None:
+        return [total / self.count for total in self._sum] if self.count else self._last
 
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors and numbers."""
-        return {"count": self.count, "skipped": self.skipped, "sum": [s.clone() for s in self._sum]}
+        sums = {"sum": self._sum, "last": self._last}
+        copies = {key: None if value is None else [s.clone() for s in value] for key, value in sums.items()}
+        return {"count": self.count, "skipped": self.skipped, **copies}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict`."""
         self.count, self.skipped = int(state["count"]), int(state["skipped"])
         self._sum = [s.clone() for s in state["sum"]]
+        last = state.get("last")
+        self._last = None if last is None else [s.clone() for s in last]

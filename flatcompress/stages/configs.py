@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from flatcompress.errors import unknown
 from flatcompress.stages.keys import (
@@ -56,6 +56,7 @@ class TrainConfig(TrainingKeys):
         return known_method(self.method, flat.METHODS, "training method")
 
 
+_LATER = ("percentile", "floor")
 PRUNE_BUDGETS = ("ratio", "macs", "params", "bytes", "latency", "latency_ms")
 
 
@@ -82,9 +83,22 @@ class PruneConfig(RemovalKeys):
         None, description="factor of the pull towards zero (masksparsity, group_norm, growing_reg); default: its own"
     )
     norm: Literal["global", "per_neuron"] = Field("global", description="AdaSAP: scope of the perturbation's norm")
-    ranking: Literal["global", "uniform"] = Field("global", description="rank channels across layers or within each")
+    percentile: Annotated[float, Field(gt=0, le=100)] | None = Field(
+        None, description="AdaSAP: clip the scores that make the radii at this percentile; default: no clipping"
+    )
+    ranking: Literal["global", "uniform", "isomorphic"] = Field(
+        "global", description="rank channels across layers, within each, or across layers of the same structure"
+    )
     round_to: Annotated[int, Field(ge=1)] | None = Field(None, description="keep multiples of this many channels")
     min_channels: Annotated[int, Field(ge=1)] = Field(2, description="channels that every layer keeps at least")
+    floor: Annotated[float, Field(ge=0.0, lt=1.0)] | None = Field(
+        None, description="share of its channels that every layer keeps at least; default: 0.1"
+    )
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_off(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A recipe is known by its hash: keys that came later stand in it only where they say something."""
+        return {key: value for key, value in handler(self).items() if key not in _LATER or value is not None}
 
     def flat_method(self) -> str:
         from flatcompress.stages.methods import PRUNE_METHODS

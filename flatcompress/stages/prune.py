@@ -8,7 +8,7 @@ pruning methods are the same three steps with another importance and another fla
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -16,8 +16,6 @@ from torch import nn
 
 from flatcompress import prune
 from flatcompress.plan import Plan, apply_plan
-from flatcompress.prune.oneshot import require_groups
-from flatcompress.prune.schedule import left_after
 from flatcompress.stages.configs import PruneConfig, RemovalKeys, flat_hyper
 from flatcompress.stages.methods import PRUNE_METHODS, PruneMethod
 from flatcompress.stages.pull import Pull
@@ -43,17 +41,22 @@ def run(work: Workpiece, config: PruneConfig) -> Workpiece:
 
 
 def rehearse(model: nn.Module, example: torch.Tensor, config: PruneConfig) -> None:
-    """Cut a copy to the final budget, so that a budget that cannot be met is known before anything runs."""
+    """Cut a copy to the final budget, so that one that cannot be met, or scored, is known before anything runs."""
     prune.prune(
         model,
         example,
-        importance="random",
+        importance=config.importance or PRUNE_METHODS[config.method].make().importance,
         budget=budget(config, model, example),
-        ranking=config.ranking,
-        round_to=config.round_to,
-        min_channels=config.min_channels,
         ignore=config.ignore,
+        batches=[(example, torch.zeros(len(example), dtype=torch.long, device=example.device))],
+        **asdict(limits(config)),
     )
+
+
+def limits(config: PruneConfig) -> prune.Limits:
+    """What the ranking must respect."""
+    given = {} if config.floor is None else {"floor": config.floor}
+    return prune.Limits(config.ranking, config.round_to, config.min_channels, **given)
 
 
 def budget(config: PruneConfig, model: nn.Module, example: torch.Tensor) -> prune.Budget:
@@ -89,93 +92,71 @@ def event_steps(config: RemovalKeys, steps_per_epoch: int) -> list[int]:
     return sorted({min(s, end) for s in steps})
 
 
-class Removal:
-    """Step 2's state: the mask, the running importance and the next prune event. A hook of the training loop."""
+class Removal(prune.ChannelSchedule):
+    """Step 2 of the stage: the room's schedule, its events spread as the recipe says, and a pull where there is one.
+
+    A hook of the training loop. A method with a pull has one event, at the end of step 2.
+    """
 
     def __init__(self, work: Workpiece, config: PruneConfig, method: PruneMethod) -> None:
-        self.work, self.config = work, config
-        self.importance = config.importance or method.importance
-        self.adaptive = method.adaptive
+        self.work, self.config, self.method = work, config, method
         self.rho = config.hyper.get("rho", flat_hyper(config.flat_method()).get("rho"))
-        example = work.example()
-        self.budget = budget(config, work.model, example)
-        found = prune.survey(work.model, example, config.ignore)
-        require_groups(work.model, found)
-        self.groups = found.groups
-        self.mask = prune.SoftMask(self.groups)
-        self.limits = prune.Limits(config.ranking, config.round_to, config.min_channels)
-        self.costs = prune.CostModel(work.model, example)
-        gradient_based = self.importance in prune.NEEDS_GRADIENTS
-        self.running = prune.RunningScore(self.groups, self.importance) if gradient_based else None
         self.pull: Pull | None = None
-        self.event = 0
-        for group in found.protected:
+        steps = len(epoch_batches(len(work.data.train), work.batch_size, 0, 0, 0, work.accelerator.num_processes))
+        example = work.example()
+        super().__init__(
+            work.model,
+            example,
+            budget(config, work.model, example),
+            events=[soft_epochs(config) * steps] if method.pull != "none" else event_steps(config, steps),
+            kind=config.removal,
+            importance=config.importance or method.importance,
+            limits=limits(config),
+            ignore=config.ignore,
+        )
+        if method.pull != "none":
+            strength = method.strength if config.strength is None else config.strength
+            start = round(config.warmup_share * config.epochs * steps)
+            self.pull = Pull(method.pull, self.groups, strength, start, lambda: self.choose(self.budget))
+        for group in self.protected:
             work.emit("protected", name=group.name, reason=group.reason)
 
-    def start_pull(self, method: PruneMethod, start: int) -> Pull:
-        """The pull of a method that has one, from step ``start`` on; it decides then which units will go."""
-        strength = method.strength if self.config.strength is None else self.config.strength
-        self.pull = Pull(method.pull, self.groups, strength, start, lambda: self.choose(self.budget))
-        return self.pull
+    @property
+    def plugs(self) -> dict[str, Any]:
+        """What goes into the flat engine's slots: the radius of its ball, and the pull on its gradients."""
+        found: dict[str, Any] = {}
+        if self.method.adaptive or self.rho is not None:
+            found["radius"] = self.ball
+        if self.pull is not None:
+            found["compose"] = self.pull.compose
+        return found
 
-    def choose(self, target: prune.Budget) -> list[torch.Tensor]:
-        """The units that stay within ``target``, bool per unit and group; removed ones stay removed."""
-        return prune.choose(self.groups, self.scores(), target, self.limits, costs=self.costs, keep=self.mask.keep)
+    def ball(self, params: list[nn.Parameter]) -> list[Any]:
+        """A radius per channel: AdaSAP's eq. 2, or uniform; removed channels stay put."""
+        c, rho = self.config, float(self.rho or 0.0)
+        if not self.method.adaptive:
+            return self.radius(params, rho, rho)
+        return self.radius(params, c.rho_min, c.rho_max, c.percentile, norm=c.norm)
 
-    def scores(self) -> list[torch.Tensor]:
-        """One importance per unit and group, normalised within its group."""
-        if self.running is not None:
-            return self.running.scores()
-        return prune.score(self.groups, self.importance)
+    def kept_after(self, event: int) -> list[torch.Tensor] | None:
+        """What an event leaves: what the pull has chosen, or what the ranking says now."""
+        chosen = None if self.pull is None else self.pull.keep
+        return super().kept_after(event) if chosen is None else chosen
 
-    def radius(self, params: list[nn.Parameter]) -> list[Any]:
-        """A radius per channel for the flat engine's ball: AdaSAP's eq. 2, or uniform; removed channels stay put."""
-        c = self.config
-        rho = float(self.rho or 0.0)
-        low, high, norm = (c.rho_min, c.rho_max, c.norm) if self.adaptive else (rho, rho, "global")
-        scores = prune.score(self.groups, "group_l2" if self.running is not None else self.importance)
-        return prune.adaptive_radius(self.groups, scores, params, low, high, norm=norm, keep=self.mask.keep)
-
-    def after_step(self, step: int, events: list[int]) -> None:
+    def after_step(self, step: int) -> None:
         """Hold removed channels at zero; remove more when an event is due."""
-        self.mask.apply_()
-        if self.running is not None:
-            self.running.update()
-        if self.event < len(events) and step >= events[self.event]:
-            self.event += 1
-            self._remove(len(events))
+        self.observe()
+        if self.advance(step):
             kept, total = self.mask.channels
             self.work.emit("prune", step=step, kept_channels=kept, total_channels=total)
 
-    def _remove(self, events: int) -> None:
-        chosen = self.pull.keep if self.pull is not None else None
-        self.mask.remove_(self.choose(self._target(events)) if chosen is None else chosen)
-        if self.running is not None:
-            self.running.reset()
-
-    def _target(self, events: int) -> prune.Budget:
-        """The budget of the present event: from the dense model to the final one along the removal schedule."""
-        if self.event >= events:
-            return self.budget
-        kind, removal = self.budget.kind, self.config.removal
-        if kind == "ratio":
-            return prune.Budget("ratio", 1.0 - left_after(removal, 1.0, 1.0 - self.budget.value, self.event, events))
-        dense = self.budget.measure(self.costs)(self.costs.dense)
-        left = left_after(removal, dense, self.budget.limit(dense), self.event, events)
-        return replace(self.budget, value=left, absolute=True)
-
     def state_dict(self) -> dict[str, Any]:
-        """Mask, event counter, running scores and pull."""
-        parts = {"running": self.running, "pull": self.pull}
-        own = {name: None if part is None else part.state_dict() for name, part in parts.items()}
-        return {"mask": self.mask.state_dict(), "event": self.event, **own}
+        """The schedule's state and the pull's."""
+        return {**super().state_dict(), "pull": None if self.pull is None else self.pull.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict`."""
-        self.mask.load_state_dict(state["mask"])
-        self.event = state["event"]
-        if self.running is not None:
-            self.running.load_state_dict(state["running"])
+        super().load_state_dict({"steps": 0, **state})  # the loop says the step
         if self.pull is not None:
             self.pull.load_state_dict(state["pull"])
 
@@ -184,20 +165,15 @@ def _remove(work: Workpiece, config: PruneConfig) -> tuple[Plan, int]:
     """Steps 1 and 2, then the cut; returns the cut's plan and the passes they took."""
     method = PRUNE_METHODS[config.method].make()
     removal = Removal(work, config, method)
-    plugs: dict[str, Any] = {"radius": removal.radius} if method.adaptive or removal.rho is not None else {}
-    steps = len(epoch_batches(len(work.data.train), work.batch_size, 0, 0, 0, work.accelerator.num_processes))
-    if method.pull != "none":
-        plugs["compose"] = removal.start_pull(method, round(config.warmup_share * config.epochs * steps)).compose
-    job = make_job(work, config, epochs=soft_epochs(config), hyper=_hyper(config, method), **plugs)
+    job = make_job(work, config, epochs=soft_epochs(config), hyper=_hyper(config, method), **removal.plugs)
     job.hooks = {"removal": removal}
     job.context = {"phase": "remove"}
-    events = event_steps(config, steps) if method.pull == "none" else [soft_epochs(config) * steps]
     job.after_backward = removal.mask.mask_gradients_
-    job.after_step = lambda step: removal.after_step(step, events)
+    job.after_step = removal.after_step
     job.eligible = lambda epoch: False
     fit(job)
     passes = finish(work, job)
-    return prune.shrink(work.model, removal.groups, removal.mask, work.example()), passes
+    return removal.shrink(), passes
 
 
 def _recover(work: Workpiece, config: PruneConfig, cut: Plan, passes: int) -> None:

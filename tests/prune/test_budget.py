@@ -16,6 +16,7 @@ from flatcompress import models
 from flatcompress.errors import UserError
 from flatcompress.prune import Budget, CostModel, Limits, choose, find_groups, prune, score
 from flatcompress.prune.knapsack import best_choice
+from flatcompress.prune.ranking import isomorphic_scope
 
 
 def resnet8() -> nn.Module:
@@ -115,6 +116,38 @@ def test_uniform_takes_the_same_share_everywhere_and_global_does_not() -> None:
     assert all(float(k.float().mean()) == 0.5 for k in uniform)
     ranked = [float(k.float().mean()) for k in choose(groups, scores, Budget("ratio", 0.5))]
     assert ranked[0] < 0.5 < ranked[-1]
+
+
+def scopes(model: nn.Module, x: torch.Tensor) -> tuple[list, list[set[str]]]:
+    groups = find_groups(model, x)
+    return groups, [{groups[i].name for i in scope} for scope in isomorphic_scope(groups)]
+
+
+def test_isomorphic_scopes_hold_the_same_place_of_every_block() -> None:
+    model = models.build("resnet20", num_classes=4, input_shape=(3, 16, 16), seed=0).eval()
+    _, found = scopes(model, images(16))
+    inner = {f"layer{stage}.{block}.conv1" for stage in (1, 2, 3) for block in range(3)}
+    assert inner in found  # nine blocks, three widths
+    assert {"conv1"} in found and all(len(scope) == 1 for scope in found if scope != inner)
+
+
+def test_heads_and_mlp_channels_are_never_ranked_together_by_structure() -> None:
+    model = models.build("vit_tiny", num_classes=4, input_shape=(3, 16, 16), seed=0, depth=2, num_heads=4).eval()
+    groups, found = scopes(model, images(16))
+    assert sorted(map(sorted, found)) == [["blocks.0.attn", "blocks.1.attn"], ["blocks.0.fc1", "blocks.1.fc1"]]
+    # Each scope loses its own half, however the scores of one kind compare with those of the other.
+    scores = [torch.rand(g.units) + (100 if g.kind == "heads" else 0) for g in groups]
+    keep = choose(groups, scores, Budget("ratio", 0.5), Limits(ranking="isomorphic", round_to=1, floor=0))
+    for kind in ("heads", "channels"):
+        mine = torch.cat([k for g, k in zip(groups, keep, strict=True) if g.kind == kind])
+        assert float(mine.float().mean()) == 0.5
+
+
+def test_depthwise_and_dense_convolutions_are_other_structures() -> None:
+    dense = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 4, 1))
+    depthwise = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 4, 1))
+    kinds = {g.topology for net in (dense, depthwise) for g in find_groups(net, images())}
+    assert len(kinds) == 2  # both groups of the dense net are alike, the one of the depthwise net is not
 
 
 def test_floor_and_min_channels_hold_against_any_score() -> None:

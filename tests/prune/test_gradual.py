@@ -12,6 +12,7 @@ from torch import nn
 
 from flatcompress.errors import UserError
 from flatcompress.prune import SCHEDULES, Budget, ChannelSchedule, CostModel, Limits, SoftMask, find_groups
+from flatcompress.prune.radius import unit_radius
 from flatcompress.prune.schedule import left_after
 
 TARGETS = torch.tensor([0, 1, 2])
@@ -70,6 +71,42 @@ def test_removed_channels_never_come_back(kind: str, budget: Budget) -> None:
         assert not any(bool((n & ~b).any()) for n, b in zip(now, before, strict=True))
         before = now
     assert schedule.mask.channels[0] < schedule.mask.channels[1]
+
+
+def test_events_may_be_the_very_steps() -> None:
+    model, optimizer, schedule = start(events=[2, 3, 7])
+    assert train(model, optimizer, schedule, 8) == [False, True, True, False, False, False, True, False]
+    assert schedule.done and schedule.events == 3
+
+
+def test_what_is_gone_is_not_in_the_scores_of_what_is_left() -> None:
+    _, _, calm = start(every=1)
+    moved_model, _, moved = start(every=1)
+    for schedule in (calm, moved):
+        schedule.step()
+    with torch.no_grad():  # as momentum would move them before the next event
+        for group, keep in zip(moved.groups, moved.mask.keep, strict=True):
+            for member in (m for m in group.members if m.axis == "out"):
+                moved_model.get_submodule(member.name).weight[~member.spread(keep, True)] = 100.0
+    for schedule in (calm, moved):
+        schedule.step()
+    assert all(torch.equal(a, b) for a, b in zip(calm.mask.keep, moved.mask.keep, strict=True))
+
+
+def test_radius_follows_the_averaged_scores_and_survives_an_event() -> None:
+    model, optimizer, schedule = start(importance="taylor", every=2)
+    params = list(model.parameters())
+    assert {float(r.max()) for r in schedule.radius(params, 0.0, 2.0) if isinstance(r, torch.Tensor)} == {1.0}
+    train(model, optimizer, schedule, 1)
+    before = schedule.radius(params, 0.0, 2.0)
+    scores = schedule.scores()
+    wanted = unit_radius(scores[0], 0.0, 2.0)
+    index = next(i for i, p in enumerate(params) if p is schedule.groups[0].outs[0].module.weight)
+    torch.testing.assert_close(before[index].flatten(), wanted)
+    train(model, optimizer, schedule, 1)
+    assert schedule.event == 1 and schedule.state_dict()["running"]["count"] == 0
+    after = schedule.radius(params, 0.0, 2.0)[index].flatten()
+    assert after.max() == 2.0 and not after[~schedule.mask.keep[0]].any()
 
 
 def test_budget_of_macs_is_met_by_the_cut_model() -> None:
@@ -138,6 +175,7 @@ def test_cut_model_equals_the_masked_one_after_the_phase() -> None:
         ({"kind": "exponental"}, "Did you mean 'exponential'"),
         ({"importance": "l2"}, "unknown importance"),
         ({"events": 0}, "at least one"),
+        ({"events": []}, "at least one"),
         ({"every": 0}, "at least 1 step"),
     ],
 )

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from stage_pieces import config, workpiece
+from stage_pieces import SHAPE, config, workpiece
 
+from flatcompress import models
 from flatcompress.errors import UserError
 from flatcompress.plan import apply_plan
+from flatcompress.recipe import parse_recipe
 from flatcompress.stages import latency_table, prune
 from flatcompress.stages.latency_table import LatencyTable
 from flatcompress.stages.methods import PRUNE_METHODS
 from flatcompress.stages.prune import event_steps, soft_epochs
+
+METHOD = {name: PRUNE_METHODS[name].make() for name in PRUNE_METHODS}
 
 
 def outputs(model, x):
@@ -66,7 +70,7 @@ def test_latency_budget_is_met_by_the_estimate(tmp_path, monkeypatch):
     monkeypatch.setattr(latency_table, "int8_ms", lambda model, example: 0.2)
     work = workpiece()
     table = LatencyTable(work.model, work.example())
-    removal = prune.Removal(work, config("prune", latency=0.8), PRUNE_METHODS["magnitude"].make())
+    removal = prune.Removal(work, config("prune", latency=0.8), METHOD["magnitude"])
     keep = removal.choose(removal.budget)
     assert table(removal.costs.widths(removal.groups, keep)) <= 0.8 * table(table.dense) * 1.0001
     with pytest.raises(UserError, match="smallest that can"):
@@ -83,7 +87,7 @@ def test_events_end_before_step_3_and_never_repeat():
 def test_removed_channels_have_no_gradient_and_no_weight_while_training():
     work = workpiece()
     seen = []
-    removal = prune.Removal(work, config("prune", method="sam"), PRUNE_METHODS["sam"].make())
+    removal = prune.Removal(work, config("prune", method="sam"), METHOD["sam"])
     removal.mask.remove_(removal.choose(removal.budget))
     x, y = work.data.train.__getitems__(list(range(16)))
     torch.nn.functional.cross_entropy(work.model(x), y).backward()
@@ -101,32 +105,106 @@ def test_removed_channels_have_no_gradient_and_no_weight_while_training():
 @pytest.mark.parametrize("method", ["masksparsity", "growing_reg"])
 def test_pull_chooses_once_and_what_it_chose_is_what_goes(method):
     work = workpiece()
-    removal = prune.Removal(work, config("prune", method=method), PRUNE_METHODS[method].make())
-    pull = removal.start_pull(PRUNE_METHODS[method].make(), start=1)
+    removal = prune.Removal(work, config("prune", method=method, warmup_share=0.12, epochs=2), METHOD[method])
+    pull = removal.pull
     params = list(work.model.parameters())
     grads = [torch.zeros_like(p) for p in params]
     pull.compose(params, [grads], grads)
-    assert pull.keep is None and not any(g.any() for g in grads)
+    assert pull.start == 1 and pull.keep is None and not any(g.any() for g in grads)
     pull.compose(params, [grads], grads)
     chosen = [k.clone() for k in pull.keep]
     assert any(g.any() for g in grads)
     with torch.no_grad():
         for p in params:
             p.mul_(torch.rand(p.shape, generator=torch.Generator().manual_seed(1)))
-    removal.after_step(5, [5])
-    assert all(torch.equal(a, b) for a, b in zip(chosen, removal.mask.keep, strict=True))
+    removal.after_step(removal.at[-1])
+    assert removal.done and all(torch.equal(a, b) for a, b in zip(chosen, removal.mask.keep, strict=True))
 
 
 def test_removal_state_round_trip():
     work = workpiece()
-    method = PRUNE_METHODS["growing_reg"].make()
-    removal = prune.Removal(work, config("prune", method="growing_reg"), method)
-    removal.start_pull(method, start=0).compose(
-        list(work.model.parameters()), [], [torch.zeros_like(p) for p in work.model.parameters()]
-    )
-    removal.after_step(1, [1, 2])
-    other = prune.Removal(workpiece(), config("prune", method="growing_reg"), method)
-    other.start_pull(method, start=0)
+    removal = prune.Removal(work, config("prune", method="growing_reg", warmup_share=0), METHOD["growing_reg"])
+    params = list(work.model.parameters())
+    removal.pull.compose(params, [], [torch.zeros_like(p) for p in params])
+    removal.after_step(removal.at[0])
+    other = prune.Removal(workpiece(), config("prune", method="growing_reg", warmup_share=0), METHOD["growing_reg"])
     other.load_state_dict(removal.state_dict())
     assert other.event == 1 and other.pull.steps == 1
     assert all(torch.equal(a, b) for a, b in zip(other.mask.keep, removal.mask.keep, strict=True))
+
+
+@pytest.mark.parametrize("ranking", prune.prune.RANKINGS)
+def test_every_ranking_of_the_room_is_a_recipe_key_and_meets_the_budget(ranking):
+    work = workpiece()
+    before = prune.prune.CostModel(work.model, work.example())
+    prune.run(work, config("prune", method="magnitude", macs=0.5, ranking=ranking))
+    after = prune.prune.CostModel(work.model, work.example())
+    assert after.macs(after.dense) <= 0.5 * before.macs(before.dense)
+
+
+def test_floor_of_a_recipe_holds_in_every_group():
+    work = workpiece()
+    removal = prune.Removal(work, config("prune", ratio=0.6, floor=0.25, round_to=1), METHOD["magnitude"])
+    keep = removal.choose(removal.budget)
+    assert min(float(k.float().mean()) for k in keep) == 0.25
+
+
+def test_keys_that_are_off_are_left_out_of_the_written_recipe():
+    written = config("prune").model_dump(mode="json")
+    assert "percentile" not in written and "floor" not in written and written["ratio"] == 0.5
+    written = config("prune", percentile=95, floor=0.05).model_dump(mode="json")
+    assert (written["percentile"], written["floor"]) == (95.0, 0.05)
+    assert config("prune", **written).model_dump(mode="json") == written
+
+
+def radii(**keys):
+    work = workpiece()
+    removal = prune.Removal(work, config("prune", method="adasap", **keys), METHOD["adasap"])
+    names = [name for name, _ in work.model.named_parameters()]
+    return removal, dict(zip(names, removal.ball(list(work.model.parameters())), strict=True))
+
+
+def test_radius_switches_of_adasap_reach_the_ball():
+    _, plain = radii(rho_min=0.1, rho_max=1.5)
+    assert (plain["conv1.weight"].min(), plain["conv1.weight"].max()) == (pytest.approx(0.1), 1.5)
+    _, clipped = radii(rho_min=0.1, rho_max=1.5, percentile=50)
+    assert clipped["conv1.weight"].mean() < plain["conv1.weight"].mean()
+    assert int((clipped["conv1.weight"] == clipped["conv1.weight"].min()).sum()) == 4  # the upper half of 8
+    _, literal = radii(norm="per_neuron")
+    assert literal["bn1.weight"] == 0.0 and literal["conv1.weight"].max() == 2.0
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("percentile", 0), ("percentile", 101), ("floor", 1.0), ("floor", -0.1), ("ranking", "local")]
+)
+def test_switches_out_of_range_are_refused(key, value):
+    with pytest.raises(UserError, match=key):
+        parse_recipe({"stages": [{"train": {}}, {"prune": {key: value}}]})
+
+
+@pytest.mark.parametrize("importance", ["taylor", "fpgm"])
+def test_radius_follows_the_scores_that_decide_what_goes(importance):
+    work = workpiece()
+    keys = {"method": "adasap", "importance": importance, "rho_min": 0.0, "rho_max": 2.0}
+    removal = prune.Removal(work, config("prune", **keys), METHOD["adasap"])
+    params = list(work.model.parameters())
+    first = removal.ball(params)
+    if importance == "taylor":  # no gradient was seen yet
+        assert {float(r.max()) for r in first if torch.is_tensor(r)} == {1.0}
+    x, y = work.data.train.__getitems__(list(range(16)))
+    torch.nn.functional.cross_entropy(work.model(x), y).backward()
+    removal.after_step(1)
+    wanted = prune.prune.score(removal.groups, importance)
+    for _ in range(2):
+        found = {id(p): r for p, r in zip(params, removal.ball(params), strict=True)}
+        for group, scores in zip(removal.groups, wanted, strict=True):
+            own = found[id(group.outs[0].module.weight)].flatten()
+            assert own[scores.argmin()] == 2.0 and own[scores.argmax()] == 0.0
+        removal._running and removal._running.reset()  # as after a prune event: the scores of before it stay
+
+
+def test_rehearsal_scores_with_the_recipe_s_importance():
+    work = workpiece(lambda: models.build("vit_tiny", num_classes=4, input_shape=SHAPE, seed=0))
+    prune.rehearse(work.build(), work.example(), config("prune", importance="taylor"))
+    with pytest.raises(UserError, match="no BatchNorm"):
+        prune.rehearse(work.build(), work.example(), config("prune", importance="bn_scale"))
