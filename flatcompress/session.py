@@ -188,6 +188,8 @@ class Session:
             raise RunError(f"{finished.path}: the weights do not fit the plan: {reason} Use --restart.") from None
         work.model.to(work.device)
         work.ledger = list(finished.extra["ledger"])
+        if self.main:  # it is written after the checkpoint: a run killed between the two has a row less
+            self.folder.write_ledger(work.ledger)
         work.passes = int(finished.extra["passes"])
         work.certificate = finished.extra.get("certificate")
         # Names alone: a stranger's checkpoint must not point out of the folder.

@@ -7,9 +7,12 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import hypothesis
 import torch
 
 torch.set_num_threads(1)
+hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
+hypothesis.settings.load_profile("untimed")
 
 # The longest files first, so that no process is left alone with one at the end.
 LONG = ("test_acceptance", "test_pipeline", "test_documents", "test_cli", "test_session_runs", "test_hostile_files")

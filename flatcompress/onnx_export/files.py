@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from pathlib import Path
 
-from flatcompress.errors import UserError
+from flatcompress.errors import RunError, UserError
+
+_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)  # not what the user asked for
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write ``data`` beside ``path`` and rename it there, so that a reader never sees half. UserError otherwise."""
+    """Write ``data`` beside ``path`` and rename it there, so that a reader never sees half. RunError when the disk
+    is full or failing, UserError when the place is not writable."""
     temporary = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -22,4 +26,8 @@ def write_whole(path: Path, data: bytes) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+        if error.errno in _MACHINE:
+            raise RunError(
+                f"{path}: cannot be written ({error}). Then run the same command again."
+            ) from None
         raise UserError(f"{path}: cannot be written ({error}).") from None

@@ -188,7 +188,9 @@ def recover(folder: Path) -> None:
             _remove_quietly(folder / entry)
     committed = _committed(folder)
     for name in _names(folder):
-        if name not in committed:  # never pointed to, or left over from a rewind that was cut short
+        stage, step = _stage_and_step(name)
+        # Never pointed to, left over from a rewind that was cut short, or a place inside a stage that is done.
+        if name not in committed or (step is not None and stage in committed):
             _remove_quietly(folder / name)
     storage.remove_litter(folder)
 
