@@ -92,7 +92,8 @@ class Logits(nn.Module):
         self.model = model
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.model(pixel_values=x).logits
+        found = self.model(pixel_values=x)
+        return found.logits if "logits" in found else found[0]  # PP-LCNet calls them last_hidden_state
 
 
 def transformers(
@@ -114,6 +115,8 @@ def transformers(
     if name not in types:
         raise unknown("transformers model type", name, types)
     cfg = _call(f"transformers:{name}", hub.AutoConfig.for_model, name, **_sized(hub, name, input_shape, settings))
+    if cfg.architectures is None:  # deit, levit, perceiver: where a type has several heads, this list is searched
+        cfg.architectures = []
     build = hub.AutoModelForImageClassification.from_config
     # Attention written out as matmul and softmax, for pruning and quantizers to see.
     return Logits(_call(f"transformers:{name}", build, cfg, attn_implementation="eager"))

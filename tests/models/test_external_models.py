@@ -171,6 +171,23 @@ def test_transformers_types_are_built_from_their_config_offline(name, shape):
     assert torch.equal(model(x), again(x))
 
 
+ODD = {  # types with several classification heads, whose logits are elsewhere, or both
+    "deit": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16},
+    "levit": {"hidden_sizes": [16, 16, 16], "num_attention_heads": [2, 2, 2], "depths": [1, 1, 1], "key_dim": [4, 4, 4]}
+    | {"down_ops": [["Subsample", 4, 4, 4, 2, 2], ["Subsample", 4, 4, 4, 2, 2]]},
+    "perceiver": {"num_latents": 4, "d_latents": 16, "num_self_attends_per_block": 1, "num_self_attention_heads": 2}
+    | {"num_cross_attention_heads": 1},
+    "pp_lcnet": {"class_expand": 16, "scale": 0.25},
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_transformers_types_with_odd_heads_give_logits_too(name):
+    pytest.importorskip("transformers", minversion="5.0" if name == "pp_lcnet" else None)
+    model = build(f"transformers:{name}", num_classes=7, input_shape=(3, 64, 64), seed=0, config=ODD[name]).eval()
+    assert model(torch.randn(2, 3, 64, 64)).shape == (2, 7)
+
+
 def test_a_transformers_folder_brings_its_weights_and_a_new_head_when_the_classes_differ(tmp_path):
     pytest.importorskip("transformers")
     model = build("transformers:resnet", num_classes=7, input_shape=(3, 16, 16), seed=0, config=TINY["resnet"])
