@@ -43,6 +43,24 @@ def train_and_val(root: Path, recipe: dict) -> None:
             images(root / part / name, count)
 
 
+def imagenet_tests(root: Path, recipe: dict) -> list[str]:
+    for severity in "135":
+        images(root / "c" / "fog" / severity / "n01443537", 2)
+    for number in "01":  # ImageNet-V2 names its classes by number
+        images(root / "v2" / number, 2)
+    return [f"data.corrupted_path={root / 'c'}", f"data.held_out_path={root / 'v2'}"]
+
+
+def cifar_c_files(root: Path, recipe: dict) -> list[str]:
+    (root / "c").mkdir()
+    np.save(root / "c" / "labels.npy", np.arange(10) % 10)
+    np.save(root / "c" / "fog.npy", np.zeros((10, 32, 32, 3), np.uint8))
+    return [f"data.corrupted_path={root / 'c'}"]
+
+
+PUBLISHED = {"folder": imagenet_tests, "cifar10": cifar_c_files}
+
+
 def domain_folders(root: Path, recipe: dict) -> None:
     held_out = str(recipe["data"]["held_out"])
     for domain in dict.fromkeys([held_out, "first", "second"]):
@@ -74,6 +92,8 @@ def fabricate(raw: dict, root: Path) -> list[str]:
         make = train_and_val if "imagenet" in raw["name"] else LAYOUTS[name]
         make(root / "data", raw)
         settings.append(f"data.path={root / 'data'}")
+        if "corrupted_path" in raw["data"]:
+            settings += PUBLISHED[name](root, raw)
         if isinstance(raw["data"].get("size"), int):
             settings.append("data.size=32")
     if raw["model"].get("weights"):
@@ -104,6 +124,9 @@ def test_recipe_reaches_its_first_batch(path, tmp_path):
     loss = torch.nn.functional.cross_entropy(work.model.train()(x), y)
     loss.backward()
     assert torch.isfinite(loss)
+    if "corrupted_path" in raw["data"]:
+        assert {key.partition("/")[0] for key in work.data.corrupted} == {"fog"}
+    assert (work.data.held_out is None) != ("held_out_path" in raw["data"] or "held_out" in raw["data"])
 
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "sweeps").glob("*.yaml")), ids=lambda p: p.stem)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from flatcompress.data.bundle import Part
 from flatcompress.data.pixels import MemoryPixels
+from flatcompress.data.published import cifar_c
 from flatcompress.data.raw import RawData
 from flatcompress.data.split import split_identities
 from flatcompress.data.walking import data_root
@@ -25,11 +27,13 @@ _MOST = 1 << 30
 _IMAGES, _LABELS = 0x803, 0x801
 
 
-def cifar10(seed: int, *, path: Any = None, val_fraction: float = 0.1, limit: int = 0) -> RawData:
+def cifar10(
+    seed: int, *, path: Any = None, val_fraction: float = 0.1, limit: int = 0, corrupted_path: Any = None
+) -> RawData:
     """The binary version: data_batch_1.bin ... data_batch_5.bin and test_batch.bin, 10,000 records each.
 
-    ``limit``: training and test images at most (0: all). UserError for the pickled Python version: unpickling could
-    run whatever is in the file.
+    ``limit``: training, test and corrupted images at most (0: all). ``corrupted_path``: CIFAR-10-C's folder, in place
+    of computed corruptions. UserError for the pickled Python version: unpickling could run whatever is in the file.
     """
     root = data_root(path, "cifar10")
     if not (root / "test_batch.bin").exists() and (root / "cifar-10-batches-bin").is_dir():
@@ -43,7 +47,8 @@ def cifar10(seed: int, *, path: Any = None, val_fraction: float = 0.1, limit: in
         )
     train = [_cifar_file(file) for file in batches]
     images, labels = torch.cat([x for x, _ in train]), torch.cat([y for _, y in train])
-    return _raw(CIFAR_CLASSES, (images, labels), _cifar_file(root / "test_batch.bin"), val_fraction, limit, seed)
+    raw = _raw(CIFAR_CLASSES, (images, labels), _cifar_file(root / "test_batch.bin"), val_fraction, limit, seed)
+    return raw if corrupted_path is None else replace(raw, corrupted=cifar_c(corrupted_path, limit))
 
 
 def mnist(seed: int, *, path: Any = None, size: int = 28, val_fraction: float = 0.1, limit: int = 0) -> RawData:

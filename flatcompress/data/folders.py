@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from flatcompress.data.bundle import Part
 from flatcompress.data.decoding import output_shape, read_all
 from flatcompress.data.pixels import Pixels
+from flatcompress.data.published import class_folders, corrupted_folders
 from flatcompress.data.raw import RawData, held_out_name
 from flatcompress.data.seeds import generator
 from flatcompress.data.split import split_identities
@@ -56,12 +57,45 @@ def folder(
     test_fraction: float = 0.2,
     limit: int = 0,
     on_bad_sample: str = "error",
+    held_out_path: Any = None,
+    corrupted_path: Any = None,
+    corrupted_limit: int = 0,
 ) -> RawData:
     """PATH/CLASS/image, split by the seed; or PATH/train, PATH/val and PATH/test with CLASS/image in each.
 
     Where only one of val and test is there it is the test part, and ``val_fraction`` of train is for selection.
-    ``limit``: images per class at most (0: all). ``on_bad_sample``: error, or skip and count.
+    ``limit``: images per class at most (0: all). ``on_bad_sample``: error, or skip and count. ``held_out_path``: a
+    folder of the same classes that is only measured on (ImageNet-V2). ``corrupted_path``: KIND/SEVERITY/CLASS/image in
+    place of computed corruptions (ImageNet-C), ``corrupted_limit`` images of a class in each.
     """
+    raw = _folder(seed, path, size, channels, val_fraction, test_fraction, limit, on_bad_sample)
+    shape, skip = output_shape(size, channels), _skips(on_bad_sample)
+    if held_out_path is not None:
+        name = data_root(held_out_path, "held_out_path").name
+        unseen, bad = class_folders(Path(held_out_path), raw.classes, shape, limit, skip, seed)
+        raw = replace(
+            raw,
+            held_out=replace(unseen, domain_ids=torch.ones_like(unseen.labels)),
+            domains=(Path(path).name, name),
+            held_out_domain=name,
+            skipped=raw.skipped + bad,
+        )
+    if corrupted_path is not None:
+        changed, bad = corrupted_folders(corrupted_path, raw.classes, shape, corrupted_limit, skip, seed)
+        raw = replace(raw, corrupted=changed, skipped=raw.skipped + bad)
+    return raw
+
+
+def _folder(
+    seed: int,
+    path: Any,
+    size: Any,
+    channels: int,
+    val_fraction: float,
+    test_fraction: float,
+    limit: int,
+    on_bad_sample: str,
+) -> RawData:
     root = data_root(path, "folder")
     shape, skip = output_shape(size, channels), _skips(on_bad_sample)
     fixed = {name: root / name for name in ("train", "val", "test") if (root / name).is_dir()}
