@@ -16,7 +16,7 @@ from torch import nn
 
 from flatcompress.data import DataBundle
 from flatcompress.errors import RunError, UserError
-from flatcompress.plan import Plan, apply_plan
+from flatcompress.plan import Plan, apply_plan, load_weights
 from flatcompress.recipe import Recipe, load_recipe, parse_recipe
 from flatcompress.stages.measure import measure
 from flatcompress.stages.rehearse import rehearse
@@ -220,9 +220,9 @@ def load_model(build: Callable[[], nn.Module], plan: Plan, state: dict[str, torc
     """A fresh model taken through ``plan``, with ``state`` loaded. RunError when they do not fit."""
     model = apply_plan(build(), plan, example)
     try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise RunError(f"the checkpoint does not fit its plan: {str(error).splitlines()[-1].strip()}") from None
+        load_weights(model, state)
+    except UserError as error:
+        raise RunError(f"the checkpoint does not fit its plan: {error}") from None
     return model
 
 

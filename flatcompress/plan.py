@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -114,3 +114,28 @@ def apply_plan(model: nn.Module, plan: Plan, example_input: torch.Tensor | None 
                 f"({type(error).__name__}: {str(error)[:200]})."
             ) from error
     return model
+
+
+def load_weights(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """Fill a model that `apply_plan` has built. UserError names the first tensor that does not fit, in model order."""
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        check_state(model, state)
+        raise UserError(str(error).splitlines()[-1].strip()) from None
+
+
+def check_state(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """UserError naming the first tensor of ``state`` that does not fit ``model``, in the model's order."""
+    own = model.state_dict()
+    for name, value in own.items():
+        if name not in state:
+            raise UserError(f"{name}: missing from the checkpoint.")
+        if state[name].shape != value.shape:
+            raise UserError(
+                f"{name}: the checkpoint has shape {tuple(state[name].shape)}, the model {tuple(value.shape)}; "
+                "is the plan the one that was saved with it?"
+            )
+    extra = next((name for name in state if name not in own), None)
+    if extra is not None:
+        raise UserError(f"{extra}: in the checkpoint, but the model has no such tensor.")

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from flatcompress.errors import Interrupted, RunError, UserError
-from flatcompress.plan import apply_plan
+from flatcompress.plan import apply_plan, load_weights
 from flatcompress.recipe import Recipe
 from flatcompress.stages.workpiece import Workpiece
 from flatcompress.training import changes, checkpoint, memory
@@ -182,10 +182,9 @@ class Session:
         work.plan = finished.plan
         work.model = apply_plan(work.model.cpu(), finished.plan, work.example().cpu())
         try:
-            work.model.load_state_dict(finished.state_dict)
-        except RuntimeError as error:
-            reason = str(error).splitlines()[-1].strip()
-            raise RunError(f"{finished.path}: the weights do not fit the plan: {reason} Use --restart.") from None
+            load_weights(work.model, finished.state_dict)
+        except UserError as error:
+            raise RunError(f"{finished.path}: the weights do not fit the plan: {error} Use --restart.") from None
         work.model.to(work.device)
         work.ledger = list(finished.extra["ledger"])
         if self.main:  # it is written after the checkpoint: a run killed between the two has a row less

@@ -163,13 +163,13 @@ def open_run(folder: Path) -> tuple[Recipe, Pipeline]:
 
 def load_workpiece(folder: Path, stage: str | None = None) -> Any:
     """The workpiece as a finished stage left it, rebuilt from the run folder alone."""
-    from flatcompress.plan import apply_plan
+    from flatcompress.plan import apply_plan, load_weights
 
     _, pipeline = open_run(folder)
     found = _finished(folder, stage)
     work = pipeline.prepare(rehearsed=False)
     work.model = apply_plan(work.model.cpu(), found.plan, work.example().cpu())
-    work.model.load_state_dict(found.state_dict)
+    load_weights(work.model, found.state_dict)
     work.model.to(work.device)
     work.plan, work.ledger, work.folder = found.plan, list(found.extra["ledger"]), folder
     return work

@@ -170,19 +170,3 @@ def _fitting(model: nn.Module, name: str, axis: str, cut: dict[str, Any]) -> Ten
         side = "output" if axis == axes.OUT else "input"
         raise UserError(f"{name}: the plan was made for {total} {side} channels, this model has {have}.")
     return _from_runs(cut["keep"], total, name)
-
-
-def check_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """UserError naming the first tensor of ``state`` that does not fit ``model``, in the model's order."""
-    own = model.state_dict()
-    for name, value in own.items():
-        if name not in state:
-            raise UserError(f"{name}: missing from the checkpoint.")
-        if state[name].shape != value.shape:
-            raise UserError(
-                f"{name}: the checkpoint has shape {tuple(state[name].shape)}, the model {tuple(value.shape)}; "
-                "is the plan the one that was saved with it?"
-            )
-    extra = next((name for name in state if name not in own), None)
-    if extra is not None:
-        raise UserError(f"{extra}: in the checkpoint, but the model has no such tensor.")
