@@ -38,6 +38,9 @@ def ledger_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
+_WHOLE = 5  # lines on layers that stay whole, a stage
+
+
 class Progress:
     """Shows log events as they come; a context manager.
 
@@ -60,6 +63,7 @@ class Progress:
         self._epoch: dict[str, Any] = {}
         self._entered = clock()
         self._first: float | None = None  # epochs that were done before this process began
+        self._whole = 0  # layers of this stage that keep their channels or weights
 
     def __enter__(self) -> Progress:
         if self.console.is_terminal and not self.console.is_dumb_terminal:
@@ -108,7 +112,7 @@ class Progress:
         )
 
     def _on_stage(self, event: Mapping[str, Any]) -> None:
-        self._stage, self._epoch, self._first = dict(event), {}, None
+        self._stage, self._epoch, self._first, self._whole = dict(event), {}, None, 0
         self._entered = self._clock()
         if self._live is None:
             epochs = number(event.get("epochs"))
@@ -120,6 +124,13 @@ class Progress:
         if self._first is None and now is not None:
             self._first = now - 1
         self._stage.setdefault("epochs", event.get("epochs"))
+
+    def _on_protected(self, event: Mapping[str, Any]) -> None:
+        self._whole += 1
+        if self._whole <= _WHOLE:
+            self._say(f"{text(event.get('name'), 80)} stays whole: {text(event.get('reason'), 160)}", "dim", mark="  ")
+        elif self._whole == _WHOLE + 1:
+            self._say("and more layers stay whole: see the report", "dim", mark="  ")
 
     def _on_row(self, event: Mapping[str, Any]) -> None:
         row = mapping(event.get("row"))

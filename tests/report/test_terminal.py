@@ -71,6 +71,22 @@ def test_without_a_terminal_there_is_one_line_a_stage():
     ]
 
 
+def test_what_stays_whole_is_said_with_its_reason_and_a_long_list_is_cut():
+    out = io.StringIO()
+    with Progress(Console(file=out, width=200)) as progress:
+        progress(stage())
+        for name in ("fc", *"abcdefg"):
+            progress({"event": "protected", "stage": "1-prune", "name": name, "reason": "it is the output layer"})
+        progress(stage(stage="2-sparsify"))
+        progress({"event": "protected", "stage": "2-sparsify", "name": "conv1", "reason": "it is ignored"})
+    lines = out.getvalue().splitlines()
+    assert lines[1] == "  fc stays whole: it is the output layer" and lines[5].startswith("  d stays whole")
+    assert lines[6] == "  and more layers stay whole: see the report" and lines[-1].endswith(
+        "conv1 stays whole: it is ignored"
+    )
+    assert len(lines) == 9
+
+
 def test_on_a_terminal_the_live_line_has_stage_epoch_loss_accuracy_and_time_left():
     clock = Clock()
     progress = Progress(Console(file=io.StringIO(), force_terminal=True, width=140), clock)
