@@ -9,13 +9,14 @@ This room knows nothing of quantizers: `ActivationSpec` and `WeightSpec` are the
 from __future__ import annotations
 
 from flatcompress.graph.cost import macs, total_macs, weighted
-from flatcompress.graph.lowering_spec import ActivationSpec, WeightSpec
+from flatcompress.graph.lowering_spec import ActivationSpec, WeightSpec, headroom
 from flatcompress.graph.runtime import install, installed_graph, uninstall
 from flatcompress.graph.tracing import trace
 
 __all__ = [
     "ActivationSpec",
     "WeightSpec",
+    "headroom",
     "install",
     "installed_graph",
     "macs",

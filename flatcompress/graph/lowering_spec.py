@@ -46,3 +46,19 @@ class WeightSpec:
     values: torch.Tensor
     scale: torch.Tensor
     bits: int
+
+
+def headroom(values: torch.Tensor, bits: int) -> int:
+    """The power of two by which weights of ``bits`` bits are multiplied in an integer kernel, their scale divided.
+
+    The bias lives on the grid ``s_x * s_w``, which is coarse when both have few bits. int8 has room to spare for
+    narrow weights, and a finer ``s_w`` refines the bias's grid for nothing. Up to 64, so that a pair of u8 x s8
+    products still fits the int16 of AVX2 kernels without VNNI (2 * 255 * 64 < 2**15).
+
+    >>> headroom(torch.tensor([-8, 7]), 4), headroom(torch.tensor([-20, 3]), 8), headroom(torch.tensor([-128]), 8)
+    (3, 1, 0)
+    """
+    if bits < 8:
+        return 7 - bits
+    largest = max(1, int(values.to(torch.int32).abs().max()))  # int8 has no +128
+    return max(0, (64 // largest).bit_length() - 1)

@@ -16,19 +16,6 @@ from torch import Tensor, nn
 BIAS_LIMIT = float(1 << 30)
 
 
-def headroom(values: Tensor, bits: int) -> int:
-    """The power of two by which weights of ``bits`` bits are multiplied in an integer kernel, their scale divided.
-
-    The bias lives on the grid ``s_x * s_w``, which is coarse when both have few bits. int8 has room to spare for
-    narrow weights, and a finer ``s_w`` refines the bias's grid for nothing. Up to 64, so that a pair of u8 x s8
-    products still fits the int16 of AVX2 kernels without VNNI (2 * 255 * 64 < 2**15).
-    """
-    if bits < 8:
-        return 7 - bits
-    largest = max(1, int(values.abs().max()))
-    return max(0, (64 // largest).bit_length() - 1)
-
-
 @dataclass
 class Folded:
     """values: integers (wider than int8 where a sign flip made +128 of -128), scale: [out] > 0, bias: [out] real."""

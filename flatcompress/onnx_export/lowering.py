@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from flatcompress import graph as graphs
 from flatcompress.errors import UserError
 from flatcompress.onnx_export import integer
-from flatcompress.onnx_export.fold import fold, fold_float, headroom, integer_bias
+from flatcompress.onnx_export.fold import fold, fold_float, integer_bias
 from flatcompress.onnx_export.integer import Grid
 from flatcompress.onnx_export.prepare import (
     MOVES,
@@ -187,7 +187,7 @@ class _Lowering:
             layer: nn.Module = integer.WeightOnlyLayer(values, scale, real_bias, spec.bits, attributes)
             self._set(node, self._call(node, layer, self._padded(node, module)))
             return
-        shift = headroom(folded.values, spec.bits)
+        shift = graphs.headroom(folded.values, spec.bits)
         folded, whole = integer_bias(folded, value.grid.scale, shift)
         out = self._sink(node)
         layer = integer.IntegerLayer(

@@ -9,7 +9,8 @@ window of K steps the *disorder* of g_task counts its sign flips, and the *confl
 Pure noise has delta = 0.5 with deviation 0.5 / sqrt(K - 1). A scale whose delta is *below* the threshold sits where
 both gradients hold it: its task gradient is dropped until a later window says otherwise. The combined gradient
 a * m_task * g_task + b * m_smooth * g_smooth is composed anew, so the optimizer still sees every parameter.
-The paper's text does not settle everything; what it leaves open is a switch of `ScaleConflict`.
+The paper's text does not settle everything; what it leaves open is a switch of `ScaleConflict`, and so are two remedies
+other than freezing: to move the scale less, and to take the opposing part out of the smaller gradient.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from flatcompress.quant.layers import graph_of, scale_parameters, tensor_quantiz
 from flatcompress.quant.lsq import StepQuantizer
 from flatcompress.quant.placement import readers_of_quantizers
 
-MODES = ("paper", "gated")
+MODES = ("paper", "gated", "opposed")
+REMEDIES = ("freeze", "slow", "project")
+SLOW = 0.1  # how far a scale moves under the remedy "slow", as a share of its step
 TARGETS = ("task", "smooth", "both")
 GRANULARITIES = ("quantizer", "layer", "channel")
 TAU_KINDS = ("absolute", "quantile", "sigma")
@@ -38,11 +41,17 @@ class ScaleConflict:
 
     Put ``compose`` into the slot of a two-probe optimizer. ``K``: steps per window, at least 2. ``tau``: the threshold,
     read as ``tau_kind`` says: ``absolute`` (freeze below it), ``quantile`` (freeze that share, the least disordered),
-    ``sigma`` (freeze what lies more than tau deviations of chance below 0.5). ``mode``: ``paper``, or ``gated``, which
-    also demands lasting opposition: C > 0.5 and summed gradients of opposite sign. ``freeze_target``: the gradient that
-    is dropped. ``granularity``: one decision per quantizer, per layer (its weights and input together) or per channel.
+    ``sigma`` (freeze what lies more than tau deviations of chance below 0.5). ``mode``: ``paper``; ``gated``, which
+    also demands lasting opposition: C > 0.5 and summed gradients of opposite sign; or ``opposed``, which reads the
+    share of agreeing steps, 1 - C, in the place of disorder. ``freeze_target``: the gradient that is dropped.
+    ``granularity``: one decision per quantizer, per layer (its weights and input together) or per channel.
     ``refreeze``: decide anew at every window, or keep what was once frozen. ``mix``: the weights (a, b) with which the
     method combines its probes; SAGM's are (0.5, 0.5), SAM's (0, 1). The first window never freezes.
+
+    ``remedy``: ``freeze``, the paper's; ``slow``: a scale that would be frozen keeps both gradients and takes a tenth
+    of its step instead, whatever the optimizer (call `after_step` after each); ``project``: no decisions at all, in
+    every step the smaller of two opposing gradients loses its part along the larger (PCGrad, arXiv 2001.06782, one
+    vector per ``granularity``), which of a single number leaves nothing.
 
     Everything is in `state_dict`, also the middle of a window.
     """
@@ -58,9 +67,10 @@ class ScaleConflict:
         refreeze: bool = True,
         tau_kind: str = "absolute",
         mix: tuple[float, float] = (0.5, 0.5),
+        remedy: str = "freeze",
     ) -> None:
         for value, known, what in (
-            (mode, MODES, "mode"), (freeze_target, TARGETS, "freeze_target"),
+            (mode, MODES, "mode"), (freeze_target, TARGETS, "freeze_target"), (remedy, REMEDIES, "remedy"),
             (granularity, GRANULARITIES, "granularity"), (tau_kind, TAU_KINDS, "tau_kind"),
         ):  # fmt: skip
             if value not in known:
@@ -71,6 +81,7 @@ class ScaleConflict:
             raise UserError(f"tau must be at least 0 (and a quantile at most 1); found {tau!r}.")
         self.K, self.tau, self.mode, self.freeze_target = K, float(tau), mode, freeze_target
         self.granularity, self.refreeze, self.tau_kind, self.mix = granularity, refreeze, tau_kind, mix
+        self.remedy = remedy
         self.scales = scale_parameters(model)
         if not self.scales:
             raise UserError("the model has no learned scales to watch.")
@@ -83,6 +94,7 @@ class ScaleConflict:
         self.t, self.windows = 0, 0
         self.frozen = torch.zeros(sum(self.sizes), dtype=torch.bool, device=device)
         self._latest: dict[str, dict[str, Any]] = {}
+        self._before: tuple[list[Tensor], Tensor] | None = None
         self._reset()
 
     # -- the compose slot ----------------------------------------------------------------------------------------
@@ -97,8 +109,13 @@ class ScaleConflict:
         position = {id(p): i for i, p in enumerate(params)}
         where = [position.get(id(p)) for p in self.scales.values()]
         task, smooth = self._vector(where, probes[0]), self._vector(where, probes[1])
-        if bool(self.frozen.any()):
-            self._drop(where, combined, task, smooth)
+        if self.remedy == "project":
+            self._project(where, combined, task, smooth)
+        elif bool(self.frozen.any()):
+            if self.remedy == "slow":
+                self._before = [p.detach().clone() for p in self.scales.values()], self.frozen.clone()
+            else:
+                self._drop(where, combined, task, smooth)
         self._count(task, smooth)
         self.t += 1
         if self.t % self.K == 0:
@@ -111,19 +128,40 @@ class ScaleConflict:
             parts.append(torch.zeros_like(scale).flatten() if found is None else found.detach().flatten())
         return torch.cat(parts)
 
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """After the optimizer's step: a scale that is ``slow`` goes back nine tenths of it. Else nothing."""
+        if self._before is None:
+            return
+        values, slow = self._before
+        for scale, before, mask in zip(self.scales.values(), values, slow.split(self.sizes)):
+            scale.copy_(torch.where(mask.view_as(scale), before.lerp(scale, SLOW), scale))
+        self._before = None
+
+    def _project(self, where: list[int | None], combined: list[Tensor | None], task: Tensor, smooth: Tensor) -> None:
+        a, b = self.mix
+        dot, squares = _total(task * smooth, self._groups), [_total(g.square(), self._groups) for g in (task, smooth)]
+        opposing = dot < 0
+        shares = [dot / square.where(opposing, torch.ones_like(square)) for square in squares]
+        smaller_task = (opposing & (squares[0] < squares[1]))[self._groups]
+        smaller_smooth = opposing[self._groups] & ~smaller_task
+        new_task = torch.where(smaller_task, task - (shares[1][self._groups] * smooth).to(task), task)
+        new_smooth = torch.where(smaller_smooth, smooth - (shares[0][self._groups] * task).to(task), smooth)
+        self._write(where, combined, opposing[self._groups], a * new_task + b * new_smooth)
+
     def _drop(self, where: list[int | None], combined: list[Tensor | None], task: Tensor, smooth: Tensor) -> None:
         kept = (~self.frozen).to(task)
         a, b = self.mix
         keep_task = kept if self.freeze_target in ("task", "both") else torch.ones_like(kept)
         keep_smooth = kept if self.freeze_target in ("smooth", "both") else torch.ones_like(kept)
-        composed = (a * keep_task * task + b * keep_smooth * smooth).split(self.sizes)
-        frozen = [bool(part.any()) for part in self.frozen.split(self.sizes)]
-        masks = self.frozen.split(self.sizes)
-        for i, index in enumerate(where):
+        self._write(where, combined, self.frozen, a * keep_task * task + b * keep_smooth * smooth)
+
+    def _write(self, where: list[int | None], combined: list[Tensor | None], changed: Tensor, composed: Tensor) -> None:
+        for index, mask, new in zip(where, changed.split(self.sizes), composed.split(self.sizes)):
             gradient = None if index is None else combined[index]
-            if frozen[i] and gradient is not None and index is not None:
-                mask, new = masks[i].view_as(gradient), composed[i].view_as(gradient)
-                combined[index] = torch.where(mask, new, gradient)  # a channel that is not frozen keeps its bits
+            if gradient is not None and index is not None and bool(mask.any()):
+                kept = mask.view_as(gradient)  # a channel that is not frozen keeps its bits
+                combined[index] = torch.where(kept, new.view_as(gradient), gradient)
 
     # -- statistics ----------------------------------------------------------------------------------------------
 
@@ -157,11 +195,13 @@ class ScaleConflict:
         disorder = _mean(s["flips"] / s["moves"].clamp_min(1), known, self._groups)
         opposed = _mean(s["opposed"] / s["pairs"].clamp_min(1), known, self._groups)
         decided = _total(known.double(), self._groups) > 0
-        frozen = disorder < self._threshold(disorder, decided)
+        measure = 1 - opposed if self.mode == "opposed" else disorder
+        frozen = measure < self._threshold(measure, decided)
         if self.mode == "gated":
             against = _total(s["sum_task"] * s["sum_smooth"], self._groups) < 0
             frozen &= (opposed > 0.5) & against
-        self._decide(frozen[self._groups], decided[self._groups])
+        if self.remedy != "project":
+            self._decide(frozen[self._groups], decided[self._groups])
         self.windows += 1
         self._latest = self._rows(known)
         self._reset()

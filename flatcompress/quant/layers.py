@@ -105,21 +105,20 @@ def _convert(
     if hasattr(model, HOLDER):
         what = "is quantized already" if is_quantized(model) else f"has an attribute {HOLDER!r} of its own"
         raise UserError(f"the model {what}.")
+    _check_finite(model)
     gm = trace(model, example)
     operators.hoist_scalars(gm)
     layers, tensors, floats = placement.place(gm, model, settings)
     make = QUANTIZERS[method].make
     holder = Quantizers()
     for row in tensors:
-        injected = make("activation", bits=row.bits, signed=row.signed)
-        quantizer = ActivationQuantizer(injected, row.bits, row.signed)
-        _set_name(quantizer.tensor_quant, f"{HOLDER}.{row.name}")
-        holder[row.name] = quantizer
+        injected = make("activation", f"{HOLDER}.{row.name}", bits=row.bits, signed=row.signed)
+        holder[row.name] = ActivationQuantizer(injected, row.bits, row.signed)
     holder.data = _data(example, method, per_channel, settings, layers, tensors, floats)
     for layer in layers:
         module = model.get_submodule(layer.name)
-        quantize_layer(module, make("weight", bits=layer.bits, signed=True, layer=module, per_channel=per_channel))
-        _set_name(quantized_layers(module)[""].weight_quant.tensor_quant, layer.name)
+        made = make("weight", layer.name, bits=layer.bits, signed=True, layer=module, per_channel=per_channel)
+        quantize_layer(module, made)
     holder.to(example.device, float_dtype(model)).train(model.training)
     model.add_module(HOLDER, holder)
     gm.add_module(HOLDER, holder)
@@ -143,9 +142,10 @@ def _data(
     }
 
 
-def _set_name(quantizer: Any, name: str) -> None:
-    if isinstance(quantizer, StepQuantizer):
-        quantizer.name = name
+def _check_finite(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise UserError(f"the model's {name!r} contains NaN or infinity: it cannot be quantized.")
 
 
 def _example(model: nn.Module, example_input: torch.Tensor | None) -> torch.Tensor:

@@ -163,7 +163,7 @@ class StepQuantizer(nn.Module):
         if scale.is_cuda:
             self._calls += 1
             if self._calls % _GUARD_INTERVAL:
-                return torch.maximum(scale, self.initial * FLOOR)
+                return torch.maximum(scale, self._floor())
         if bool((scale > self.initial * FLOOR).all()):
             return scale
         if not bool(torch.isfinite(scale).all()):
@@ -175,7 +175,11 @@ class StepQuantizer(nn.Module):
                 "start. Lower the learning rate of the scales.",
                 stacklevel=3,
             )
-        return torch.maximum(scale, self.initial * FLOOR)
+        return torch.maximum(scale, self._floor())
+
+    def _floor(self) -> torch.Tensor:
+        """The least scale that acts; also of a start so small that its millionth is no number any more."""
+        return (self.initial * FLOOR).clamp_min(torch.finfo(self.initial.dtype).tiny)
 
     def gradient_scale(self, v: torch.Tensor) -> float:
         """1 / sqrt(N * Qp), N = elements per scale."""

@@ -1,4 +1,7 @@
-"""The quantizers by name. A row makes the tensor quantizer (or a stock Brevitas injector) of a weight or activation."""
+"""The quantizers by name. A row makes the tensor quantizer (or a stock Brevitas injector) of a weight or activation.
+
+``name`` is the one that messages use: the layer's, or the activation quantizer's.
+"""
 
 from __future__ import annotations
 
@@ -17,32 +20,38 @@ from flatcompress.registry import Registry
 QUANTIZERS = Registry("quantizer")
 
 
-def lsq(target: str, *, bits: int, signed: bool, layer: nn.Module | None = None, per_channel: bool = True) -> Any:
+def lsq(
+    target: str, name: str, *, bits: int, signed: bool, layer: nn.Module | None = None, per_channel: bool = True
+) -> Any:
     """LSQ for weights and activations."""
     if target == "weight":
         assert layer is not None
-        return _weight(layer, bits, per_channel)
-    return _activation(StepQuantizer(bits, signed, per_sample=True))
+        return _weight(name, layer, bits, per_channel)
+    return _activation(name, StepQuantizer(bits, signed, per_sample=True))
 
 
-def lsq_plus(target: str, *, bits: int, signed: bool, layer: nn.Module | None = None, per_channel: bool = True) -> Any:
+def lsq_plus(
+    target: str, name: str, *, bits: int, signed: bool, layer: nn.Module | None = None, per_channel: bool = True
+) -> Any:
     """LSQ+: three-sigma weight start; signed activations get an unsigned grid with a learned offset."""
     if target == "weight":
         assert layer is not None
-        return _weight(layer, bits, per_channel, three_sigma)
+        return _weight(name, layer, bits, per_channel, three_sigma)
     made = OffsetQuantizer(bits) if signed else StepQuantizer(bits, False, per_sample=True)
-    return _activation(made)
+    return _activation(name, made)
 
 
-def pact(target: str, *, bits: int, signed: bool, layer: nn.Module | None = None, per_channel: bool = True) -> Any:
+def pact(
+    target: str, name: str, *, bits: int, signed: bool, layer: nn.Module | None = None, per_channel: bool = True
+) -> Any:
     """PACT: a learned clipping level for activations; weights as LSQ."""
     if target == "weight":
-        return lsq(target, bits=bits, signed=signed, layer=layer, per_channel=per_channel)
-    return _activation(ClipQuantizer(bits, signed))
+        return lsq(target, name, bits=bits, signed=signed, layer=layer, per_channel=per_channel)
+    return _activation(name, ClipQuantizer(bits, signed))
 
 
 def brevitas_learned(
-    target: str, *, bits: int, signed: bool, layer: nn.Module | None = None, per_channel: bool = True
+    target: str, name: str, *, bits: int, signed: bool, layer: nn.Module | None = None, per_channel: bool = True
 ) -> Any:
     """Brevitas's own learned scales: absmax start, no gradient scale, narrow weight range."""
     if target == "weight":
@@ -55,19 +64,20 @@ def brevitas_learned(
 
 
 def brevitas_stats(
-    target: str, *, bits: int, signed: bool, layer: nn.Module | None = None, per_channel: bool = True
+    target: str, name: str, *, bits: int, signed: bool, layer: nn.Module | None = None, per_channel: bool = True
 ) -> Any:
     """Brevitas's default: the weight scale is the largest magnitude of every step, activations as `brevitas`."""
     if target == "weight":
         granularity = {} if per_channel else {"scaling_per_output_channel": False}
         return Int8WeightPerChannelFloat.let(bit_width=bits, **granularity)
-    return brevitas_learned(target, bits=bits, signed=signed)
+    return brevitas_learned(target, name, bits=bits, signed=signed)
 
 
-def _weight(layer: nn.Module, bits: int, per_channel: bool, start: Any = None) -> Any:
+def _weight(name: str, layer: nn.Module, bits: int, per_channel: bool, start: Any = None) -> Any:
     weight = layer.weight.detach()  # type: ignore[operator]
     shape = (weight.shape[0], *[1] * (weight.dim() - 1)) if per_channel else ()
     quantizer = StepQuantizer(bits, True, shape).to(weight)
+    quantizer.name = name  # before it is set: what is wrong with the weights is said by name
     rows = weight.flatten(1) if per_channel else weight.reshape(1, -1)
     if start is None:
         quantizer.start_from(rows.abs().mean(1))
@@ -76,7 +86,8 @@ def _weight(layer: nn.Module, bits: int, per_channel: bool, start: Any = None) -
     return injector(WeightProxy, quantizer)
 
 
-def _activation(quantizer: StepQuantizer) -> Any:
+def _activation(name: str, quantizer: StepQuantizer) -> Any:
+    quantizer.name = name
     return injector(ActivationProxy, quantizer)
 
 

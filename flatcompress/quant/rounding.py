@@ -16,6 +16,7 @@ import torch
 from torch import fx, nn
 
 from flatcompress.errors import UserError
+from flatcompress.graph import headroom
 from flatcompress.quant.modules import ActivationQuantizer, QuantizedLayer
 from flatcompress.quant.operators import first, passes
 
@@ -123,7 +124,7 @@ class BiasRounding(nn.Module):
             bias = (bias - norm.running_mean.double()) * gain
             bias = bias if norm.bias is None else bias + norm.bias.double()
             scale = scale * torch.where(gain == 0, torch.ones_like(gain), gain.abs())
-        scale = (scale / 2 ** _headroom(spec.values, spec.bits)).float()
+        scale = (scale / 2 ** headroom(spec.values, spec.bits)).float()
         step = (torch.tensor(quantizer.activation_spec().scale, device=scale.device) * scale).double()
         return torch.round(bias / step) * step - bias
 
@@ -132,11 +133,3 @@ class BiasRounding(nn.Module):
             return x
         shift = self.shift().to(x)
         return x + (shift if isinstance(self._parts[0], nn.Linear) else shift.view(-1, *[1] * (x.dim() - 2)))
-
-
-def _headroom(values: torch.Tensor, bits: int) -> int:
-    """Integer kernels have room for weights times 2^h (at most 64 in size), which makes the bias's grid finer."""
-    if bits < 8:
-        return 7 - bits
-    largest = max(1, int(values.to(torch.int16).abs().max()))
-    return max(0, (64 // largest).bit_length() - 1)

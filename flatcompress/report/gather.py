@@ -18,6 +18,7 @@ from flatcompress.yaml_source import parse_yaml
 
 MAX_PREVIEW = 4 << 20
 MAX_RECIPE = 1 << 18
+STAGE_EVENTS = ("stage", "epoch", "prune", "conflict", "layers", "protected", "bits", "flatness")
 T = TypeVar("T")
 
 
@@ -32,6 +33,8 @@ class StageLog:
     conflict: list[dict[str, Any]] = field(default_factory=list)
     layers: list[dict[str, Any]] = field(default_factory=list)
     protected: list[dict[str, Any]] = field(default_factory=list)
+    bits: dict[str, Any] = field(default_factory=dict)
+    flatness: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -149,7 +152,7 @@ def _sort_events(run: Run, events: list[dict[str, Any]]) -> None:
             run.stopped = text(event.get("reason"), 400) or "stopped"
         elif kind == "warning":
             run.messages.append(event)
-        elif kind in ("stage", "epoch", "prune", "conflict", "layers", "protected") and text(event.get("stage")):
+        elif kind in STAGE_EVENTS and text(event.get("stage")):
             _take(run.stages, kind, event)
     planned = run.start.get("stages")
     if isinstance(planned, list) and planned:  # stages of a recipe that was changed later on
@@ -171,6 +174,8 @@ def _take(stages: dict[str, StageLog], kind: str, event: dict[str, Any]) -> None
         log.layers = records(event.get("layers")) or log.layers
     elif kind == "protected":
         log.protected.append(event)
+    elif kind in ("bits", "flatness"):
+        setattr(log, kind, event)
     elif kind == "epoch":
         _append(log.epochs, "epoch", event)
     else:

@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from flatcompress import __version__
-from flatcompress.report import curves, proof, tables
+from flatcompress.report import bits, curves, proof, tables
 from flatcompress.report.gather import Run, gather
 from flatcompress.report.numbers import (
     duration,
@@ -68,6 +68,7 @@ def render(run: Run) -> str:
         training=curves.training(run),
         pruning=curves.pruning(run),
         conflict=curves.conflict(run),
+        bits=bits.maps(run),
         layers=tables.layers(run),
         checks=proof.checks(certificate),
         failures=[text(f, 300) for f in _listed(certificate.get("failures"))[:50]],

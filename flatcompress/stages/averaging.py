@@ -1,4 +1,4 @@
-"""Weight averaging as an option of the train stage: the average takes the place of the selected epoch."""
+"""Weight averaging as an option of the train and quantize stages: the average takes the place of the best epoch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from flatcompress.flat.averaging import EMA, SWA, SWAD, Average, update_bn
-from flatcompress.stages.configs import TrainConfig
+from flatcompress.stages.configs import QuantizeConfig, TrainConfig
 from flatcompress.stages.measure import train_batches
 from flatcompress.stages.workpiece import Workpiece
 from flatcompress.training.loop import Job, loader
@@ -22,8 +22,9 @@ BN_SAMPLES = 4096
 class Averaging:
     """An average that follows a job; a hook of the training loop, so its state is saved and resumed with it."""
 
-    def __init__(self, work: Workpiece, job: Job, config: TrainConfig) -> None:
+    def __init__(self, work: Workpiece, job: Job, config: TrainConfig | QuantizeConfig) -> None:
         self.work, self.job, self.kind = work, job, config.averaging
+        self.keep_statistics = isinstance(config, QuantizeConfig) and config.freeze_bn
         model = job.raw_model
         kinds: dict[str, Callable[[nn.Module], Average | SWAD]] = {
             "swa": SWA,
@@ -41,7 +42,7 @@ class Averaging:
 
         job.after_step = after_step
         if isinstance(self.average, SWAD):
-            job.after_epoch = self.evaluate
+            also_after_epoch(job, self.evaluate)
 
     def update(self, step: int) -> None:
         """Take in the weights after ``step`` steps."""
@@ -63,12 +64,14 @@ class Averaging:
         self.average.evaluate(sum(losses) / len(val))
 
     def finish(self) -> None:
-        """Put the average into the model and estimate its BatchNorm statistics."""
+        """Put the average into the model and estimate its BatchNorm statistics (unless they are frozen)."""
         if isinstance(self.average, SWAD):
             self.average.finish()
         model = self.job.raw_model
         self.average.copy_to(model)
-        update_bn(model, train_batches(self.work, BN_SAMPLES))
+        if not self.keep_statistics:
+            update_bn(model, train_batches(self.work, BN_SAMPLES))
+        self.job.emit("selected", val_accuracy=self.job.validate())
 
     def state_dict(self) -> dict[str, Any]:
         """The average's state."""
@@ -77,3 +80,14 @@ class Averaging:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take that state over."""
         self.average.load_state_dict(state)
+
+
+def also_after_epoch(job: Job, function: Callable[[int], None]) -> None:
+    """Run ``function`` after each epoch, after what the job does there already."""
+    before = job.after_epoch
+
+    def both(epoch: int) -> None:
+        before(epoch)
+        function(epoch)
+
+    job.after_epoch = both

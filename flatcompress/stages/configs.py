@@ -7,12 +7,13 @@ the registry is a key of the stage, and any other key is refused with the neares
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, model_validator
 
 from flatcompress.errors import unknown
 from flatcompress.stages.keys import (
+    AveragingKind,
     Bits,
     KeyProblem,
     NonNegative,
@@ -48,7 +49,7 @@ class TrainConfig(TrainingKeys):
     """Train the model into a flat minimum."""
 
     method: str = Field("sam", description="flat-minima method; see `flatcompress list methods`")
-    averaging: Literal["none", "ema", "swa", "swad"] = Field("none", description="average the weights over steps")
+    averaging: AveragingKind = Field("none", description="average the weights over steps")
 
     def flat_method(self) -> str:
         from flatcompress import flat
@@ -56,12 +57,13 @@ class TrainConfig(TrainingKeys):
         return known_method(self.method, flat.METHODS, "training method")
 
 
-_LATER = ("percentile", "floor")
 PRUNE_BUDGETS = ("ratio", "macs", "params", "bytes", "latency", "latency_ms")
 
 
 class PruneConfig(RemovalKeys):
     """Remove channels while training, AdaSAP's three steps: perturb adaptively, remove, train on robustly."""
+
+    late_keys: ClassVar[frozenset[str]] = frozenset({"percentile", "floor"})
 
     method: str = Field("adasap", description="pruning method; see `flatcompress list prune-methods`")
     ratio: Share | None = Field(None, description="share of channels to remove (default 0.5 when no budget is given)")
@@ -94,11 +96,6 @@ class PruneConfig(RemovalKeys):
     floor: Annotated[float, Field(ge=0.0, lt=1.0)] | None = Field(
         None, description="share of its channels that every layer keeps at least; default: 0.1"
     )
-
-    @model_serializer(mode="wrap")
-    def _without_what_is_off(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """A recipe is known by its hash: keys that came later stand in it only where they say something."""
-        return {key: value for key, value in handler(self).items() if key not in _LATER or value is not None}
 
     def flat_method(self) -> str:
         from flatcompress.stages.methods import PRUNE_METHODS
@@ -169,6 +166,8 @@ BITS_BUDGETS = ("effective_bits", "bytes", "bops")
 class QuantizeConfig(TrainingKeys):
     """Quantization-aware training with learned step sizes, and GAQAT's freezing of conflicting scale gradients."""
 
+    late_keys: ClassVar[frozenset[str]] = frozenset({"averaging", "flatness_map", "freeze_bn", "remedy"})
+
     method: str = Field("gaqat", description="QAT method; see `flatcompress list qat-methods`")
     weight_bits: Bits = Field(4, description="bits of the weights")
     activation_bits: Bits | None = Field(4, description="bits of the activations; null: they stay float")
@@ -193,12 +192,18 @@ class QuantizeConfig(TrainingKeys):
     K: Annotated[int, Field(ge=2)] = Field(50, description="GAQAT: steps per disorder window")
     tau: NonNegative = Field(0.3, description="GAQAT: freeze below this disorder")
     tau_kind: Literal["absolute", "quantile", "sigma"] = Field("quantile", description="GAQAT: how tau is read")
-    mode: Literal["paper", "gated"] = Field("paper", description="GAQAT: freeze on order alone, or only on opposition")
+    mode: Literal["paper", "gated", "opposed"] = Field(
+        "paper", description="GAQAT: freeze on order alone, on order with lasting opposition, or on opposition alone"
+    )
     freeze_target: Literal["task", "smooth", "both"] = Field("task", description="GAQAT: which gradient is frozen")
     granularity: Literal["quantizer", "layer", "channel"] = Field(
         "quantizer", description="GAQAT: what is frozen together"
     )
     refreeze: bool = Field(True, description="GAQAT: decide anew at every window")
+    remedy: Literal["freeze", "slow", "project"] = Field(
+        "freeze",
+        description="GAQAT: freeze a gradient, take a tenth of the step, or project the smaller of opposing gradients",
+    )
     scale_lr: Positive = Field(0.1, description="learning rate of the quantizer scales, as a share of optimizer.lr")
     perturb_scales: bool = Field(False, description="perturb the quantizer scales with the weights")
     perturb_point: Literal["latent", "quantized"] | None = Field(
@@ -215,6 +220,11 @@ class QuantizeConfig(TrainingKeys):
         None, description="freeze weights that change sides more often than this, at the end (0.01); default: off"
     )
     distill: NonNegative = Field(0.0, description="weight of distillation from the float model")
+    averaging: AveragingKind = Field("none", description="average the weights and scales over steps")
+    freeze_bn: bool = Field(False, description="BatchNorm keeps its running statistics, as DomainBed's networks do")
+    flatness_map: bool = Field(
+        True, description="log how far each layer may move (Hessian trace) against how far its grid moves it"
+    )
     bias_rounding_epochs: Annotated[int, Field(ge=0)] = Field(
         1, description="last epochs that train with the exported file's rounded biases"
     )

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from flatcompress.errors import nearest, unknown
 
@@ -13,6 +21,7 @@ Bits = Annotated[int, Field(ge=2, le=8)]
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
+AveragingKind = Literal["none", "ema", "swa", "swad"]
 
 
 def _size(value: Any) -> Any:
@@ -62,8 +71,15 @@ class TrainingKeys(BaseModel):
         "best", description="keep the epoch with the best validation accuracy on the training domains, or the last"
     )
 
-    # How an extra key reaches a flat method; a subclass says which method its own `method` key means.
-    own_extras: ClassVar[frozenset[str]] = frozenset()
+    # Keys that came after recipes had been run: at their defaults they stay out of the written recipe and its hash, so
+    # that runs from before are found again and go on.
+    late_keys: ClassVar[frozenset[str]] = frozenset()
+
+    @model_serializer(mode="wrap")
+    def _without_late_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields = type(self).model_fields
+        off = {key for key in self.late_keys if getattr(self, key) == fields[key].default}
+        return {key: value for key, value in handler(self).items() if key not in off}
 
     def flat_method(self) -> str:
         """Name of the flat-minima method this stage trains with."""

@@ -75,6 +75,8 @@ class Plugs:
     def after_step(self, progress: float) -> None:
         """Follow oscillations; ``progress`` is the share of the stage that is done."""
         self.progress = progress
+        if self.conflict is not None:
+            self.conflict.after_step()
         if self.tracker is None:
             return
         end = self.config.oscillation_threshold
@@ -122,5 +124,6 @@ def _conflict(model: nn.Module, config: QuantizeConfig) -> Any:
         freeze_target=config.freeze_target,
         granularity=config.granularity,
         refreeze=config.refreeze,
+        remedy=config.remedy,
         mix=(0.5, 0.5) if config.flat_method() == "sagm" else (0.0, 1.0),
     )

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from flatcompress import quant
 from flatcompress.plan import Plan
+from flatcompress.stages.averaging import Averaging
 from flatcompress.stages.configs import QuantizeConfig
+from flatcompress.stages.flatness import log_map
 from flatcompress.stages.measure import train_batches
 from flatcompress.stages.methods import QAT_METHODS, QatMethod
 from flatcompress.stages.qat_plugs import Plugs
@@ -105,6 +107,8 @@ def _train_float(work: Workpiece, config: QuantizeConfig) -> int:
     job = make_job(work, config, epochs=epochs)
     job.context = {"phase": "float"}
     job.eligible = lambda epoch: False
+    if config.freeze_bn:
+        hold_statistics(job)
     fit(job)
     work.resume = None
     return finish(work, job)
@@ -113,16 +117,24 @@ def _train_float(work: Workpiece, config: QuantizeConfig) -> int:
 def _train_quantized(
     work: Workpiece, config: QuantizeConfig, teacher: nn.Module | None, context: dict[str, Any]
 ) -> None:
+    before = copy.deepcopy(work.model) if config.flatness_map and work.resume is None else None
     work.plan = work.plan + insert(work.model, work.example(), config, context["bits"])
+    if before is not None:
+        log_map(work, before)
     quant.calibrate(work.model, [x for x, _ in train_batches(work, CALIBRATION_SAMPLES)])
     plugs = Plugs(work.model, config, method_of(config))
     job = qat_job(work, config, teacher, plugs)
     job.context = context
+    averaging = Averaging(work, job, config) if config.averaging != "none" else None
     fit(job)
-    restore_best(job)
+    if averaging is not None:
+        averaging.finish()
+    else:
+        restore_best(job)
     plugs.release()
     work.passes += int(context["passes"]) + finish(work, job)
-    quant.reestimate_batchnorm(work.model, [x for x, _ in train_batches(work, 10 * work.batch_size)])
+    if not config.freeze_bn:
+        quant.reestimate_batchnorm(work.model, [x for x, _ in train_batches(work, 10 * work.batch_size)])
     quant.set_bias_rounding(work.model, True)
 
 
@@ -156,6 +168,8 @@ def qat_job(work: Workpiece, config: QuantizeConfig, teacher: nn.Module | None, 
     if teacher is not None:
         distill(job, teacher, config.distill)
     round_biases(work, job, config)
+    if config.freeze_bn:
+        hold_statistics(job)
     return job
 
 
@@ -176,6 +190,19 @@ def round_biases(work: Workpiece, job: Job, config: QuantizeConfig) -> None:
         quant.set_bias_rounding(work.model, epoch + 1 >= first)
 
     job.before_epoch, job.after_epoch = before_epoch, after_epoch
+
+
+def hold_statistics(job: Job) -> None:
+    """BatchNorm normalises by its running statistics from each epoch's first batch on, and leaves them as they are."""
+    before = job.before_epoch
+
+    def before_epoch(epoch: int) -> None:
+        before(epoch)
+        for module in job.raw_model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+
+    job.before_epoch = before_epoch
 
 
 def distill(job: Job, teacher: nn.Module, weight: float) -> None:

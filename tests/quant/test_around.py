@@ -135,7 +135,7 @@ def test_rounded_biases_are_the_writers_integers() -> None:
         rounding = made[name.replace(".", "_")]
         folded = writer.fold(spec.values, spec.scale, layer.bias, [model.get_submodule(norm)] if norm else [])
         s_x = rounding._parts[2].activation_spec().scale
-        fine, whole = writer.integer_bias(folded, s_x, writer.headroom(folded.values, spec.bits))
+        fine, whole = writer.integer_bias(folded, s_x, graph.headroom(folded.values, spec.bits))
         step = (torch.tensor(s_x) * fine.scale).double()
         torch.testing.assert_close(rounding.shift() + folded.bias, whole.double() * step, rtol=1e-9, atol=1e-12)
 

@@ -213,7 +213,8 @@ def test_one_probe_steps_and_missing_gradients_are_fine() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [({"K": 1}, "K"), ({"tau": -1}, "tau"), ({"tau": 2, "tau_kind": "quantile"}, "tau"), ({"mode": "gate"}, "gated"),
-     ({"freeze_target": "tusk"}, "task"), ({"granularity": "x"}, "layer"), ({"tau_kind": "rel"}, "absolute")],
+     ({"freeze_target": "tusk"}, "task"), ({"remedy": "slo"}, "slow"),
+     ({"granularity": "x"}, "layer"), ({"tau_kind": "rel"}, "absolute")],
 )  # fmt: skip
 def test_bad_switches(options: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
@@ -235,6 +236,50 @@ def test_hand_made_scale_conflict_of_the_card() -> None:
     assert slope(0.45) == pytest.approx(-0.05)  # rho = 0.10 downhill
     assert slope(0.53) == pytest.approx(0.03)  # rho = 0.02
     assert slope(0.70) == pytest.approx(0.20) and slope(0.65) == pytest.approx(0.15)
+
+
+def test_opposed_mode_reads_the_conflict_rate_in_the_place_of_disorder() -> None:
+    driver = Driver(net(), K=4, tau=0.5, mode="opposed")
+    n = len(driver.scales)
+    for t in range(4):  # the task gradients are in perfect order; the first scale's is opposed three times of four
+        driver.step(1.0, [-1.0 if t else 1.0] + [1.0] * (n - 1))
+    assert driver.conflict.frozen.nonzero().flatten().tolist() == [0]
+
+
+def test_slow_remedy_moves_a_frozen_scale_a_tenth_of_its_step() -> None:
+    driver = Driver(net(), K=2, tau=1.1, remedy="slow")
+    for _ in range(2):
+        driver.step(1.0, -1.0)
+    assert driver.conflict.frozen.all()
+    assert set(driver.step(3.0, -1.0)) == {1.0}  # both gradients stay
+    starts = [s.detach().clone() for s in driver.scales]
+    with torch.no_grad():
+        for scale in driver.scales:
+            scale.add_(1.0)
+    driver.conflict.after_step()
+    assert all(torch.allclose(s, start + 0.1, atol=1e-6) for s, start in zip(driver.scales, starts))
+    driver.conflict.after_step()  # once a step
+    assert all(torch.allclose(s, start + 0.1, atol=1e-6) for s, start in zip(driver.scales, starts))
+
+
+def test_project_takes_the_opposing_part_out_of_the_smaller_gradient() -> None:
+    driver = Driver(net(), K=2, remedy="project")
+    for _ in range(5):  # numbers of their own: the smaller one goes, agreeing gradients stay
+        assert set(driver.step(3.0, -1.0)) == {1.5} and set(driver.step(1.0, -3.0)) == {-1.5}
+        assert set(driver.step(3.0, 1.0)) == {2.0}
+    assert not driver.conflict.frozen.any() and driver.conflict.timeline()
+
+
+def test_project_leaves_what_is_orthogonal() -> None:
+    driver = Driver(net(per_channel=True), K=2, remedy="project")
+    index = driver.index[id(driver.scales[0])]
+    shape = driver.scales[0].shape
+    probes = [[torch.zeros_like(p) for p in driver.params] for _ in range(2)]
+    probes[0][index] = torch.tensor([4.0, 0, 0, 0, 0, 0]).view(shape)
+    probes[1][index] = torch.tensor([-1.0, 2.0, 0, 0, 0, 0]).view(shape)
+    combined = [0.5 * (a + b) for a, b in zip(*probes)]
+    driver.conflict.compose(driver.params, probes, combined)
+    assert combined[index].flatten().tolist() == [2.0, 1.0, 0, 0, 0, 0]
 
 
 # -- the baselines ---------------------------------------------------------------------------------------------------

@@ -138,6 +138,20 @@ def test_scale_that_turns_negative_warns_by_name_and_stays_positive() -> None:
         quantizer.quantize(torch.tensor([1.0]))
 
 
+@pytest.mark.parametrize("start", [1e-36, 1e-42])
+def test_scale_that_underflows_warns_and_never_gives_nan(start: float) -> None:
+    quantizer = made(4, True, start)
+    quantizer.name = "fc"
+    with torch.no_grad():
+        quantizer.scale.fill_(-1e-3)  # where one ordinary step takes so small a scale
+    v = torch.tensor([0.0, start, -1.0], requires_grad=True)
+    with pytest.warns(UserWarning, match="'fc'.*held"):
+        out = quantizer.quantize(v)
+    out.sum().backward()
+    assert float(quantizer.step()) > 0
+    assert all(torch.isfinite(t).all() for t in (out, v.grad, quantizer.scale.grad))
+
+
 def test_scale_that_is_not_finite_stops_the_run() -> None:
     quantizer = made(4, True, 0.5)
     quantizer.name = "fc"

@@ -237,6 +237,20 @@ def test_bad_arguments_say_what_and_leave_the_model_alone(options: dict, message
     assert not quant.is_quantized(model) and not quant.quantized_layers(model)
 
 
+def test_weights_that_are_not_numbers_or_all_zero_are_named() -> None:
+    model = Net()
+    with torch.no_grad():
+        model.block2.conv1.weight[0, 0, 0, 0] = float("inf")
+    with pytest.raises(UserError, match=r"'block2\.conv1\.weight'.*infinity"):
+        quant.quantize(model)
+    assert not quant.is_quantized(model) and not quant.quantized_layers(model)
+    with torch.no_grad():
+        model.block2.conv1.weight.zero_()
+    with pytest.warns(UserWarning, match=r"'block2\.conv1'.*zero"):
+        quant.quantize(model)
+    assert torch.isfinite(model(X)).all()
+
+
 def test_quantizing_twice_and_using_a_float_model_are_refused() -> None:
     model, _ = calibrated(Net())
     with pytest.raises(UserError, match="already"):

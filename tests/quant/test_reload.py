@@ -1,4 +1,4 @@
-"""Every built-in model and transformers' three, at W4A4 and W2A2: train, save, reload in a new process, same bits."""
+"""Every built-in model and transformers' three, at W4A4 and W2A4: train, save, reload in a new process, same bits."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def build_arguments(name: str) -> dict:
 def train_and_save(name: str, bits: int, folder: Path) -> None:
     how = build_arguments(name)
     model = models.build(**how, seed=0)
-    plan = quant.quantize(model, bits, bits)
+    plan = quant.quantize(model, bits, 4)
     generator = torch.Generator().manual_seed(1)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     batches = [torch.randn(8, *how["input_shape"], generator=generator) for _ in range(3)]

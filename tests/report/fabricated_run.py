@@ -88,6 +88,9 @@ def events(draw: random.Random) -> list[dict[str, Any]]:
             if stage == "2-quantize":
                 for k in range(4):
                     emit("conflict", stage, step=i * 60 + k * 15, quantizers=_quantizers(draw, i + k / 4, epochs))
+        if stage == "2-quantize":
+            emit("bits", stage, unit="effective_bits", budget=4.0, bits={n: 3 + i % 3 for i, n in enumerate(LAYERS)})
+            emit("flatness", stage, rise=0.01, layers=_flatness(draw))
         emit("layers", stage, layers=_layers(draw, STAGES.index(stage)))
         if stage == "1-prune":
             emit("protected", stage, name="fc", reason="it makes the classes")
@@ -125,6 +128,16 @@ def _layers(draw: random.Random, done: int) -> list[dict[str, Any]]:
                       "channels_before": before, "weight_bits": bits, "activation_bits": bits,
                       "bytes": weights * (bits or 32) // 8, "sparsity": draw.uniform(0, 0.2) if done else 0.0,
                       "sharpness": draw.uniform(0.001, 0.02), "macs": weights * 64 // (1 + n // 3)})  # fmt: skip
+    return found
+
+
+def _flatness(draw: random.Random) -> list[dict[str, Any]]:
+    found = []
+    for n, name in enumerate(LAYERS):
+        curvature, move = draw.uniform(0.01, 0.2) if n else -0.01, draw.uniform(0.2, 2.0)
+        reach = math.sqrt(0.02 / curvature) if n else None
+        found.append({"name": name, "bits": 3 + n % 3, "curvature": curvature, "reach": reach, "grid_move": move,
+                      "strain": None if reach is None else (move / reach) ** 2})  # fmt: skip
     return found
 
 

@@ -76,7 +76,8 @@ def test_the_page_shows_every_part(html):
     for words in ("quickstart", "Certificate holds", "14.2 × smaller", "97.9 %", "0.162 ms", "From stage to stage",
                   "Channels kept", "Scale-gradient conflict", "stage2.0.conv2", "gaussian_noise", "QLinearConv",
                   "all 540 samples", "9f86d081884c", "method: gaqat", "weights in theory", "fc has no following layer",
-                  "it makes the classes", "plan of 2-quantize", "“75”", "W4A4 in 8 of 10 layers"):  # fmt: skip
+                  "it makes the classes", "plan of 2-quantize", "“75”", "W4A4 in 8 of 10 layers", "Bits and flatness",
+                  "a budget of 4 bits per weight: 4 at 3 bits, 3 at 4 bits, 3 at 5 bits", "loss by 0.01"):  # fmt: skip
         assert words in text, words
     assert Page(html).tags.count("figure") == 11
 
@@ -99,7 +100,7 @@ def test_the_same_folder_gives_the_same_page(run, html):
     assert build(run).read_text(encoding="utf-8") == html
 
 
-NAMED = {"corruptions", "quantizers", "counts", "packages", "threads"}  # objects whose keys are names
+NAMED = {"bits", "corruptions", "quantizers", "counts", "packages", "threads"}  # objects whose keys are names
 KEPT = {"event", "stage", "schema"}
 
 

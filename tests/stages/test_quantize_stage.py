@@ -8,10 +8,12 @@ from stage_pieces import config, workpiece
 
 from flatcompress import quant
 from flatcompress.plan import apply_plan
+from flatcompress.recipe import parse_recipe
 from flatcompress.stages import quantize
 from flatcompress.stages.configs import QuantizeConfig
 from flatcompress.stages.methods import QAT_METHODS
 from flatcompress.stages.qat_plugs import Plugs
+from flatcompress.sweep import key_of
 
 
 @pytest.mark.parametrize("method", QAT_METHODS)
@@ -67,8 +69,9 @@ def test_quantizers_come_in_after_the_float_share():
 @pytest.mark.parametrize(
     "keys",
     [{"distill": 1.0}, {"dampen": 0.1}, {"bloop": 0.5},
-     {"perturb_point": "quantized"}, {"perturb_scales": True}, {"quantizer": "pact"}],
-    ids=lambda keys: next(iter(keys)),
+     {"perturb_point": "quantized"}, {"perturb_scales": True}, {"quantizer": "pact"},
+     {"remedy": "slow", "tau": 1.0, "K": 2}, {"remedy": "project"}, {"averaging": "swa"}, {"averaging": "swad"}],
+    ids=lambda keys: "-".join(map(str, next(iter(keys.items())))),
 )  # fmt: skip
 def test_option_changes_the_weights(keys):
     plain, changed = workpiece(), workpiece()
@@ -114,6 +117,43 @@ def test_gaqat_logs_a_timeline_each_window():
     rows = [fields for event, fields in events if event == "conflict"]
     assert [row["step"] for row in rows] == [4, 8]
     assert {"disorder", "conflict", "frozen"} <= set(next(iter(rows[0]["quantizers"].values())))
+
+
+def test_frozen_statistics_are_those_of_the_float_model():
+    for keys in ({"method": "lsq", "averaging": "swa"}, {"method": "qt_dog"}):  # the second trains float first
+        work = workpiece()
+        before = {k: v.clone() for k, v in work.model.state_dict().items() if "running" in k}
+        weights = {k: v.clone() for k, v in work.model.named_parameters()}
+        quantize.run(work, config("quantize", freeze_bn=True, **keys))
+        after = work.model.state_dict()
+        assert before and all(torch.equal(v, after[k]) for k, v in before.items())
+        assert not torch.equal(weights["bn1.weight"], after["bn1.weight"])
+
+
+def test_average_of_the_scales_is_a_scale_too():
+    work = workpiece()
+    events = []
+    work.emit = lambda event, **fields: events.append((event, fields))
+    quantize.run(work, config("quantize", method="lsq", averaging="ema"))
+    assert events[-1][0] == "selected" and 0 <= events[-1][1]["val_accuracy"] <= 1
+    assert all((p > 0).all() for p in quant.scale_parameters(work.model).values())
+
+
+def test_keys_that_came_later_leave_the_hash_of_older_runs_alone():
+    data = {"name": "styled-shapes", "size": 24, "train_count": 600, "corruptions": "none", "batch_size": 64}
+    raw = {"name": "any", "device": "cpu", "threads": 1, "data": {**data, "held_out": "photo"}}
+    stage = {"method": "gaqat", "weight_bits": 3, "activation_bits": 3, "epochs": 6, "rho": 0.2, "K": 20}
+    optimizers = [{"name": "adamw", "lr": 3e-3}, {"name": "adamw", "lr": 1e-3}]
+
+    def key(**more):
+        stages = [{"train": {"method": "sagm", "epochs": 12, "rho": 0.4, "optimizer": optimizers[0]}}]
+        stages.append({"quantize": {**stage, "tau": 0.3, "tau_kind": "quantile", "optimizer": optimizers[1], **more}})
+        recipe = parse_recipe({**raw, "model": {"name": "resnet8", "stem_stride": 2}, "stages": stages})
+        assert parse_recipe(recipe.to_dict()).stages == recipe.stages
+        return key_of(recipe, 2)
+
+    assert key() == key(remedy="freeze", averaging="none") == "2e478f46e8a0"  # a folder of an earlier benchmark
+    assert len({key(), key(remedy="slow"), key(averaging="swa"), key(flatness_map=False)}) == 4
 
 
 @pytest.mark.parametrize(
