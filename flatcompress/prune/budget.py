@@ -10,7 +10,7 @@ from torch import Tensor
 from flatcompress.errors import UserError, unknown
 from flatcompress.prune.cost import Cost, CostModel
 from flatcompress.prune.groups import Group
-from flatcompress.prune.knapsack import solve
+from flatcompress.prune.knapsack import cheapest, solve
 from flatcompress.prune.ranking import Ladder, Limits
 
 CostOf = Callable[[Sequence[int]], float]
@@ -84,9 +84,12 @@ def choose(
     """
     limits = limits or Limits()
     ladder = Ladder(groups, scores, limits, keep)
-    gone = _for_ratio(ladder, budget.value) if budget.kind == "ratio" else _for_cost(ladder, budget, costs)
-    if budget.weighs and limits.ranking == "global":
-        gone = _knapsack(ladder, scores, limits, budget, costs, gone, keep)
+    if budget.kind == "ratio":
+        gone = _for_ratio(ladder, budget.value)
+    elif budget.weighs and limits.ranking == "global":
+        gone = _knapsack(ladder, scores, limits, budget, costs, keep)
+    else:
+        gone = _for_cost(ladder, budget, costs)
     chosen = ladder.keep(gone)
     return chosen if keep is None else [now & before for now, before in zip(chosen, keep, strict=True)]
 
@@ -133,11 +136,15 @@ def _knapsack(
     limits: Limits,
     budget: Budget,
     costs: CostModel | None,
-    start: list[int],
     keep: Sequence[Tensor] | None,
 ) -> list[int]:
-    cost_of, _, limit = _bounded(ladder, budget, costs)
+    cost_of, dense, limit = _bounded(ladder, budget, costs)
     already = [int((~k).sum()) for k in keep] if keep is not None else [0] * len(ladder.groups)
+    start = ladder.smallest(lambda removed: cost_of(removed) <= limit)
+    if start is None:
+        start = cheapest(ladder.groups, limits, cost_of, already)
+        if cost_of(start) > limit:
+            raise UserError(_too_small(budget, limit, dense, cost_of(start)))
     return solve(ladder.groups, scores, limits, cost_of, limit, start, already)
 
 
@@ -146,5 +153,5 @@ def _too_small(budget: Budget, limit: float, dense: float, least: float) -> str:
     asked, can = (f"{budget.value:g}", f"{least / dense:.4g}") if share else (f"{limit:g}", f"{least:.6g}")
     return (
         f"{budget.kind} {asked} cannot be met: the smallest that can is {can} (dense: {dense:.6g}), with every layer "
-        "at its floor. Raise the budget, or lower round_to, min_channels or floor."
+        "as narrow as helps. Raise the budget, or lower round_to, min_channels or floor."
     )

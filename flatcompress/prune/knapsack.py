@@ -3,7 +3,7 @@
 A multiple-choice knapsack: every group chooses one of its allowed widths; the value of a width is the sum of the
 scores it keeps (the most important units stay, so the order inside a group is respected), its cost comes from the
 caller's function of all widths. Latency is a staircase: within a step more channels cost nothing, so a whole step goes
-or none of it.
+or none of it, and a narrower layer may even cost more.
 """
 
 from __future__ import annotations
@@ -92,6 +92,25 @@ def solve(
         if _total(options, values, found) > _total(options, values, best):
             best = found
     return best
+
+
+def cheapest(
+    groups: Sequence[Group], limits: Limits, cost: Callable[[Gone], float], already: Gone, rounds: int = 3
+) -> Gone:
+    """Units to remove per group for about the smallest ``cost`` there is: group by group, until none helps.
+
+    Not every layer at its floor: on a staircase a narrower layer can cost more.
+    """
+    options = _options(groups, limits, already)
+    point = [allowed[-1] for allowed in options]
+    for _ in range(rounds):
+        before = list(point)
+        for index, allowed in enumerate(options):
+            prices = [cost([*point[:index], gone, *point[index + 1 :]]) for gone in allowed]
+            point[index] = allowed[int(np.argmin(prices))]
+        if point == before:
+            break
+    return point
 
 
 def _total(options: list[list[int]], values: list[np.ndarray], gone: Gone) -> float:

@@ -1,9 +1,12 @@
-"""What a layer costs in milliseconds here: measured in onnxruntime per shape, in the form that is exported.
+"""What a model costs in milliseconds at any widths here: measured in onnxruntime, in the form that is exported.
 
-A one-layer int8 graph (QuantizeLinear, Conv, dequantized weights, QuantizeLinear) is what the exporter writes for a
-layer, so its kernel's time, as onnxruntime's own profiler gives it, is the layer's. Every layer is measured on a grid
-of widths and interpolated between; what is not a convolution or linear layer (residual adds, pooling, the runtime) is
-the exported dense model's latency minus its layers', and shrinks with the mean width. Figures are kept on disk.
+Every layer is timed as the int8 kernel it becomes, at the widths that matter. Kernels come in steps, and narrower is
+not always faster: with AVX-512, a convolution pays for whole blocks of 16 outputs, takes up to 5 times as long where
+its inputs are no multiple of 4, and a depthwise one twice as long at 24 channels as at 32. So widths are measured, and
+one between two measured outputs counts as the dearer of them. The sum over the layers is not the network: residual
+adds, pooling, requantization and the runtime itself are missing, the profiler's own cost is in it, and what the
+caches do is another matter. So the network is also exported dense and at a few uniform cuts, each timed as a whole,
+and the sum is read off the line through these points. Figures are kept on disk, per machine, threads and version.
 """
 
 from __future__ import annotations
@@ -13,10 +16,12 @@ import hashlib
 import json
 import math
 import os
-import statistics
 import tempfile
-from bisect import bisect_right
-from collections.abc import Mapping
+import time
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,92 +29,140 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import torch
-from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from flatcompress import onnx_export, prune, quant
 from flatcompress.errors import UserError
 from flatcompress.onnx_export import latency, sessions
+from flatcompress.onnx_export.kernel_time import kernel_ms
 from flatcompress.training.storage import write_json_atomic
 
-SHARES = (0.125, 0.25, 0.5, 0.75, 1.0)
-RUNS = 15
-_KERNELS = ("QLinearConv", "QGemm", "Conv", "Gemm", "MatMul", "QLinearMatMul", "ConvInteger")
+METHOD = 2  # of measuring: figures of another one are not used
+CUTS = (0.75, 0.5, 0.3, 0.15)  # shares of the channels in the networks timed as a whole, beside the dense one
+RUNS = 21
 Shape = dict[str, Any]
+Figures = dict[str, dict[str, Any]]  # layers: {shape: {widths: ms}}, networks: {model: [[sum of kernels, ms]]}
 
 
 class LatencyTable:
     """Milliseconds of ``model`` at any widths: a cost function for `prune.Budget` (kind cost).
 
-    ``example``: input [B, C, H, W]. ``cache``: the JSON file that measured shapes are kept in (None: the user's cache
-    folder); it is per processor and onnxruntime version. UserError for layers other than 2-d convolutions and linear.
+    ``example``: input [B, C, H, W]. ``cache``: the JSON file that figures are kept in (None: in the user's cache
+    folder). ``threads``: of onnxruntime; with one, CPU time is taken, which other users of the machine do not
+    lengthen. UserError for layers other than 2-d convolutions and linear.
     """
 
-    def __init__(self, model: nn.Module, example: Tensor, cache: Path | None = None) -> None:
-        self.path = cache or cache_file()
-        self.known: dict[str, float] = _load(self.path)
+    def __init__(self, model: nn.Module, example: Tensor, cache: Path | None = None, threads: int = 1) -> None:
+        self.path, self.threads = cache or cache_file(threads), threads
         self.shapes = layer_shapes(model, example)
         self.dense = prune.CostModel(model, example).dense
-        self._grids = {name: self._grid(shape) for name, shape in self.shapes.items()}
-        layers = sum(self._layer(name, self.dense[name]) for name in self.shapes)
-        whole = self._whole(model, example)
-        # The profiler costs a little per kernel: layers of a few microseconds can add up to more than the whole.
-        self.factor, self.rest = min(1.0, whole / layers), max(0.0, whole - layers)
-        write_json_atomic(self.path, self.known, "The table before this measurement is kept.")
+        self._measure_layers()
+        self._costs = {name: self._layer(shape) for name, shape in self.shapes.items()}
+        self.line = Line(self._points(model, example))
 
     def __call__(self, widths: Mapping[str, prune.Width]) -> float:
         """Estimated milliseconds at ``widths`` ({name: Width(inputs, outputs, groups)})."""
-        layers = sum(self._layer(name, widths[name]) for name in self.shapes)
-        mean = statistics.fmean(widths[n].outputs / self.dense[n].outputs for n in self.shapes)
-        return self.factor * layers + self.rest * mean
+        return self.line(self.kernels(widths))
 
-    def _grid(self, shape: Shape) -> tuple[list[int], list[int], list[list[float]]]:
-        inputs, outputs = _steps(shape["inputs"]), _steps(shape["outputs"])
-        if shape["depthwise"]:
-            return inputs, outputs, _monotone([[self._ms(shape, n, n) for n in outputs]])
-        return inputs, outputs, _monotone([[self._ms(shape, i, o) for o in outputs] for i in inputs])
+    def kernels(self, widths: Mapping[str, prune.Width]) -> float:
+        """Summed milliseconds of the layers' kernels at ``widths``."""
+        return sum(cost(widths[name]) for name, cost in self._costs.items())
 
-    def _layer(self, name: str, width: prune.Width) -> float:
-        inputs, outputs, grid = self._grids[name]
-        columns = [_between(outputs, row, width.outputs) for row in grid]
-        return columns[0] if len(columns) == 1 else _between(inputs, columns, width.inputs)
+    def _measure_layers(self) -> None:
+        kept = _load(self.path)["layers"]
+        for shape in self.shapes.values():
+            own = kept.setdefault(_key(shape), {})
+            missing = [(i, o) for i, o in pairs(shape) if f"{i}x{o}" not in own]
+            if missing:
+                own |= {f"{i}x{o}": ms for (i, o), ms in kernel_ms(shape, missing, self.threads).items()}
+        self._kept = keep(self.path, {"layers": kept, "networks": {}})
 
-    def _ms(self, shape: Shape, inputs: int, outputs: int) -> float:
-        key = json.dumps({**shape, "inputs": inputs, "outputs": outputs}, sort_keys=True)
-        if key not in self.known:
-            self.known[key] = kernel_ms(one_layer(shape, inputs, outputs))
-        return self.known[key]
+    def _layer(self, shape: Shape) -> LayerCost:
+        inputs, outputs = grid(shape)
+        figures = iter([self._kept["layers"][_key(shape)][f"{i}x{o}"] for i, o in pairs(shape)])
+        return LayerCost(inputs, outputs, [[next(figures) for _ in outputs] for _ in inputs])
 
-    def _whole(self, model: nn.Module, example: Tensor) -> float:
-        text = "".join(f"{n}{tuple(p.shape)}" for n, p in model.named_parameters()) + str(tuple(example.shape[1:]))
-        key = "model " + hashlib.sha256(text.encode()).hexdigest()[:16]
-        if key not in self.known:
-            self.known[key] = int8_ms(model, example)
-        return self.known[key]
-
-
-def _steps(width: int) -> list[int]:
-    return sorted({max(1, math.ceil(width * share)) for share in SHARES})
+    def _points(self, model: nn.Module, example: Tensor) -> list[list[float]]:
+        text = f"{model!r}{json.dumps(self.shapes)}{tuple(example.shape[1:])}"
+        key = hashlib.sha256(text.encode()).hexdigest()[:16]
+        if key not in self._kept["networks"]:
+            found = networks_ms(uniform_cuts(model, example), example, self.threads)
+            points = [[self.kernels(widths), ms] for widths, ms in found]
+            self._kept = keep(self.path, {"layers": {}, "networks": {key: points}})
+        return self._kept["networks"][key]
 
 
-def _monotone(grid: list[list[float]]) -> list[list[float]]:
-    """A narrower layer never costs more than a wider one: at a few microseconds the profiler's clock says otherwise."""
-    table = np.array(grid)
-    for axis in (0, 1):
-        table = np.flip(np.minimum.accumulate(np.flip(table, axis), axis), axis)
-    return table.tolist()
+@dataclass(frozen=True)
+class LayerCost:
+    """Milliseconds [inputs][outputs] of one layer on a grid of widths; inputs has one row for a depthwise layer."""
+
+    inputs: Sequence[int]
+    outputs: Sequence[int]
+    table: Sequence[Sequence[float]]
+
+    def __call__(self, width: prune.Width) -> float:
+        """Linear between inputs; between outputs the dearer neighbour, for kernels work on whole blocks of those."""
+        at = min(bisect_left(self.outputs, width.outputs), len(self.outputs) - 1)
+        exact = at == 0 or self.outputs[at] <= width.outputs
+        column = [row[at] if exact else max(row[at - 1], row[at]) for row in self.table]
+        return between(self.inputs, column, width.inputs) if len(column) > 1 else column[0]
 
 
-def _between(at: list[int], values: list[float], x: int) -> float:
-    """Linear interpolation, constant outside."""
-    if x <= at[0] or len(at) == 1:
-        return values[0]
-    if x >= at[-1]:
-        return values[-1]
-    i = bisect_right(at, x) - 1
-    share = (x - at[i]) / (at[i + 1] - at[i])
-    return values[i] + share * (values[i + 1] - values[i])
+def between(at: Sequence[int], values: Sequence[float], x: int) -> float:
+    """Linear between ``at`` (ascending), constant outside."""
+    high = bisect_left(at, x)
+    if high == 0 or high == len(at):
+        return values[min(high, len(at) - 1)]
+    share = (x - at[high - 1]) / (at[high] - at[high - 1])
+    return values[high - 1] + share * (values[high] - values[high - 1])
+
+
+@dataclass(frozen=True)
+class Line:
+    """Milliseconds of a network as a function of the sum of its kernels, from the networks that were timed.
+
+    Nearest to the points (x, y) by relative error. Below the smallest point it never falls faster than to zero.
+    """
+
+    points: Sequence[Sequence[float]]
+
+    def __call__(self, x: float) -> float:
+        """Milliseconds at a sum of ``x``."""
+        offset, slope = self._fit
+        least = min(point[0] for point in self.points)
+        y = offset + slope * x
+        return y if x >= least else max(y, (offset + slope * least) * x / least)
+
+    @cached_property
+    def _fit(self) -> tuple[float, float]:
+        x, y = np.array(self.points, dtype=float).T
+        if np.ptp(x) > 0.01 * x.max():
+            rows = np.stack([1 / y, x / y], axis=1)
+            offset, slope = np.linalg.lstsq(rows, np.ones_like(y), rcond=None)[0].tolist()
+            if slope > 0 and offset + slope * x.min() > 0:
+                return offset, slope
+        return 0.0, float((x / y).sum() / ((x / y) ** 2).sum())
+
+
+def step(width: int) -> int:
+    """Channels between two widths: those of `prune.Limits` where nothing else is asked."""
+    return next(s for s in (8, 4, 2, 1) if s == 1 or width >= 8 * s)
+
+
+def grid(shape: Shape) -> tuple[list[int], list[int]]:
+    """The widths a layer is measured at: every step up to 64 inputs and as many outputs as decide, fewer of more."""
+    inputs, outputs = shape["inputs"], shape["outputs"]
+    most = outputs if shape["depthwise"] else 8 if shape["kind"] == "linear" else 32
+    pace = step(outputs)
+    while outputs > most * pace:
+        pace *= 2
+    found = sorted({*range(pace, outputs + 1, pace), outputs})
+    if shape["depthwise"]:
+        return [inputs], found
+    if inputs <= 64 and shape["kind"] == "conv":
+        return sorted({*range(step(inputs), inputs + 1, step(inputs)), inputs}), found
+    return sorted({max(1, inputs * share // 64 * 8) for share in (1, 4)} | {inputs}), found
 
 
 def layer_shapes(model: nn.Module, example: Tensor) -> dict[str, Shape]:
@@ -150,83 +203,83 @@ def layer_shapes(model: nn.Module, example: Tensor) -> dict[str, Shape]:
     return found
 
 
-def one_layer(shape: Shape, inputs: int, outputs: int) -> bytes:
-    """An ONNX graph of one int8 layer of ``shape`` at these widths."""
-    random = np.random.default_rng(0)
-    if shape["kind"] == "linear":
-        input_shape, weight_shape, op, keys = [shape["rows"], inputs], [inputs, outputs], "Gemm", {}
-    else:
-        per_group = 1 if shape["depthwise"] else inputs
-        input_shape, weight_shape, op = [1, inputs, *shape["size"]], [outputs, per_group, *shape["kernel"]], "Conv"
-        keys = {"strides": shape["stride"], "pads": shape["padding"] * 2, "dilations": shape["dilation"],
-                "group": inputs if shape["depthwise"] else 1}  # fmt: skip
-    weight = random.integers(-127, 128, weight_shape).astype(np.int8)
-    constants = {
-        "s": np.float32(0.02), "z": np.uint8(0), "w": weight, "t": np.full(outputs, 0.01, np.float32),
-        "n": np.zeros(outputs, np.int8), "b": np.zeros(outputs, np.int32), "bt": np.full(outputs, 2e-4, np.float32),
-        "r": np.float32(0.05),
-    }  # fmt: skip
-    axis = 1 if op == "Gemm" else 0
-    nodes = [
-        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["xq"]),
-        helper.make_node("DequantizeLinear", ["xq", "s", "z"], ["xd"]),
-        helper.make_node("DequantizeLinear", ["w", "t", "n"], ["wd"], axis=axis),
-        helper.make_node("DequantizeLinear", ["b", "bt"], ["bd"], axis=0),
-        helper.make_node(op, ["xd", "wd", "bd"], ["y"], **keys),
-        helper.make_node("QuantizeLinear", ["y", "r", "z"], ["yq"]),
-        helper.make_node("DequantizeLinear", ["yq", "r", "z"], ["out"]),
-    ]
-    graph = helper.make_graph(
-        nodes, "layer",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, input_shape)],
-        [helper.make_tensor_value_info("out", TensorProto.FLOAT, None)],
-        [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
-    )  # fmt: skip
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    return model.SerializeToString()
+def pairs(shape: Shape) -> list[tuple[int, int]]:
+    """The (inputs, outputs) of the grid, a row of inputs after the other."""
+    inputs, outputs = grid(shape)
+    return [(o, o) for o in outputs] if shape["depthwise"] else [(i, o) for i in inputs for o in outputs]
 
 
-def kernel_ms(model: bytes) -> float:
-    """Median milliseconds of the layer's own kernel in ``RUNS`` profiled runs, one thread."""
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.log_severity_level = sessions.QUIET
-    options.enable_profiling = True
+def uniform_cuts(model: nn.Module, example: Tensor) -> list[nn.Module]:
+    """Copies of ``model``: dense, and at a few shares of its channels, the same in every layer."""
+    twin, example = copy.deepcopy(model).cpu().eval(), example.cpu()
+    cuts = [copy.deepcopy(twin)]
+    groups = prune.survey(twin, example).groups
+    if not groups:
+        return cuts
+    scores = [torch.arange(group.units, dtype=torch.float32) for group in groups]
+    for share in CUTS:
+        small, own = copy.deepcopy((twin, groups))
+        limits = prune.Limits("uniform", floor=0.0)
+        try:
+            prune.shrink(small, own, prune.choose(own, scores, prune.Budget("ratio", 1 - share), limits))
+        except UserError:  # nothing, or too little, can be cut: the other points do
+            continue
+        cuts.append(small)
+    return cuts
+
+
+def networks_ms(
+    models: Sequence[nn.Module], example: Tensor, threads: int = 1
+) -> list[tuple[Mapping[str, prune.Width], float]]:
+    """(widths, milliseconds) of every model as exported at 8 bits: one sample, timed against one another."""
+    example = example.cpu()
+    clock = time.process_time if threads == 1 else time.perf_counter
+    widths = [prune.CostModel(model, example).dense for model in models]
     with tempfile.TemporaryDirectory() as folder:
-        options.profile_file_prefix = str(Path(folder) / "profile")
-        handle = ort.InferenceSession(model, options, providers=sessions.PROVIDERS)
-        entry = handle.get_inputs()[0]
-        x = np.random.default_rng(1).random(entry.shape, dtype=np.float32)
-        for _ in range(RUNS + 2):
-            handle.run(None, {entry.name: x})
-        events = json.loads(Path(handle.end_profiling()).read_text())
-    times = [e["dur"] for e in events if e.get("args", {}).get("op_name") in _KERNELS and "kernel_time" in e["name"]]
-    return statistics.median(times[2:]) / 1000.0
+        files = {}
+        for index, model in enumerate(models):
+            quant.quantize(model, 8, 8, example_input=example)
+            quant.calibrate(model, [example])
+            files[str(index)] = onnx_export.export(model.eval(), example, Path(folder) / f"{index}.onnx").path
+        found = latency.measure(files, threads=threads, runs=RUNS, clock=clock)
+    return [(width, found[str(index)]["median_ms"]) for index, width in enumerate(widths)]
 
 
-def int8_ms(model: nn.Module, example: Tensor) -> float:
-    """Milliseconds of ``model`` as exported at 8 bits, one sample, one thread."""
-    twin = copy.deepcopy(model).cpu().eval()
-    quant.quantize(twin, 8, 8, example_input=example.cpu())
-    quant.calibrate(twin, [example.cpu()])
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.onnx"
-        onnx_export.export(twin, example.cpu(), path)
-        return latency.measure({"model": path}, runs=RUNS)["model"]["median_ms"]
-
-
-def cache_file() -> Path:
-    """Where this machine's table is kept: under XDG_CACHE_HOME or ~/.cache."""
+def cache_file(threads: int = 1) -> Path:
+    """Where this machine's figures are kept: under XDG_CACHE_HOME or ~/.cache."""
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flatcompress"
-    text = json.dumps([sessions.machine(), ort.__version__, onnx.__version__], sort_keys=True)
+    text = json.dumps([METHOD, threads, sessions.machine(), ort.__version__, onnx.__version__], sort_keys=True)
     root.mkdir(parents=True, exist_ok=True)
     return root / f"latency-{hashlib.sha256(text.encode()).hexdigest()[:12]}.json"
 
 
-def _load(path: Path) -> dict[str, float]:
-    """The kept figures; a damaged file is measured anew."""
+def keep(path: Path, found: Figures) -> Figures:
+    """Add ``found`` to the file; returns what is there then. What another process put there first stays."""
+    there = _load(path)
+    layers = {key: own | there["layers"].get(key, {}) for key, own in found["layers"].items()}
+    merged = {"layers": there["layers"] | layers, "networks": found["networks"] | there["networks"]}
+    if merged != there:
+        write_json_atomic(path, merged, "The table before this measurement is kept.")
+    return merged
+
+
+def _load(path: Path) -> Figures:
+    """The kept figures; a damaged file's are measured anew."""
     try:
         raw = json.loads(path.read_text())
-        return {str(k): float(v) for k, v in raw.items()}
-    except (OSError, ValueError, AttributeError, TypeError):
-        return {}
+        layers = {str(k): {str(at): _figure(ms) for at, ms in own.items()} for k, own in raw["layers"].items()}
+        networks = {str(k): [[_figure(x), _figure(y)] for x, y in own] for k, own in raw["networks"].items() if own}
+        return {"layers": layers, "networks": networks}
+    except (OSError, ValueError, AttributeError, TypeError, KeyError):
+        return {"layers": {}, "networks": {}}
+
+
+def _figure(raw: Any) -> float:
+    value = float(raw)
+    if not 0 < value < math.inf:
+        raise ValueError(raw)
+    return value
+
+
+def _key(shape: Shape) -> str:
+    return json.dumps(shape, sort_keys=True)

@@ -288,3 +288,25 @@ def test_knapsack_keeps_more_importance_than_the_ranking_at_the_same_cost() -> N
         return sum(float(s[k].sum()) for s, k in zip(scores, keep, strict=True))
 
     assert kept(Budget("macs", 0.5, knapsack=True)) > kept(Budget("macs", 0.5))
+
+
+def staircase(widths: dict) -> float:
+    """Ten per layer that is narrower than 7 of 8, less a tenth per channel: floors are dear."""
+    return sum(10.0 * (0 < w.outputs < 7) + 0.1 * w.outputs + 1 for w in widths.values())
+
+
+def test_smallest_cost_is_found_where_narrower_is_dearer() -> None:
+    model, x = net("plain"), images()
+    costs = CostModel(model, x)
+    dense = staircase(costs.dense)
+    groups = find_groups(model, x)
+    keep = choose(
+        groups, score(groups), Budget("cost", dense - 0.15, staircase, absolute=True), Limits(round_to=1), costs=costs
+    )
+    assert sorted(int(k.sum()) for k in keep)[0] >= 7 and staircase(costs.widths(groups, keep)) <= dense - 0.15
+    with pytest.raises(UserError, match="smallest that can is") as error:
+        prune(model, x, budget=Budget("cost", 0.1, staircase, absolute=True), round_to=1)
+    least = float(str(error.value).split("smallest that can is ")[1].split()[0])
+    floors = [round(0.1 * g.units) or 1 for g in groups]
+    narrowest = [torch.arange(g.units) < k for g, k in zip(groups, floors, strict=True)]
+    assert least < dense < staircase(costs.widths(groups, narrowest))

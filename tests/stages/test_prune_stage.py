@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from stage_pieces import SHAPE, config, workpiece
@@ -10,8 +12,7 @@ from flatcompress import models
 from flatcompress.errors import UserError
 from flatcompress.plan import apply_plan
 from flatcompress.recipe import parse_recipe
-from flatcompress.stages import latency_table, prune
-from flatcompress.stages.latency_table import LatencyTable
+from flatcompress.stages import prune
 from flatcompress.stages.methods import PRUNE_METHODS
 from flatcompress.stages.prune import event_steps, soft_epochs
 
@@ -46,35 +47,6 @@ def test_budget_is_met(key, value):
     after = prune.prune.CostModel(work.model, work.example())
     limit = 3000 if value == "3k" else value * dense
     assert getattr(after, key)(after.dense) <= limit
-
-
-def test_latency_table_interpolates_what_it_measured_and_keeps_it(tmp_path, monkeypatch):
-    work = workpiece()
-    cache = tmp_path / "table.json"
-    table = LatencyTable(work.model, work.example(), cache)
-    dense = table(table.dense)
-    assert dense > 0 and dense == pytest.approx(table._whole(work.model, work.example()), rel=1e-6)
-    inputs, outputs, grid = table._grids["layer2.0.conv2"]
-    width = prune.prune.Width(inputs[1], outputs[2], 1)
-    assert table._layer("layer2.0.conv2", width) == grid[1][2] <= grid[-1][-1]
-    between = table._layer("layer2.0.conv2", width._replace(outputs=(outputs[2] + outputs[3]) // 2))
-    assert min(grid[1][2:4]) <= between <= max(grid[1][2:4])
-    monkeypatch.setattr(latency_table, "kernel_ms", None)  # nothing is measured twice
-    assert LatencyTable(work.model, work.example(), cache)(table.dense) == dense
-
-
-def test_latency_budget_is_met_by_the_estimate(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    # times as a machine with nothing else to do would find them: in proportion to the work
-    monkeypatch.setattr(LatencyTable, "_ms", lambda self, shape, inputs, outputs: 1e-5 * inputs * outputs)
-    monkeypatch.setattr(latency_table, "int8_ms", lambda model, example: 0.2)
-    work = workpiece()
-    table = LatencyTable(work.model, work.example())
-    removal = prune.Removal(work, config("prune", latency=0.8), METHOD["magnitude"])
-    keep = removal.choose(removal.budget)
-    assert table(removal.costs.widths(removal.groups, keep)) <= 0.8 * table(table.dense) * 1.0001
-    with pytest.raises(UserError, match="smallest that can"):
-        prune.rehearse(work.build(), work.example(), config("prune", latency_ms=1e-9))
 
 
 def test_events_end_before_step_3_and_never_repeat():
@@ -208,3 +180,14 @@ def test_rehearsal_scores_with_the_recipe_s_importance():
     prune.rehearse(work.build(), work.example(), config("prune", importance="taylor"))
     with pytest.raises(UserError, match="no BatchNorm"):
         prune.rehearse(work.build(), work.example(), config("prune", importance="bn_scale"))
+
+
+def test_radius_per_neuron_that_may_change_signs_is_a_warning_with_one_that_does_not():
+    work = workpiece(lambda: models.build("ds_cnn", num_classes=4, input_shape=SHAPE, seed=0))
+    keys = {"method": "adasap", "norm": "per_neuron"}
+    with pytest.warns(UserWarning, match=r"by 67% of themselves at rho_max 2.*rho_max 1\.5 would"):
+        prune.Removal(work, config("prune", **keys), METHOD["adasap"])  # depthwise filters have 9 weights
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prune.Removal(work, config("prune", **keys, rho_max=1.5), METHOD["adasap"])
+        prune.Removal(work, config("prune", method="adasap"), METHOD["adasap"])
