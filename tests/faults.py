@@ -3,6 +3,8 @@
 `python -m tests.faults --kills 200` prints a table and exits 1 when a stage was lost or a bit differs. The recipe has
 all four stages on a tiny model; every attempt is a process of its own, killed by SIGKILL. The processes are forked
 from one that has done the imports, so that the kills strike the run and not Python's start.
+
+`python -m tests.faults --every-call` puts a fault at every single system call instead: see tests/faults_calls.py.
 """
 
 from __future__ import annotations
@@ -121,14 +123,15 @@ def where(folder: Path) -> str:
     return "start"
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Nested data without what a clock says."""
     if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items() if k not in VOLATILE}
-    return [_plain(v) for v in value] if isinstance(value, list) else value
+        return {k: plain(v) for k, v in value.items() if k not in VOLATILE}
+    return [plain(v) for v in value] if isinstance(value, list) else value
 
 
 def _digest(value: Any) -> str:
-    return _sha256(json.dumps(_plain(value), sort_keys=True).encode())
+    return _sha256(json.dumps(plain(value), sort_keys=True).encode())
 
 
 def _sha256(data: bytes) -> str:
@@ -228,7 +231,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", metavar="FOLDER", help="work here and leave the runs that differ")
+    parser.add_argument("--every-call", action="store_true", help="a fault at every system call instead of kills")
+    parser.add_argument("--sample", type=int, default=0, metavar="N", help="with --every-call: only N faults")
     options = parser.parse_args(arguments)
+    if options.every_call:
+        from tests import faults_calls
+
+        words = sys.argv[1:] if arguments is None else arguments
+        return faults_calls.main(words, options.sample, options.seed)
     preload()
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.keep or temporary

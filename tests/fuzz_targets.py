@@ -31,6 +31,18 @@ TARGETS = {
     "images": 0.03,
     "idx": 0.02,
 }
+# The kinds of file by their everyday names, and the targets that read one of them.
+KINDS = {
+    "recipes": ("recipe", "run_recipe"),
+    "plans": ("plan",),
+    "ledgers": ("ledger",),
+    "checkpoints": ("checkpoint",),
+    "certificates": ("certificate", "report_certificate", "evidence"),
+    "ONNX files": ("onnx_verify", "onnx_bench"),
+    "logs": ("log",),
+    "weights": ("weights",),
+    "images": ("images", "idx"),
+}
 
 
 class Failed(Exception):
@@ -58,16 +70,18 @@ class Bench:
     def __init__(self, folder: Path, sound: Path) -> None:
         self.folder, self.sound = folder, sound
         self.run = folder / "run"
+        self.last = ""  # the last file that was changed, for a message
         shutil.copytree(sound, self.run)
 
     def put(self, name: str, data: bytes) -> Path:
         path = self.run / name
         path.write_bytes(data)
+        self.last = f"{name}: {data[:2000]!r}"
         return path
 
     def back(self, *names: str) -> None:
         for name in names:
-            self.put(name, (self.sound / name).read_bytes())
+            (self.run / name).write_bytes((self.sound / name).read_bytes())
 
     def recipe(self, rng: Rng) -> None:
         from flatcompress.starters import STARTERS
@@ -82,6 +96,7 @@ class Bench:
             data = damage(text.encode(), rng)
         path = self.folder / "recipe.yaml"
         path.write_bytes(data)
+        self.last = f"recipe: {data[:2000]!r}"
         setting = rng.choice(["seed=1", "stages.0.train.epochs=3", "a.b.c=*x", "stages.99=1", "data=[", "=", "seed"])
         words = ["--set", setting] if rng.random() < 0.2 else []
         command("validate", str(path), "--syntax-only", *words)

@@ -64,7 +64,7 @@ def find(model: nn.Module, x: Tensor, loss: float, step: int) -> dict[str, Any]:
     """Where the first value that is not finite arises, for batch ``x`` at the weights as they are.
 
     Looked for in this order: parameters (a quantizer's scale is named as such), the input, the layers' outputs in the
-    order of a forward, gradients from the loss backwards.
+    order of a forward, the loss, gradients from the loss backwards.
     """
     finding: dict[str, Any] = {"step": step, "loss": str(loss), "what": "loss", "layer": None, "bits": None}
     bad = next(_bad_tensors(model.named_parameters()), None)
@@ -75,6 +75,8 @@ def find(model: nn.Module, x: Tensor, loss: float, step: int) -> dict[str, Any]:
     name = _first_bad_output(model, x)
     if name is not None:
         return finding | {"what": "activation", "layer": name, "bits": bits_of(model, name)}
+    if not math.isfinite(loss):  # of finite logits: it comes from the loss function itself
+        return finding
     gradients = [
         n for n, p in model.named_parameters() if p.grad is not None and not bool(torch.isfinite(p.grad).all())
     ]

@@ -209,7 +209,8 @@ def _save_if_due(job: Job, epoch: int, done: int, step: int, stats: Means, base_
     stop = job.progress.stop_requested  # asked once: several processes agree on the answer
     if not stop and not job.progress.due(step):
         return
-    job.progress.save(step, _state(job, epoch, done, stats, base_lrs))
+    if divergence.parameters_finite(job.raw_model):  # else the next pass says so, and goes back
+        job.progress.save(step, _state(job, epoch, done, stats, base_lrs))
     if stop:
         raise Interrupted(f"stopped after step {step}")
 

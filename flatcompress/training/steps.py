@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -80,7 +81,7 @@ def _closure(job: Job, x: Tensor, y: Tensor, factor: float, step: int, hits: lis
 
     def closure() -> Tensor:
         with job.accelerator.autocast():
-            logits = job.model(x)
+            logits = _logits(job, x, step)
             loss = job.loss(logits, y)
             loss = loss if factor == 1.0 else loss * factor
         job.accelerator.backward(loss)
@@ -93,6 +94,16 @@ def _closure(job: Job, x: Tensor, y: Tensor, factor: float, step: int, hits: lis
         return loss
 
     return closure
+
+
+def _logits(job: Job, x: Tensor, step: int) -> Tensor:
+    """The model's output; a quantizer that refuses its own scale has diverged like any other number."""
+    try:
+        return job.model(x)
+    except RunError:
+        if divergence.parameters_finite(job.raw_model):
+            raise
+        raise Diverged(divergence.find(job.raw_model, x, math.nan, step + 1)) from None
 
 
 def _skip(job: Job, diverged: Diverged) -> None:
