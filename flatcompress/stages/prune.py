@@ -8,6 +8,7 @@ pruning methods are the same three steps with another importance and another fla
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import asdict
 from typing import Any
 
@@ -22,6 +23,8 @@ from flatcompress.stages.pull import Pull
 from flatcompress.stages.train import finish, make_job
 from flatcompress.stages.workpiece import Workpiece
 from flatcompress.training.loop import Job, epoch_batches, fit, restore_best
+
+_LARGE = 0.5  # of a weight, on average over a neuron; AdaSAP's radii are not meant to go further
 
 
 def run(work: Workpiece, config: PruneConfig) -> Workpiece:
@@ -120,6 +123,21 @@ class Removal(prune.ChannelSchedule):
             self.pull = Pull(method.pull, self.groups, strength, start, lambda: self.choose(self.budget))
         for group in self.protected:
             work.emit("protected", name=group.name, reason=group.reason)
+        if method.adaptive and config.norm == "per_neuron":
+            self._warn_of_large_moves()
+
+    def _warn_of_large_moves(self) -> None:
+        named = list(self.model.named_parameters())
+        params = [parameter for _, parameter in named]
+        sizes = prune.relative_sizes(params, self.ball(params))
+        largest, name = max(zip(sizes, (name for name, _ in named), strict=True))
+        if largest > _LARGE:
+            rho = self.config.rho_max
+            warnings.warn(
+                f"norm per_neuron moves weights of {name} by {largest:.0%} of themselves at rho_max {rho:g}, enough to "
+                f"change signs; rho_max {rho * _LARGE / largest:.2g} would move them by half.",
+                stacklevel=2,
+            )
 
     @property
     def plugs(self) -> dict[str, Any]:
