@@ -43,6 +43,7 @@ def test_masks_hold_through_training_and_quantization(method, optimizer):
     quantize.run(work, config("quantize", method="gaqat", epochs=1))
     for name, layer in quant.quantized_layers(work.model).items():
         if name in before:
+            assert torch.equal(layer.weight_mask, before[name]) and not layer.weight[~before[name]].any()
             assert not layer.weight_spec().values[~before[name]].any()
     again = apply_plan(work.build(), work.plan, work.example())
     again.load_state_dict(work.model.state_dict())
