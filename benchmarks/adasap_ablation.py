@@ -39,7 +39,6 @@ PHASES: dict[str, dict[str, Any]] = {
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "ASAM": ("asam", {"rho": RHO}),
     "AdaSAP, rho_min 0.01": ("adasap", {"rho_min": 0.01, "rho_max": RHO}),
-    "AdaSAP, rho_min 0.5": ("adasap", {"rho_min": 0.5, "rho_max": RHO}),
     "AdaSAP, rho_min 1": ("adasap", {"rho_min": 1.0, "rho_max": RHO}),
     "AdaSAP, rho_min 0.01, per neuron": ("adasap", {"rho_min": 0.01, "rho_max": RHO, "norm": "per_neuron"}),
 }
