@@ -7,6 +7,7 @@ unknown domains, or whose tensors claim sizes that their bytes do not have, is r
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
@@ -44,14 +45,32 @@ def problem_of(model: onnx.ModelProto) -> str | None:
     """Why a parsed model should not be run, or None."""
     if not model.graph.node or not model.opset_import:
         return "not an ONNX model (it has no nodes)."
-    strange = {node.domain for node in model.graph.node} - set(DOMAINS)
+    graphs = list(_graphs(model.graph))
+    nodes = [node for graph in graphs for node in graph.node] + [n for f in model.functions for n in f.node]
+    strange = {node.domain for node in nodes} - set(DOMAINS)
     if strange:
         return f"operators of unknown domains {sorted(strange)}; known are {list(DOMAINS)}."
-    for tensor in model.graph.initializer:
+    tensors = [t for graph in graphs for t in graph.initializer]
+    tensors += [t for graph in graphs for pair in graph.sparse_initializer for t in (pair.values, pair.indices)]
+    tensors += [t for node in nodes for given in node.attribute for t in _tensors_of(given)]
+    for tensor in tensors:
         problem = _tensor_problem(tensor)
         if problem:
             return problem
-    return _growth_problem(model)
+    return next((problem for graph in graphs if (problem := _growth_problem(graph))), None)
+
+
+def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """The graph and the bodies of its branches and loops."""
+    yield graph
+    for node in graph.node:
+        for given in node.attribute:
+            for inner in ([given.g] if given.HasField("g") else []) + list(given.graphs):
+                yield from _graphs(inner)
+
+
+def _tensors_of(given: onnx.AttributeProto) -> list[TensorProto]:
+    return ([given.t] if given.HasField("t") else []) + list(given.tensors)
 
 
 def _tensor_problem(tensor: TensorProto) -> str | None:
@@ -79,9 +98,9 @@ def _itemsize(kind: int) -> int:
         return 0
 
 
-def _growth_problem(model: onnx.ModelProto) -> str | None:
-    constants = {tensor.name: tensor for tensor in model.graph.initializer}
-    for node in model.graph.node:
+def _growth_problem(graph: onnx.GraphProto) -> str | None:
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    for node in graph.node:
         index = _GROWING.get(node.op_type)
         tensor = constants.get(node.input[index]) if index is not None and len(node.input) > index else None
         if tensor is None or tensor.data_type != TensorProto.INT64:

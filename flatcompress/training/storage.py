@@ -148,12 +148,15 @@ def read_json(path: str | Path, limit: int = 64 << 20) -> Any:
         raise UserError(f"{path}: not JSON ({error}).") from None
 
 
-def sha256_file(path: Path) -> str:
-    """Hex digest of a file, read in pieces. UserError when it cannot be read."""
+def sha256_file(path: Path, limit: int | None = None) -> str:
+    """Hex digest of a file, read in pieces. UserError when it cannot be read or has over ``limit`` bytes."""
     digest = hashlib.sha256()
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
+        found = os.stat(path)
+        if not stat.S_ISREG(found.st_mode):
             raise UserError(f"{path}: not a plain file.")
+        if limit is not None and found.st_size > limit:
+            raise UserError(f"{path}: {found.st_size} bytes, more than the {limit} allowed for such a file.")
         with open(path, "rb") as file:
             while piece := file.read(1 << 20):
                 digest.update(piece)
