@@ -27,5 +27,5 @@ def write_whole(path: Path, data: bytes) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         if error.errno in _MACHINE:
-            raise RunError(f"{path}: cannot be written ({error}). Mend that, then run the same command again.") from None
+            raise RunError(f"{path}: cannot be written ({error}). Mend that and run it again.") from None
         raise UserError(f"{path}: cannot be written ({error}).") from None
