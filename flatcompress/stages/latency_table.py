@@ -5,8 +5,8 @@ not always faster: with AVX-512, a convolution pays for whole blocks of 16 outpu
 its inputs are no multiple of 4, and a depthwise one twice as long at 24 channels as at 32. So widths are measured, and
 one between two measured outputs counts as the dearer of them. The sum over the layers is not the network: residual
 adds, pooling, requantization and the runtime itself are missing, the profiler's own cost is in it, and what the
-caches do is another matter. So the network is also exported dense and at a few uniform cuts, each timed as a whole,
-and the sum is read off the line through these points. Figures are kept on disk, per machine, threads and version.
+caches do is another matter. So the network is also exported dense and at a few cuts, each timed as a whole, and
+the sum is read off the line through these points. Figures are kept on disk, per machine, threads and version.
 """
 
 from __future__ import annotations
@@ -36,10 +36,12 @@ from flatcompress import onnx_export, prune, quant
 from flatcompress.errors import UserError
 from flatcompress.onnx_export import latency, sessions
 from flatcompress.onnx_export.kernel_time import kernel_ms
+from flatcompress.prune.cost import Cost
 from flatcompress.training.storage import write_json_atomic
 
 METHOD = 2  # of measuring: figures of another one are not used
-CUTS = (0.75, 0.5, 0.3, 0.15)  # shares of the channels in the networks timed as a whole, beside the dense one
+EVENLY = (0.75, 0.5, 0.2)  # networks timed as a whole, beside the dense one: shares of every layer's channels,
+WEIGHED = (0.7, 0.5, 0.35)  # and of the kernels' sum
 RUNS = 21
 Shape = dict[str, Any]
 Figures = dict[str, dict[str, Any]]  # layers: {shape: {widths: ms}}, networks: {model: [[sum of kernels, ms]]}
@@ -87,7 +89,7 @@ class LatencyTable:
         text = f"{model!r}{json.dumps(self.shapes)}{tuple(example.shape[1:])}"
         key = hashlib.sha256(text.encode()).hexdigest()[:16]
         if key not in self._kept["networks"]:
-            found = networks_ms(uniform_cuts(model, example), example, self.threads)
+            found = networks_ms(some_cuts(model, example, self.kernels), example, self.threads)
             points = [[self.kernels(widths), ms] for widths, ms in found]
             self._kept = keep(self.path, {"layers": {}, "networks": {key: points}})
         return self._kept["networks"][key]
@@ -122,7 +124,8 @@ def between(at: Sequence[int], values: Sequence[float], x: int) -> float:
 class Line:
     """Milliseconds of a network as a function of the sum of its kernels, from the networks that were timed.
 
-    Nearest to the points (x, y) by relative error. Below the smallest point it never falls faster than to zero.
+    Nearest to the points (x, y) by relative error, the first, of the dense network, counting twice: budgets are
+    shares of it. Below the smallest point it never falls faster than to zero.
     """
 
     points: Sequence[Sequence[float]]
@@ -136,7 +139,7 @@ class Line:
 
     @cached_property
     def _fit(self) -> tuple[float, float]:
-        x, y = np.array(self.points, dtype=float).T
+        x, y = np.array([self.points[0], *self.points], dtype=float).T
         if np.ptp(x) > 0.01 * x.max():
             rows = np.stack([1 / y, x / y], axis=1)
             offset, slope = np.linalg.lstsq(rows, np.ones_like(y), rcond=None)[0].tolist()
@@ -209,20 +212,24 @@ def pairs(shape: Shape) -> list[tuple[int, int]]:
     return [(o, o) for o in outputs] if shape["depthwise"] else [(i, o) for i in inputs for o in outputs]
 
 
-def uniform_cuts(model: nn.Module, example: Tensor) -> list[nn.Module]:
-    """Copies of ``model``: dense, and at a few shares of its channels, the same in every layer."""
+def some_cuts(model: nn.Module, example: Tensor, kernels: Cost) -> list[nn.Module]:
+    """Copies of ``model``: dense; cut by the same share in every layer; cut to a share of ``kernels``, as budgets are.
+
+    Shares that cannot be had are left out.
+    """
     twin, example = copy.deepcopy(model).cpu().eval(), example.cpu()
     cuts = [copy.deepcopy(twin)]
     groups = prune.survey(twin, example).groups
-    if not groups:
-        return cuts
-    scores = [torch.arange(group.units, dtype=torch.float32) for group in groups]
-    for share in CUTS:
+    random = torch.Generator().manual_seed(0)
+    scores = [1 + torch.rand(group.units, generator=random) for group in groups]
+    costs = prune.CostModel(twin, example)
+    wanted = [(prune.Budget("ratio", 1 - share), prune.Limits("uniform", floor=0.0)) for share in EVENLY]
+    wanted += [(prune.Budget("cost", share, kernels), prune.Limits()) for share in WEIGHED]
+    for budget, limits in wanted if groups else ():
         small, own = copy.deepcopy((twin, groups))
-        limits = prune.Limits("uniform", floor=0.0)
         try:
-            prune.shrink(small, own, prune.choose(own, scores, prune.Budget("ratio", 1 - share), limits))
-        except UserError:  # nothing, or too little, can be cut: the other points do
+            prune.shrink(small, own, prune.choose(own, scores, budget, limits, costs=costs))
+        except UserError:
             continue
         cuts.append(small)
     return cuts

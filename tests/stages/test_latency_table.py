@@ -95,6 +95,9 @@ def test_between_outputs_the_dearer_neighbour_and_between_inputs_a_line():
 def test_line_is_found_and_never_leads_below_nothing():
     line = Line([[2.0, 3.0], [4.0, 6.0], [8.0, 12.0]])
     assert line(6.0) == pytest.approx(9.0) and line(1.0) == pytest.approx(1.5)
+    assert abs(Line([[4.0, 6.0], [2.0, 3.0], [8.0, 13.0]])(4.0) - 6.0) < abs(
+        Line([[8.0, 13.0], [4.0, 6.0], [2.0, 3.0]])(4.0) - 6.0
+    )
     steep = Line([[2.0, 1.0], [4.0, 5.0]])  # the profiler's own cost makes the offset negative
     assert steep(3.0) == pytest.approx(3.0) and 0 < steep(1.0) == pytest.approx(0.5)
     flat = Line([[2.0, 3.0], [4.0, 4.0]])
@@ -161,20 +164,35 @@ def test_the_file_is_per_machine_threads_and_version(monkeypatch, tmp_path):
     assert len({one, two, older, latency_table.cache_file(1)}) == 4
 
 
-def test_networks_timed_as_a_whole_are_cut_evenly_and_exported():
+def work_of(widths):
+    """Channels times channels: a cost that every cut lowers."""
+    return float(sum(w.inputs // w.groups * w.outputs for w in widths.values()))
+
+
+def test_networks_timed_as_a_whole_are_cut_evenly_and_by_cost():
+    model = models.build("ds_cnn", num_classes=4, input_shape=(1, 8, 8), seed=0).eval()
+    x = torch.zeros(2, 1, 8, 8)
+    cuts = latency_table.some_cuts(model, x, work_of)
+    widths = [CostModel(cut, x).dense for cut in cuts]
+    dense, costs = widths[0], [work_of(w) for w in widths]
+    assert len(cuts) == 7 and all(w.outputs == dense[n].outputs // 2 for n, w in widths[2].items() if n != "fc")
+    assert costs[0] > costs[1] > costs[2] > costs[3]
+    for share, cost in zip(latency_table.WEIGHED, costs[4:], strict=True):
+        assert 0.9 * share * costs[0] < cost <= share * costs[0]
+
+
+def test_networks_are_timed_as_exported_and_the_model_is_not_changed():
     model = models.build("ds_cnn", num_classes=4, input_shape=(1, 8, 8), seed=0).eval()
     x = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    found = latency_table.networks_ms(latency_table.uniform_cuts(model, x)[::2], x)
-    first = [next(iter(widths.values())).outputs for widths, _ in found]
-    assert first == sorted(first, reverse=True) and first[0] == 64 and first[1] == 32
-    assert all(ms > 0 for _, ms in found)
+    found = latency_table.networks_ms(latency_table.some_cuts(model, x, work_of)[:1], x)
+    assert found[0][0] == CostModel(model, x).dense and found[0][1] > 0
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
 def test_a_model_without_prunable_channels_has_its_dense_point():
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
-    assert len(latency_table.uniform_cuts(model, torch.zeros(1, 3, 2, 2))) == 1
+    assert len(latency_table.some_cuts(model, torch.zeros(1, 3, 2, 2), work_of)) == 1
 
 
 @pytest.mark.parametrize(
