@@ -20,13 +20,13 @@ Found = Mapping[int, Mapping[str, Mapping[str, Any]]]  # seed -> row -> figures
 INTRO = """
 Accuracy in percent on 12 drawn classes; three styles are trained on. *corrupted*: mean over kinds and severities of
 in-domain test images; *held out*: the style *sketch*, which no training image had; *robust*: the mean of the two. One
-float network per seed (ERM, {start} epochs) is the start of every row but the one "from scratch"; from there everybody
-gets {epochs} epochs of the same images (pruning and QAT share them), unless the row says twice, and chooses its epoch
-by validation on the source styles. No peer saw an image that is graded: each wrote an ONNX file, and accuracy, bytes
-and milliseconds (onnxruntime's CPU provider, batch 1, 1 thread, interleaved medians of CPU time) were measured
-afterwards for all of them alike. *passes*: forward and backward passes with those of the start; *seconds*: CPU seconds
-with those of the start, export included. *lines*: what a user of the library writes, imports and training loop
-included, data and network not (`benchmarks/peer_scripts`).
+float network per seed (ERM, {start} epochs) is the start of every row but those "from scratch", whose own first {start}
+epochs stand in its place; from there everybody gets {epochs} epochs of the same images (pruning and QAT share them),
+unless the row says twice, and chooses its epoch by validation on the source styles. No peer saw an image that is
+graded: each wrote an ONNX file, and accuracy, bytes and milliseconds (onnxruntime's CPU provider, batch 1, 1 thread,
+interleaved medians of CPU time) were measured afterwards for all of them alike. *passes*: forward and backward passes
+with those of the start; *seconds*: CPU seconds with those of the start, export included. *lines*: what a user of the
+library writes, imports and training loop included, data and network not (`benchmarks/peer_scripts`).
 """
 
 READING = """
@@ -35,8 +35,9 @@ spread of the seeds. So small a network gains little from integers in millisecon
 step; the rows with twice the epochs have as many passes as they. NNCF's and torchao's files are written for other
 runtimes (OpenVINO; Inductor and ExecuTorch): their latency in onnxruntime is what an onnxruntime user gets, not what
 they were made for. Peers were run as their documentation shows, with the learning rate, schedule and batch size of
-flatcompress's own stages; SAM's radius and Torch-Pruning's optimizer were chosen by validation on the first seed,
-flatcompress's radii were not.
+flatcompress's own stages. SAM's radius is the one that validation chose for flatcompress's float training (0.4; the
+library's default is 0.05), Torch-Pruning's optimizer was chosen by validation on the first seed; nothing of
+flatcompress's was tuned here.
 """
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ class Peer:
     ``grid``: flags to try on the first seed, chosen by validation; ``tuned_as``: takes the choice of that row.
     ``after``: the row whose file this one quantizes. ``times``: of the epoch budget. ``passes``: of a step, None where
     the tool says it itself. ``counted``: scripts whose user code counts; ``extra_lines``: of a recipe. ``scratch``:
-    starts from no network.
+    starts from no network, and has the epochs of the start as well.
     """
 
     name: str
@@ -42,51 +42,48 @@ class Peer:
     scratch: bool = False
 
 
-START = Peer("float ERM", "float", "float_erm", "onnxruntime", counted=("float_erm", "loop"), scratch=True)
+START = Peer("float ERM", "float", "float_erm", "onnxruntime", times=0, counted=("float_erm", "loop"), scratch=True)
 FITS = (("--optimizer", "adamw", "--lr", "1.5e-3"), ("--optimizer", "sgd", "--lr", "0.02"))
 
 
-def static(after: str, tool: str) -> Peer:
-    """onnxruntime's quantize_static on the file of another row."""
-    name = f"{after} + quantize_static"
-    return Peer(name, tool, "ort_static", "onnxruntime", after=after, times=0, counted=("ort_static",))
+def static(of: Peer, tool: str = "") -> Peer:
+    """onnxruntime's quantize_static on the file of another row, counted towards that row's tool unless told."""
+    return Peer(
+        f"{of.name} + quantize_static", tool or of.tool, "ort_static", "onnxruntime", after=of.name, times=0,
+        counted=("ort_static",), scratch=of.scratch,
+    )  # fmt: skip
 
 
 def peers(quick: bool) -> list[Peer]:
     """Every row but flatcompress's own, in the order of the table."""
-    pruned, sam, glued = "Torch-Pruning", "pytorch_optimizer SAM", "Torch-Pruning, pytorch_optimizer SAM"
-    half = Peer(pruned, pruned, "tp_magnitude", "torch-pruning", grid=FITS, counted=("tp_magnitude", "loop"))
-    brevitas = Peer("Brevitas QAT W8A8, QCDQ", "Brevitas", "brevitas_qat", "brevitas", ("--bits", "8"),
-                    counted=("brevitas_qat", "loop"))  # fmt: skip
+    half = Peer("Torch-Pruning", "Torch-Pruning", "tp_magnitude", "torch-pruning", grid=FITS,
+                counted=("tp_magnitude", "loop"))  # fmt: skip
     four = Peer("Brevitas QAT W4A4, QCDQ", "Brevitas", "brevitas_qat", "brevitas", ("--bits", "4"),
-                counted=brevitas.counted)  # fmt: skip
+                counted=("brevitas_qat", "loop"))  # fmt: skip
+    sam = Peer("pytorch_optimizer SAM", "pytorch_optimizer", "sam_float", "pytorch-optimizer", ("--rho", str(RHO)),
+               passes=2, counted=("sam_float",))  # fmt: skip
+    glued = replace(sam, name="Torch-Pruning, pytorch_optimizer SAM", tool="three peers glued",
+                    flags=("--prune", *sam.flags), counted=("sam_float", "tp_magnitude"))  # fmt: skip
     rows = [
         START,
-        static(START.name, "onnxruntime"),
+        static(START, "onnxruntime"),
         half,
-        static(pruned, pruned),
-        brevitas,
+        static(half),
+        replace(four, name="Brevitas QAT W8A8, QCDQ", flags=("--bits", "8")),
         four,
         Peer("NNCF QAT W8A8", "NNCF", "nncf_qat", "nncf", counted=("nncf_qat", "loop")),
         Peer("torchao PT2E QAT W8A8", "torchao", "pt2e_qat", "torchao", counted=("pt2e_qat", "loop")),
-        Peer(sam, "pytorch_optimizer", "sam_float", "pytorch-optimizer", ("--rho", str(RHO)), passes=2,
-             counted=("sam_float",)),
-        static(sam, "pytorch_optimizer"),
-        Peer(glued, "three peers glued", "sam_float", "pytorch-optimizer", ("--prune", "--rho", str(RHO)),
-             passes=2, counted=("sam_float", "tp_magnitude")),
-        static(glued, "three peers glued"),
-    ]  # fmt: skip
+        sam,
+        static(sam),
+        glued,
+        static(glued),
+    ]
     if quick:
         return rows
-    twice = Peer(f"{pruned}, twice the epochs", pruned, "tp_magnitude", "torch-pruning", tuned_as=pruned, times=2,
-                 counted=half.counted)  # fmt: skip
-    return [
-        *rows,
-        twice,
-        static(twice.name, pruned),
-        Peer("Brevitas QAT W4A4, twice the epochs", "Brevitas", "brevitas_qat", "brevitas", ("--bits", "4"), times=2,
-             counted=four.counted),
-    ]  # fmt: skip
+    alone = replace(sam, name=f"{sam.name} from scratch", flags=("--scratch", *sam.flags, "--lr", "3e-3"), scratch=True)
+    twice = replace(half, name=f"{half.name}, twice the epochs", grid=(), tuned_as=half.name, times=2)
+    long = replace(four, name="Brevitas QAT W4A4, twice the epochs", times=2)
+    return [*rows, alone, static(alone), twice, static(twice), long]
 
 
 def own(epochs: int, quick: bool) -> list[Peer]:

@@ -121,7 +121,8 @@ class Arena:
         return steps * self._epochs(peer) * peer.passes
 
     def _epochs(self, peer: Peer) -> int:
-        return self.start_epochs if peer.name == START.name else round(peer.times * self.epochs)
+        begin = self.start_epochs if peer.scratch and not peer.after else 0
+        return begin + round(peer.times * self.epochs)
 
     def script(self, peer: Peer, out: Path, flags: Sequence[str], epochs: int) -> dict[str, Any]:
         """Run a peer's script in its environment; what it says of itself, or the problem in one line."""
@@ -160,13 +161,14 @@ class Arena:
     def latencies(self, names: Sequence[str], rounds: int) -> dict[str, float]:
         """{row: median ms at batch 1}, one thread, CPU time, every file timed against every other; kept on disk."""
         kept = self.folder / "latency.json"
+        files = {name: self.of(name) / "model.onnx" for name in names}
+        stamps = {name: path.stat().st_mtime_ns for name, path in files.items()}
         held = json.loads(kept.read_text()) if kept.exists() else {}
-        if set(held) != set(names):
-            files = {name: self.of(name) / "model.onnx" for name in names}
+        if held.get("files") != stamps:
             timed = latency.measure(files, threads=1, runs=rounds, clock=time.process_time)
-            held = {name: row["median_ms"] for name, row in timed.items()}
+            held = {"files": stamps, "ms": {name: row["median_ms"] for name, row in timed.items()}}
             kept.write_text(json.dumps(held, indent=1) + "\n")
-        return held
+        return held["ms"]
 
 
 def open_session(path: Path) -> ort.InferenceSession:

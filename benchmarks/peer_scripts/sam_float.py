@@ -13,13 +13,13 @@ from pytorch_optimizer.optimizer.utils.model import disable_running_stats, enabl
 from torch.nn.functional import cross_entropy
 
 # end
-from benchmarks.peer_scripts.given import Given, accuracy, run
+from benchmarks.peer_scripts.given import Given, accuracy, fresh, run
 from benchmarks.peer_scripts.tp_magnitude import cut
 
 
 # user code
 def work(given: Given) -> None:
-    model = given.model
+    model = fresh(given) if given.options.scratch else given.model
     if given.options.prune:
         cut(model, given)
     opt = SAM(model.parameters(), torch.optim.AdamW, rho=given.options.rho, lr=given.options.lr, weight_decay=1e-4)
@@ -58,6 +58,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rho", type=float, default=0.05)
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--prune", action="store_true")
+    parser.add_argument("--scratch", action="store_true")
 
 
 if __name__ == "__main__":

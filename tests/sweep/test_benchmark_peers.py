@@ -84,6 +84,21 @@ def test_a_script_that_fails_is_a_problem_in_its_own_words(tmp_path):
     assert "no_such_script" in arena(tmp_path).script(peer, tmp_path / "out", (), 1)["problem"]
 
 
+def test_everybody_carries_the_cost_of_the_start_once(tmp_path):
+    here = arena(tmp_path)
+    folder = here.of(PEER.name)
+    folder.mkdir()
+    (folder / "graded.json").write_text(json.dumps(figures(0.5, 1, 1.0) | {"seconds": 10.0, "passes": 100}))
+    by_name = {row.name: row for row in ROWS}
+    passes = {name: here.with_start(row, {"seconds": 1.0, "passes": 7})["passes"] for name, row in by_name.items()}
+    assert passes["Torch-Pruning"] == passes["Torch-Pruning + quantize_static"] == 107
+    assert passes[PEER.name] == passes["float ERM + quantize_static"] == 7  # made of the start itself
+    assert passes["flatcompress: from scratch: SAGM, AdaSAP, GAQAT W4A4"] == 7
+    epochs = {name: here._epochs(row) for name, row in by_name.items()}  # a start of one, a budget of one
+    assert epochs[PEER.name] == 1 and epochs["Torch-Pruning"] == 1 and epochs["Torch-Pruning + quantize_static"] == 0
+    assert epochs["pytorch_optimizer SAM from scratch"] == epochs["Torch-Pruning, twice the epochs"] == 2
+
+
 def test_an_environment_that_pip_cannot_make_is_reported(tmp_path, monkeypatch):
     def refuse(command):
         raise subprocess.CalledProcessError(1, command, stderr="WARNING: x\nERROR: No matching distribution for y\n")
