@@ -26,6 +26,7 @@ class Budget:
     widths of all layers ({name: Width(inputs, outputs, groups)}) to a number, such as milliseconds from a latency
     table; ``absolute`` says that ``value`` is absolute even below 1. ``weight_bits`` is for kind bytes. ``knapsack``:
     weigh importance against cost (`knapsack.solve`) instead of going down the ranking; None does so for kind cost only.
+    ``called``: what messages call it, the kind by default.
     """
 
     kind: str = "ratio"
@@ -34,17 +35,19 @@ class Budget:
     weight_bits: float = 8
     absolute: bool = False
     knapsack: bool | None = None
+    called: str = ""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise unknown("pruning budget", self.kind, KINDS)
+        object.__setattr__(self, "called", self.called or self.kind)
         if self.kind == "ratio" and not 0 < self.value < 1:
             raise UserError(
                 f"ratio is the share of channels to remove, above 0 and below 1; found {self.value}"
                 + (" (that would empty every layer)." if self.value >= 1 else ".")
             )
         if self.value <= 0:
-            raise UserError(f"a {self.kind} budget must be above 0, found {self.value}.")
+            raise UserError(f"a {self.called} budget must be above 0, found {self.value}.")
         if (self.kind == "cost") != (self.cost is not None):
             raise UserError("a budget of kind 'cost' needs a cost function, and only that kind takes one.")
 
@@ -152,6 +155,6 @@ def _too_small(budget: Budget, limit: float, dense: float, least: float) -> str:
     share = not budget.absolute and budget.value <= 1
     asked, can = (f"{budget.value:g}", f"{least / dense:.4g}") if share else (f"{limit:g}", f"{least:.6g}")
     return (
-        f"{budget.kind} {asked} cannot be met: the smallest that can is {can} (dense: {dense:.6g}), with every layer "
+        f"{budget.called} {asked} cannot be met: the smallest that can is {can} (dense: {dense:.6g}), with every layer "
         "as narrow as helps. Raise the budget, or lower round_to, min_channels or floor."
     )

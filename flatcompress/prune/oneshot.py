@@ -85,7 +85,7 @@ def nothing_pruned(budget: Budget) -> str:
         return (
             f"nothing was pruned: ratio {budget.value:g} is less than half a step of round_to; raise it, or round_to=1."
         )
-    return f"nothing was pruned: the dense model is within the {budget.kind} budget {budget.value:g} already."
+    return f"nothing was pruned: the dense model is within the {budget.called} budget {budget.value:g} already."
 
 
 def _one_budget(

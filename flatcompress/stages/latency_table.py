@@ -6,7 +6,7 @@ its inputs are no multiple of 4, and a depthwise one twice as long at 24 channel
 one between two measured outputs counts as the dearer of them. The sum over the layers is not the network: residual
 adds, pooling, requantization and the runtime itself are missing, the profiler's own cost is in it, and what the
 caches do is another matter. So the network is also exported dense and at a few cuts, each timed as a whole, and
-the sum is read off the line through these points. Figures are kept on disk, per machine, threads and version.
+the sum is read off the curve through these points. Figures are kept on disk, per machine, threads and version.
 """
 
 from __future__ import annotations
@@ -61,11 +61,11 @@ class LatencyTable:
         self.dense = prune.CostModel(model, example).dense
         self._measure_layers()
         self._costs = {name: self._layer(shape) for name, shape in self.shapes.items()}
-        self.line = Line(self._points(model, example))
+        self.curve = Curve(self._points(model, example))
 
     def __call__(self, widths: Mapping[str, prune.Width]) -> float:
         """Estimated milliseconds at ``widths`` ({name: Width(inputs, outputs, groups)})."""
-        return self.line(self.kernels(widths))
+        return self.curve(self.kernels(widths))
 
     def kernels(self, widths: Mapping[str, prune.Width]) -> float:
         """Summed milliseconds of the layers' kernels at ``widths``."""
@@ -121,31 +121,41 @@ def between(at: Sequence[int], values: Sequence[float], x: int) -> float:
 
 
 @dataclass(frozen=True)
-class Line:
+class Curve:
     """Milliseconds of a network as a function of the sum of its kernels, from the networks that were timed.
 
-    Nearest to the points (x, y) by relative error, the first, of the dense network, counting twice: budgets are
-    shares of it. Below the smallest point it never falls faster than to zero.
+    The parabola (a line for fewer than five points) that is nearest to the points (x, y) by relative error, the first,
+    of the dense network, counting twice: budgets are shares of it. It rises everywhere; beyond the points it goes
+    straight on, and downwards never faster than to zero.
     """
 
     points: Sequence[Sequence[float]]
 
     def __call__(self, x: float) -> float:
         """Milliseconds at a sum of ``x``."""
-        offset, slope = self._fit
-        least = min(point[0] for point in self.points)
-        y = offset + slope * x
-        return y if x >= least else max(y, (offset + slope * least) * x / least)
+        least, most = self._ends
+        inside = min(max(x, least), most)
+        a, b, c = self._fit
+        y = a + b * inside + c * inside**2
+        straight = y + (b + 2 * c * inside) * (x - inside)
+        return max(straight, y * x / least) if x < least else straight
+
+    @property
+    def _ends(self) -> tuple[float, float]:
+        at = [point[0] for point in self.points]
+        return min(at), max(at)
 
     @cached_property
-    def _fit(self) -> tuple[float, float]:
+    def _fit(self) -> tuple[float, float, float]:
         x, y = np.array([self.points[0], *self.points], dtype=float).T
-        if np.ptp(x) > 0.01 * x.max():
-            rows = np.stack([1 / y, x / y], axis=1)
-            offset, slope = np.linalg.lstsq(rows, np.ones_like(y), rcond=None)[0].tolist()
-            if slope > 0 and offset + slope * x.min() > 0:
-                return offset, slope
-        return 0.0, float((x / y).sum() / ((x / y) ** 2).sum())
+        least, most = self._ends
+        for degree in (2, 1) if len(self.points) > 4 else (1,):
+            powers = np.stack([x**d / y for d in range(degree + 1)], axis=1)
+            a, b, c = [*np.linalg.lstsq(powers, np.ones_like(y), rcond=None)[0].tolist(), 0.0][:3]
+            rises = min(b + 2 * c * least, b + 2 * c * most) > 0
+            if most > 1.01 * least and rises and a + b * least + c * least**2 > 0:
+                return a, b, c
+        return 0.0, float((x / y).sum() / ((x / y) ** 2).sum()), 0.0
 
 
 def step(width: int) -> int:

@@ -72,8 +72,9 @@ def budget(config: PruneConfig, model: nn.Module, example: torch.Tensor) -> prun
     if milliseconds is not None:
         from flatcompress.stages.latency_table import LatencyTable
 
-        table = LatencyTable(model, example)
-        return prune.Budget("cost", milliseconds, table, absolute=config.latency_ms is not None)
+        absolute = config.latency_ms is not None
+        called = "latency_ms" if absolute else "latency"
+        return prune.Budget("cost", milliseconds, LatencyTable(model, example), absolute=absolute, called=called)
     return prune.Budget("ratio", config.ratio if config.ratio is not None else 0.5)
 
 

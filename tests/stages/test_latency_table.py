@@ -16,7 +16,7 @@ from flatcompress.errors import RunError, UserError
 from flatcompress.onnx_export import kernel_time, sessions
 from flatcompress.prune import CostModel, Limits, Width
 from flatcompress.stages import latency_table, prune
-from flatcompress.stages.latency_table import LatencyTable, LayerCost, Line, grid, pairs
+from flatcompress.stages.latency_table import Curve, LatencyTable, LayerCost, grid, pairs
 from flatcompress.stages.methods import PRUNE_METHODS
 
 CONV = {"kind": "conv", "kernel": [3, 3], "stride": [1, 1], "padding": [1, 1], "dilation": [1, 1], "size": [6, 6],
@@ -92,19 +92,36 @@ def test_between_outputs_the_dearer_neighbour_and_between_inputs_a_line():
     assert depthwise(Width(16, 16, 16)) == 3.0
 
 
-def test_line_is_found_and_never_leads_below_nothing():
-    line = Line([[2.0, 3.0], [4.0, 6.0], [8.0, 12.0]])
-    assert line(6.0) == pytest.approx(9.0) and line(1.0) == pytest.approx(1.5)
-    assert abs(Line([[4.0, 6.0], [2.0, 3.0], [8.0, 13.0]])(4.0) - 6.0) < abs(
-        Line([[8.0, 13.0], [4.0, 6.0], [2.0, 3.0]])(4.0) - 6.0
-    )
-    steep = Line([[2.0, 1.0], [4.0, 5.0]])  # the profiler's own cost makes the offset negative
-    assert steep(3.0) == pytest.approx(3.0) and 0 < steep(1.0) == pytest.approx(0.5)
-    flat = Line([[2.0, 3.0], [4.0, 4.0]])
-    assert flat(0.0) == pytest.approx(2.0)
-    assert Line([[2.0, 5.0]])(4.0) == pytest.approx(10.0)
-    falling = Line([[2.0, 5.0], [4.0, 4.0]])
-    assert falling(4.0) > falling(2.0) > 0
+def test_curve_of_few_points_is_a_line():
+    line = Curve([[2.0, 3.0], [4.0, 6.0], [8.0, 12.0]])
+    assert line(6.0) == pytest.approx(9.0) and line(1.0) == pytest.approx(1.5) and line(10.0) == pytest.approx(15.0)
+    assert Curve([[2.0, 5.0]])(4.0) == pytest.approx(10.0)
+
+
+def test_curve_of_five_points_bends_and_goes_straight_on():
+    points = [[float(x), 1 + x - 0.04 * x * x] for x in (10, 2, 4, 6, 8)]
+    curve = Curve(points)
+    assert curve(5.0) == pytest.approx(5.0) and curve(10.0) == pytest.approx(7.0)
+    assert curve(20.0) == pytest.approx(7.0 + 0.2 * 10) and curve(1.0) == pytest.approx(2.84 - 0.84)
+
+
+@pytest.mark.parametrize(
+    "points",
+    [
+        [[4.0, 5.0], [2.0, 1.0]],  # the profiler's own cost makes the offset negative
+        [[4.0, 4.0], [2.0, 5.0]],
+        [[4.0, 4.0], [4.0, 3.0]],
+        [[9.0, 5.0], [8.0, 6.0], [6.0, 6.0], [4.0, 4.0], [2.0, 1.0], [1.0, 0.1]],
+    ],
+)
+def test_curve_rises_from_above_nothing_whatever_was_timed(points):
+    found = [Curve(points)(0.1 * x) for x in range(1, 200)]
+    assert found[0] > 0 and found == sorted(found)
+
+
+def test_the_dense_network_counts_twice():
+    dense, others = [4.0, 6.0], [[2.0, 3.0], [8.0, 13.0]]
+    assert abs(Curve([dense, *others])(4.0) - 6.0) < abs(Curve([*others, dense])(4.0) - 6.0)
 
 
 def test_estimate_is_the_network_not_the_sum_of_its_kernels(steady):
@@ -214,5 +231,9 @@ def test_latency_budget_is_met_by_the_estimate(steady):
     removal = prune.Removal(work, config("prune", latency=0.8), PRUNE_METHODS["magnitude"].make())
     keep = removal.choose(removal.budget)
     assert table(removal.costs.widths(removal.groups, keep)) <= 0.8 * table(table.dense) * 1.0001
-    with pytest.raises(UserError, match="smallest that can"):
-        prune.rehearse(work.build(), work.example(), config("prune", latency_ms=1e-9))
+    for key, value, least in (("latency_ms", 1e-9, 0.1), ("latency", 1e-9, 0.1 / table(table.dense))):
+        with pytest.raises(UserError, match=rf"^{key} 1e-09 cannot be met: the smallest that can is") as error:
+            prune.rehearse(work.build(), work.example(), config("prune", **{key: value}))
+        assert least < float(str(error.value).split("can is ")[1].split()[0]) < 1
+    with pytest.raises(UserError, match="within the latency_ms budget 1000 already"):
+        prune.rehearse(work.build(), work.example(), config("prune", latency_ms=1000))
