@@ -140,14 +140,14 @@ class ScaleConflict:
 
     def _project(self, where: list[int | None], combined: list[Tensor | None], task: Tensor, smooth: Tensor) -> None:
         a, b = self.mix
-        dot, squares = _total(task * smooth, self._groups), [_total(g.square(), self._groups) for g in (task, smooth)]
+        t, s = task.double(), smooth.double()  # squares of tiny gradients are no numbers in single precision
+        dot, task_square, smooth_square = (_total(v, self._groups) for v in (t * s, t.square(), s.square()))
         opposing = dot < 0
-        shares = [dot / square.where(opposing, torch.ones_like(square)) for square in squares]
-        smaller_task = (opposing & (squares[0] < squares[1]))[self._groups]
-        smaller_smooth = opposing[self._groups] & ~smaller_task
-        new_task = torch.where(smaller_task, task - (shares[1][self._groups] * smooth).to(task), task)
-        new_smooth = torch.where(smaller_smooth, smooth - (shares[0][self._groups] * task).to(task), smooth)
-        self._write(where, combined, opposing[self._groups], a * new_task + b * new_smooth)
+        task_goes, smooth_goes = opposing & (task_square < smooth_square), opposing & (task_square >= smooth_square)
+        none = torch.zeros_like(dot)
+        t = t - torch.where(task_goes, dot / smooth_square, none)[self._groups] * smooth
+        s = s - torch.where(smooth_goes, dot / task_square, none)[self._groups] * task
+        self._write(where, combined, opposing[self._groups], (a * t + b * s).to(task))
 
     def _drop(self, where: list[int | None], combined: list[Tensor | None], task: Tensor, smooth: Tensor) -> None:
         kept = (~self.frozen).to(task)

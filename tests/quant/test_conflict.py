@@ -267,6 +267,8 @@ def test_project_takes_the_opposing_part_out_of_the_smaller_gradient() -> None:
     for _ in range(5):  # numbers of their own: the smaller one goes, agreeing gradients stay
         assert set(driver.step(3.0, -1.0)) == {1.5} and set(driver.step(1.0, -3.0)) == {-1.5}
         assert set(driver.step(3.0, 1.0)) == {2.0}
+        assert driver.step(1e-23, -1e-22) == pytest.approx([-0.5e-22] * len(driver.scales), rel=1e-5, abs=0)
+        assert set(driver.step(0.0, -1.0)) == {-0.5}
     assert not driver.conflict.frozen.any() and driver.conflict.timeline()
 
 
