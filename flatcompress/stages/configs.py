@@ -277,6 +277,12 @@ class QuantizeConfig(TrainingKeys):
         return self
 
     @model_validator(mode="after")
+    def _tau_is_a_share(self) -> QuantizeConfig:
+        if self.tau_kind == "quantile" and self.tau > 1:
+            raise KeyProblem("tau", f"is a share of the scales under tau_kind quantile: at most 1, found {self.tau:g}.")
+        return self
+
+    @model_validator(mode="after")
     def _known_quantizer(self) -> QuantizeConfig:
         from flatcompress import quant
 

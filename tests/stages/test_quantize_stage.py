@@ -160,6 +160,7 @@ def test_keys_that_came_later_leave_the_hash_of_older_runs_alone():
     ("keys", "message"),
     [({"method": "gaqat", "flat": "none"}, "compares two gradients"),
      ({"method": "saq", "perturb_scales": True}, "after the quantizer"),
+     ({"tau": 1.5}, "at most 1"),
      ({"effective_bits": 4}, "bits: auto"), ({"bits": "auto", "bytes": 9, "bops": 9}, "one budget")],
 )  # fmt: skip
 def test_switches_that_contradict_each_other_are_refused(keys, message):
