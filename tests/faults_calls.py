@@ -287,6 +287,7 @@ def main(arguments: list[str], sample: int, seed: int) -> int:
         calls = range(len(campaign.calls))
         chosen = sorted(random.Random(seed).sample(calls, sample)) if sample else calls
         campaign.killed(chosen)
+        print(f"killed at {len(chosen)} calls: {len(campaign.known)} different folders", flush=True)
         campaign.short_writes()
         for fault in FAILING:
             for at in chosen:

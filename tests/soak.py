@@ -23,7 +23,8 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 MOST = 0.02  # growth that counts as flat
-LOOKS = 40  # in a stage
+LOOKS = 20  # in a stage
+STEPS = 5  # of an epoch
 SHARES = (0.6, 0.1, 0.3)  # of the epochs: training, pruning, quantization
 
 
@@ -53,17 +54,25 @@ class Stage:
     memory: list[int] = field(default_factory=list)
     files: set[int] = field(default_factory=set)
 
+    def line(self) -> str:
+        """The stage as a row of the table."""
+        files = "..".join(map(str, sorted({min(self.files), max(self.files)})))
+        sizes = f"{self.memory[0] / 2**20:>10.1f}{self.memory[-1] / 2**20:>10.1f}{growth(self.memory):>+9.2%}"
+        return f"{self.round:>5}  {self.name:<12}{self.epochs:>7}{sizes}  {files}"
+
 
 class Watch:
-    """Looks at the process through the epochs of a run; a ``display``."""
+    """Looks at the process through the epochs of a run; a ``display``. ``show`` gets a line per stage that is done."""
 
-    def __init__(self) -> None:
-        self.round = 0
+    def __init__(self, show: Callable[[str], None] = lambda line: None) -> None:
+        self.round, self.show = 0, show
         self.stages: list[Stage] = []
 
     def __call__(self, row: dict[str, Any]) -> None:
         if row["event"] == "stage" and row["epochs"]:
             self.stages.append(Stage(self.round, row["stage"]))
+        if row["event"] == "row" and self.stages and self.stages[-1].name == row["stage"]:
+            self.show(self.stages[-1].line())
         if row["event"] != "epoch":
             return
         stage = self.stages[-1]
@@ -90,17 +99,13 @@ class Watch:
         ends = {stage.round: statistics.median(stage.memory[-4:]) for stage in self.stages}
         return ends[max(ends)] / ends[2] - 1 if len(ends) > 2 else 0.0
 
-    def table(self) -> str:
-        """A row per stage."""
-        rows = [
-            f"{s.round:>5}  {s.name:<12}{s.epochs:>7}{s.memory[0] / 2**20:>10.1f}{s.memory[-1] / 2**20:>10.1f}"
-            f"{growth(s.memory):>+9.2%}  {'..'.join(map(str, sorted({min(s.files), max(s.files)}))):>6}"
-            for s in self.stages
-        ]
-        return "\n".join([f"{'round':>5}  {'stage':<12}{'epochs':>7}{'MiB':>10}{'MiB':>10}{'growth':>9}  files", *rows])
+    @property
+    def steps(self) -> int:
+        """Optimizer steps so far."""
+        return sum(stage.epochs * STEPS for stage in self.stages)
 
 
-def soak(make: Callable[..., Any], folder: Path, rounds: int, epochs: int, **options: Any) -> Watch:
+def soak(make: Callable[..., Any], watch: Watch, folder: Path, rounds: int, epochs: int) -> None:
     """``rounds`` runs of ``epochs`` epochs each; ``make(*stages, **options)`` makes a pipeline."""
     train, prune, quantize = (max(3, round(share * epochs)) for share in SHARES)
     stages = (
@@ -109,10 +114,8 @@ def soak(make: Callable[..., Any], folder: Path, rounds: int, epochs: int, **opt
         {"quantize": {"method": "gaqat", "weight_bits": 4, "activation_bits": 4, "epochs": quantize, "K": 50}},
         {"export": {"profile": "packed", "latency": False}},
     )
-    watch = Watch()
     for watch.round in range(1, rounds + 1):
-        make(*stages, **options).run(folder / f"round{watch.round}", display=watch)
-    return watch
+        make(*stages, checkpoint_every=250).run(folder / f"round{watch.round}", display=watch)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -124,11 +127,16 @@ def main(arguments: list[str] | None = None) -> int:
     sys.path[:0] = [str(Path(__file__).parent)]  # as the test suite has it
     import small_runs
 
+    from flatcompress.errors import Interrupted
+
+    print(f"{'round':>5}  {'stage':<12}{'epochs':>7}{'MiB':>10}{'MiB':>10}{'growth':>9}  files")
+    watch = Watch(lambda line: print(line, flush=True))
     with tempfile.TemporaryDirectory() as folder:
-        watch = soak(small_runs.pipeline, Path(folder), options.rounds, options.epochs, checkpoint_every=250)
-    print(watch.table())
-    steps = small_runs.STEPS * sum(stage.epochs for stage in watch.stages)
-    print(f"{steps} optimizer steps; from round 2 to the last {watch.between_rounds():+.2%}")
+        try:
+            soak(small_runs.pipeline, watch, Path(folder), options.rounds, options.epochs)
+        except Interrupted as stopped:
+            print(stopped)
+    print(f"{watch.steps} optimizer steps; from round 2 to the last {watch.between_rounds():+.2%}")
     print("\n".join(watch.problems()) or "memory flat within 2 %, open files constant")
     return 1 if watch.problems() else 0
 

@@ -151,6 +151,25 @@ def test_mutated_files_of_every_kind_are_answered():
     assert "mutated inputs, 0 tracebacks, crashes or hangs" in done.stdout
 
 
+def test_an_input_that_fails_is_shrunk_to_the_simplest_that_does():
+    from tests.fuzz_drawn import explore
+    from tests.fuzz_mutate import mutated_json
+
+    sound = {"schema": 1, "rows": [{"stage": "train", "accuracy": {"test": 0.5}, "params": 7} for _ in range(4)]}
+    seen = []
+
+    def check(rng):
+        try:
+            seen.append(json.loads(mutated_json(json.dumps(sound).encode(), rng)))
+        except ValueError:
+            return "refused"
+        return "answered" if isinstance(seen[-1], dict) and "rows" in seen[-1] else "the rows are gone"
+
+    with pytest.raises(AssertionError, match="the rows are gone"):
+        explore(check, 200, 1)
+    assert seen[-1] == {"schema": 1}
+
+
 def test_a_run_killed_again_and_again_ends_in_the_same_bits():
     """The short version of `python -m tests.faults --kills 200`."""
     done = subprocess.run([sys.executable, "-m", "tests.faults", "--kills", "2", "--seed", "4"], cwd=ROOT,
@@ -161,7 +180,9 @@ def test_a_run_killed_again_and_again_ends_in_the_same_bits():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "words", [["tests.faults", "--kills", "200"], ["tests.fuzz", "--count", "20000"]], ids=["kills", "fuzz"]
+    "words",
+    [["tests.faults", "--kills", "200"], ["tests.faults", "--every-call"], ["tests.fuzz", "--count", "20000"]],
+    ids=["kills", "every call", "fuzz"],
 )
 def test_the_long_version(words):
     assert subprocess.run([sys.executable, "-m", *words], cwd=ROOT).returncode == 0

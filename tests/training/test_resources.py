@@ -149,20 +149,14 @@ def reference(tmp_path_factory):
         return _run(tmp_path_factory.mktemp("reference") / "whole"), shim.calls
 
 
-def _points(calls, slow, count=10):
-    return range(calls) if slow else range(3, calls, max(1, calls // count))
-
-
-@pytest.mark.parametrize(
-    "slow", [pytest.param(False, id="some calls"), pytest.param(True, id="every call", marks=pytest.mark.slow)]
-)
 @pytest.mark.parametrize("fault", [errno.ENOSPC, errno.EIO, "cut before", "cut after"])
 def test_a_fault_at_any_call_of_a_run_leaves_a_run_that_goes_on_to_the_same_bits(
-    fault, slow, reference, tmp_path, monkeypatch
+    fault, reference, tmp_path, monkeypatch
 ):
+    """At a few calls; at every one, below Python and with the export: `python -m tests.faults --every-call`."""
     small_runs.only_training(monkeypatch)
     whole, calls = reference
-    for at in _points(calls, slow, 4):
+    for at in range(3, calls, calls // 4):
         folder = tmp_path / f"at{at}"
         shim = FaultyOs(at, None if isinstance(fault, str) else fault, after=fault == "cut after")
         _shim(monkeypatch, shim)
