@@ -237,3 +237,16 @@ def test_latency_budget_is_met_by_the_estimate(steady):
         assert least < float(str(error.value).split("can is ")[1].split()[0]) < 1
     with pytest.raises(UserError, match="within the latency_ms budget 1000 already"):
         prune.rehearse(work.build(), work.example(), config("prune", latency_ms=1000))
+
+
+def test_a_real_table_estimates_what_was_never_timed(tmp_path):
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(256, 4)
+    )
+    table = LatencyTable(
+        model.eval(), torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0)), tmp_path / "table.json"
+    )
+    narrow = {"0": Width(3, 6, 1), "2": Width(6, 10, 1), "5": Width(160, 4, 1)}
+    assert table(narrow) > 0 and table(table.dense) > 0
+    found = json.loads((tmp_path / "table.json").read_text())
+    assert len(found["layers"]) == 3 and len(next(iter(found["networks"].values()))) >= 4
