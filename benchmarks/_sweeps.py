@@ -132,8 +132,8 @@ def publish(
             lines += [f"## {heading}", "", sweep_table.markdown(found, ""), ""]
     lines += ["## What holds", "", *[f"- {v.text()}" for v in verdicts], "", sweep_table.RULE, ""]
     lines += [
-        f"Made by `python -m benchmarks.{name}` on {_common.machine()['processor']}, one thread a run. *seconds* is wall",
-        "time on a machine that did other work at the same time: compare *passes*.",
+        f"Made by `python -m benchmarks.{name}` on {_common.machine()['processor']}, one thread a run. *seconds* is",
+        "wall time on a machine that did other work at the same time: compare *passes*.",
         "",
     ]
     text = "\n".join(line.rstrip() for line in lines)
