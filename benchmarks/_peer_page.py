@@ -183,7 +183,8 @@ def verdict_lines(made: Sequence[Summary]) -> tuple[list[Verdict], list[str]]:
         doing = ", ".join(f"{v.ours.number}" for v in found if v.holds) or "none"
         error = _sweeps.standard_error(first.gain)
         spread = f" (s.e. {100 * error:.1f})" if error is not None else ""
-        reason = "**yes**" if first.holds else "no: " + "; ".join(first.larger or ("robust accuracy is not higher",))
+        less = () if first.gain.mean > 0 else ("robust accuracy is not higher",)
+        reason = "**yes**" if first.holds else "no: " + "; ".join((*less, *first.larger))
         out.append(f"| {s.number} {s.peer.name} | {100 * first.gain.mean:+.1f}{spread} | {reason} | {doing} |")
     return verdicts, out
 
@@ -212,7 +213,8 @@ def publish(
     made = summaries(rows, found)
     verdicts, verdict_table = verdict_lines(made)
     boxes = volumes(made)
-    text = page(made, verdicts, verdict_table, boxes, choices, options, start)
+    missing = [r.name for r in rows if r.name not in {s.peer.name for s in made}]
+    text = page(made, verdicts, verdict_table, boxes, choices, options, start, missing)
     print(text)
     if not options.quick:
         _sweeps.DOCS.mkdir(parents=True, exist_ok=True)
@@ -226,7 +228,7 @@ def publish(
     runs = [{"seed": seed, "row": row, **figures} for seed, by_row in found.items() for row, figures in by_row.items()]
     code = _common.finish(
         name, short, missed, options, runs=runs, claims=[v.text() for v in verdicts], hypervolume=boxes,
-        choices=dict(choices), versions=versions(rows),
+        choices=dict(choices), versions=versions(rows), not_run=missing,
     )  # fmt: skip
     if not options.quick:
         _negative.write(_common.RESULTS, _sweeps.DOCS / "what-did-not-work.md")
@@ -236,6 +238,7 @@ def publish(
 def page(
     made: Sequence[Summary], verdicts: Sequence[Verdict], verdict_table: Sequence[str],
     boxes: Sequence[Mapping[str, Any]], choices: Mapping[str, Sequence[str]], options: argparse.Namespace, start: int,
+    missing: Sequence[str] = (),
 ) -> str:  # fmt: skip
     """The Markdown page."""
     out = ["# Peers, side by side", "", INTRO.strip().format(start=start, epochs=options.epochs), "", *table(made), ""]
@@ -264,6 +267,8 @@ def page(
     ]
     problems = [f"- {s.peer.name}: {s.problem}" for s in made if s.problem]
     out += ["## What could not be run", "", *problems, ""] if problems else []
+    if missing:
+        out += [f"Not run yet (the same command runs them and adds them): {'; '.join(missing)}.", ""]
     tuned = "; ".join(f"{row}: {' '.join(flags)}" for row, flags in choices.items())
     out += [f"Chosen by validation on the first seed: {tuned}.", ""] if tuned else []
     pins = ", ".join(f"{package} {version}" for package, version in versions([s.peer for s in made]).items())

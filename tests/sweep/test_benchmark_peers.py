@@ -140,9 +140,11 @@ def test_page_plot_and_results_say_what_was_found(tmp_path, monkeypatch, capsys)
         for seed in (0, 1)
     }
     options = argparse.Namespace(quick=False, check=True, epochs=12)
-    code = _peer_page.publish("peers", [PEER, failed, OURS], found, {}, options, 12)
+    absent = next(row for row in ROWS if row.tool == "torchao")
+    code = _peer_page.publish("peers", [PEER, failed, absent, OURS], found, {}, options, 12)
     page = (tmp_path / "docs" / "peers.md").read_text()
     assert code == 1 and "For 0 of 1 files" in page and f"{failed.name}: why" in page
+    assert f"Not run yet (the same command runs them and adds them): {absent.name}." in page
     assert "float ERM" in (tmp_path / "docs" / "what-did-not-work.md").read_text()
     kept = json.loads((tmp_path / "results" / "peers.json").read_text())
     assert len(kept["runs"]) == 6 and kept["missed"][0].startswith("DOES NOT HOLD")
