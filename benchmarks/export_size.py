@@ -37,7 +37,7 @@ SLACK = 1.10
 
 
 def network(name: str, bits: int | None, sparsity: str) -> nn.Module:
-    """A network with He-initialised weights, masked and quantized; float when ``bits`` is None."""
+    """A network with He-initialised weights, masked, normalised and quantized; float when ``bits`` is None."""
     shape = MODELS[name]
     model = models.build(name, num_classes=10, input_shape=shape, seed=0)
     # One mask for the group size's sake: input layers of three channels have no 2:4 pattern.
@@ -46,11 +46,28 @@ def network(name: str, bits: int | None, sparsity: str) -> nn.Module:
         sparsify(model, 0.8, scope="layer")
     elif sparsity != "dense":
         sparsify(model, pattern=sparsity, ignore=narrow)
+    normalised(model, shape)
     if bits is not None:
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(2, *shape, generator=generator)
         quant.quantize(model, weight_bits=bits, activation_bits=8, example_input=x)
         quant.calibrate(model, [x])
+    return model.eval()
+
+
+def normalised(model: nn.Module, shape: tuple[int, int, int]) -> nn.Module:
+    """BatchNorms as training leaves them: no two gammas or betas alike, some gammas negative, statistics of data."""
+    generator = torch.Generator().manual_seed(1)
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.weight.data = torch.rand(norm.num_features, generator=generator) + 0.5
+        norm.weight.data[torch.rand(norm.num_features, generator=generator) < 0.05] *= -1
+        norm.bias.data = torch.randn(norm.num_features, generator=generator) * 0.3
+        norm.momentum = 1.0
+    with torch.no_grad():
+        model.train()(torch.randn(4, *shape, generator=generator))
+    for norm in norms:
+        norm.momentum = 0.1
     return model.eval()
 
 

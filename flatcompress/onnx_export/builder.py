@@ -14,17 +14,17 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-ALPHABET = "abcdefghijklmnopqrstuvwxyz"
+ALPHABET = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 # First opset in which each operator has the form that this package writes; anything not listed is older than 13.
 SINCE = {"LayerNormalization": 17, "Mish": 18, "HardSwish": 14, "Gelu": 20}
 
 
 def letters(number: int) -> str:
-    """0 -> a, 25 -> z, 26 -> ba: the shortest names that ONNX allows."""
-    text = ALPHABET[number % 26]
-    while number := number // 26:
-        text = ALPHABET[number % 26] + text
+    """0 -> a, 51 -> Z, 52 -> ba: short names of letters alone."""
+    text = ALPHABET[number % len(ALPHABET)]
+    while number := number // len(ALPHABET):
+        text = ALPHABET[number % len(ALPHABET)] + text
     return text
 
 
@@ -40,6 +40,7 @@ class GraphBuilder:
         self.domains: dict[str, int] = {}
         self._count = 0
         self._named: dict[str, int] = {}
+        self._shapes: list[onnx.ValueInfoProto] = []
 
     def fresh(self) -> str:
         """A tensor name not used before."""
@@ -93,6 +94,10 @@ class GraphBuilder:
         """Cast to a TensorProto data type."""
         return self.op("Cast", [value], to=kind)
 
+    def shape(self, tensor: str, kind: int, sizes: Sequence[int]) -> None:
+        """Write down the shape of a tensor that shape inference cannot tell."""
+        self._shapes.append(helper.make_tensor_value_info(tensor, kind, list(sizes)))
+
     def rename(self, old: str, new: str) -> None:
         """Give a tensor that people see (the graph's output) a readable name."""
         for node in self.nodes:
@@ -108,8 +113,9 @@ class GraphBuilder:
         producer: tuple[str, str] = ("flatcompress", ""),
         functions: Sequence[onnx.FunctionProto] = (),
     ) -> onnx.ModelProto:
-        """The finished model: no doc strings, no value_info, the lowest IR version the opset goes with."""
-        graph = helper.make_graph(self.nodes, "g", list(inputs), list(outputs), list(self.constants.values()))
+        """The finished model: no doc strings, the lowest IR version the opset goes with."""
+        constants = list(self.constants.values())
+        graph = helper.make_graph(self.nodes, "g", list(inputs), list(outputs), constants, value_info=self._shapes)
         imports = [helper.make_opsetid("", self.opset)]
         # Functions came with IR version 8; onnx computes it from the standard domain's opset alone.
         oldest = 8 if functions else 0

@@ -22,7 +22,7 @@ def emitters(profile: Profile) -> Emitters:
 
 def packed() -> Profile:
     """Every weight tensor at its own bits, or as mask or N:M indices and values where that is smaller."""
-    return Profile("packed", store_packed, narrow_biases=True)
+    return Profile("packed", store_packed, pack_vectors=True)
 
 
 def int8() -> Profile:

@@ -80,7 +80,7 @@ def _integer_inputs(w: Writer, node: fx.Node, module: integer.IntegerLayer, turn
     than a vector of scales. A matrix's zero point is written out, or it would not run on integers.
     """
     b, stored, scale = w.builder, w.stored[node.name].tensor, array(module.scale)
-    name = b.floats(scale)
+    name = w.scale_of(node, module)
     step = b.op("Mul", [b.floats(module.in_grid.scale), name]) if module.bias is not None else ""
     if module.kind == "conv" and module.out_grid is None:
         # No integer kernel gives a real result here, and a DequantizeLinear of the weight would run at every call;

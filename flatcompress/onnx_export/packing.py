@@ -1,93 +1,49 @@
-"""Integer weights at their true width: bit words, bitmask + non-zeros, N:M indices + values.
+"""Integer weights at their true width: plain digits, bitmask + non-zeros, N:M positions + values.
 
-Everything here is numpy; `unpack.py` writes the ONNX sub-graph that undoes it. The words are *planar*: value ``i``
-of ``n`` words sits in word ``i % n`` at slot ``i // n``, so that the unpacking broadcasts one scalar shift over a
-contiguous row. Measured against neighbours side by side in one 32-bit word, loading 11.8 M weights of 7 bits takes
-71 ms instead of 96 ms in onnxruntime 1.31.
+Everything here is numpy; `digits.py` says how a stream of digits lies in bytes, `unpack.py` writes the ONNX sub-graph
+that undoes it. A mask may be one of two levels: a bit for every group of four weights, and four bits for the groups
+that have any; at 80 % zeros that takes 0.84 bits a weight instead of one. N:M stores which of the C(M, N) sets of
+positions each group has: 2.67 bits for 2:4, instead of the four bits of a mask.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flatcompress.errors import UserError
+from flatcompress.onnx_export.digits import bits, combinations, stored_bytes
 
-WIDTHS = range(1, 9)
-GROUPS = (2, 4, 8, 16)  # the M of N:M; powers of two, so that an index fills its bits
+GROUPS = (2, 4, 8, 16)  # the M of N:M
+MOST_SETS = 128
+GROUP = 4  # of a mask's upper level
+MASKED = ("mask", "groups")
 
-# A sparse encoding costs a handful of extra graph nodes; below this gain in bytes they are not worth it.
+# A sparse encoding costs a handful of extra graph nodes and load time; below this gain it is not worth them.
 WORTH_BYTES = 128
-
-
-def word_bits(width: int) -> int:
-    """Bits of the storage word for values of ``width`` bits.
-
-    8 where the width divides it, since unpacking passes over one byte a value then; otherwise 32, or 64 where that
-    wastes less (3 and 7 bits).
-    """
-    if width in (1, 2, 4):
-        return 8
-    return 64 if width in (3, 7) else 32
-
-
-def slots(width: int) -> int:
-    """How many values of ``width`` bits one storage word holds."""
-    return word_bits(width) // width
-
-
-def packed_bytes(count: int, width: int) -> int:
-    """Bytes of ``count`` values of ``width`` bits as `pack` stores them."""
-    if width == 8:
-        return count
-    return -(-count // slots(width)) * word_bits(width) // 8
-
-
-def pack(codes: NDArray[np.integer], width: int) -> NDArray[np.unsignedinteger]:
-    """Unsigned ``codes`` (any shape, each below ``2**width``, width 1..7) as planar words of shape [1, n].
-
-    >>> pack(np.array([1, 2, 3]), 4)
-    array([[49,  2]], dtype=uint8)
-    """
-    flat = np.asarray(codes).reshape(-1)
-    if width not in range(1, 8):
-        raise UserError(f"width {width!r}: packed words hold 1 to 7 bits a value.")
-    if flat.size and (flat.min() < 0 or flat.max() >= 1 << width):
-        raise UserError(f"codes from {flat.min()} to {flat.max()} do not fit in {width} unsigned bits.")
-    kind = {8: np.uint8, 32: np.uint32, 64: np.uint64}[word_bits(width)]
-    per_word = slots(width)
-    count = max(1, -(-flat.size // per_word))
-    rows = np.zeros((per_word, count), kind)
-    rows.reshape(-1)[: flat.size] = flat
-    shifts = np.arange(0, per_word * width, width, dtype=kind).reshape(-1, 1)
-    return np.bitwise_or.reduce(rows << shifts, axis=0, keepdims=True)
-
-
-def unpack(words: NDArray[np.unsignedinteger], width: int, count: int) -> NDArray[np.int64]:
-    """The inverse of `pack`: the first ``count`` codes.
-
-    >>> unpack(pack(np.array([1, 2, 3]), 4), 4, 3).tolist()
-    [1, 2, 3]
-    """
-    shifts = (np.arange(slots(width), dtype=words.dtype) * words.dtype.type(width)).reshape(-1, 1)
-    rows = (words.reshape(1, -1) >> shifts) & words.dtype.type((1 << width) - 1)
-    return rows.reshape(-1)[:count].astype(np.int64)
+WORTH_SHARE = 0.02
+# About what the sub-graph of one pool takes.
+POOL_BYTES = {"dense": 350, "mask": 650, "groups": 1000, "nm": 700}
 
 
 @dataclass(frozen=True)
 class Encoding:
     """How one integer tensor is stored. Tensors with equal encodings share one pool and one unpack sub-graph.
 
-    ``kind`` is dense, mask or nm; a stored value is ``code + offset`` with codes of ``width`` bits. ``nm`` keeps
-    ``n`` of every ``m`` consecutive values; ``channels_last`` says that axis 1 was moved to the end before grouping.
-    Unpacked values are multiplied by ``2**headroom`` (see `fold.headroom`).
+    ``kind`` is dense, mask, groups (a mask of two levels) or nm; a stored value is one of the ``radix`` integers from
+    ``low`` on, zero left out where a mask tells it. ``nm`` keeps ``n`` of every ``m`` consecutive values;
+    ``channels_last`` says that axis 1 was moved to the end before grouping. Unpacked values are multiplied by
+    ``2**headroom`` (see `fold.headroom`).
     """
 
     kind: str
-    width: int
-    offset: int
+    low: int
+    radix: int
     n: int = 0
     m: int = 0
     channels_last: bool = False
@@ -96,33 +52,46 @@ class Encoding:
     @property
     def label(self) -> str:
         """For people: "4 bit", "4 bit + mask", "4 bit 1:4"."""
-        return f"{self.width} bit" + {"dense": "", "mask": " + mask", "nm": f" {self.n}:{self.m}"}[self.kind]
+        ends = {"dense": "", "mask": " + mask", "groups": " + mask of 2 levels", "nm": f" {self.n}:{self.m}"}
+        return f"{round(bits(self.radix), 2):g} bit" + ends[self.kind]
 
+    @property
+    def masked(self) -> bool:
+        """Whether a mask tells where zeros are, so that no value is one."""
+        return self.kind in MASKED
 
-def value_range(values: NDArray[np.integer], bits: int) -> tuple[int, int]:
-    """(width, offset) that hold every value: the signed ``bits``-bit grid when they fit it, else the fewest bits."""
-    low, high = (int(values.min()), int(values.max())) if values.size else (0, 0)
-    low, high = min(low, 0), max(high, 0)
-    half = 1 << (bits - 1)
-    if -half <= low and high < half:
-        return bits, -half
-    return max(1, int(high - low).bit_length()), low
+    def alphabet(self) -> NDArray[np.int64]:
+        """The integers that digits 0, 1, .. stand for, before headroom."""
+        span = np.arange(self.low, self.low + self.radix + self.masked)
+        return span[span != 0] if self.masked else span
+
+    def positions(self) -> NDArray[np.int64]:
+        """[C(m, n), n]: the positions that each set stands for."""
+        return np.array(list(itertools.combinations(range(self.m), self.n)), np.int64)
 
 
 def row_signs(values: NDArray[np.integer], bits: int) -> NDArray[np.int8] | None:
     """Signs [out] that bring every row of [out, ...] back to the signed ``bits``-bit grid, where that saves bytes.
 
-    A BatchNorm with a negative gamma turns a channel's -2**(bits-1) into +2**(bits-1), which one more bit for the
+    A BatchNorm with a negative gamma turns a channel's -2**(bits-1) into +2**(bits-1), which a wider range for the
     whole tensor would have to pay for; a sign per channel, multiplied after unpacking, is cheaper.
     """
     half = 1 << (bits - 1)
     rows = values.reshape(values.shape[0], -1) if values.ndim > 1 else values.reshape(1, -1)
-    if values.ndim < 2 or values.size < 8 * (WORTH_BYTES + rows.shape[0]) or int(rows.max()) != half:
+    if values.ndim < 2 or values.size == 0 or int(rows.max()) != half:
         return None
     turned = rows.max(axis=1) == half
     if (rows[turned] <= -half).any() or rows.min() < -half:
         return None
-    return np.where(turned, -1, 1).astype(np.int8)
+    signs = np.where(turned, -1, 1).astype(np.int8)
+    saved = best_bytes(values, bits) - best_bytes(rows * signs.reshape(-1, 1), bits)
+    return signs if saved > WORTH_BYTES + rows.shape[0] / 8 else None
+
+
+def grid_bits(values: NDArray[np.integer], bits: int) -> int:
+    """The bits of a signed grid, at least ``bits``, that holds every value: a flipped -8 needs five."""
+    low, high = (int(values.min()), int(values.max())) if values.size else (0, 0)
+    return next(width for width in range(bits, 9) if -(1 << (width - 1)) <= low and high < 1 << (width - 1))
 
 
 def theoretical_bytes(values: NDArray[np.integer], bits: int) -> float:
@@ -139,68 +108,187 @@ def grouped(values: NDArray[np.integer], m: int, channels_last: bool) -> NDArray
     return np.ascontiguousarray(moved).reshape(-1, m)
 
 
+@dataclass(frozen=True)
+class Statistics:
+    """What decides how many bytes an encoding of a tensor takes.
+
+    ``used``: groups of four with a non-zero. ``sets``: of every (m, channels_last) that divides the tensor, the most
+    non-zeros a group of m has.
+    """
+
+    bits: int
+    size: int
+    nonzero: int
+    low: int
+    high: int
+    used: int
+    sets: dict[tuple[int, bool], int]
+    headroom: int = 0
+
+    @classmethod
+    def of(cls, values: NDArray[np.integer], bits: int, headroom: int = 0) -> Statistics:
+        """Look at an integer tensor whose grid has ``bits`` bits (2..8)."""
+        if bits not in range(2, 9):
+            raise UserError(f"bits {bits!r}: a weight has 2 to 8 bits.")
+        low, high = (min(0, int(values.min())), max(0, int(values.max()))) if values.size else (0, 0)
+        mask = np.zeros(-(-values.size // GROUP) * GROUP, bool)
+        mask[: values.size] = values.reshape(-1) != 0
+        sets = {}
+        for m in GROUPS:
+            for last in sorted({False, values.ndim > 2}):
+                groups = grouped(values, m, last)
+                if groups is not None:
+                    sets[m, last] = int(np.count_nonzero(groups, axis=1).max())
+        used = int(mask.reshape(-1, GROUP).any(axis=1).sum())
+        return cls(bits, values.size, int(mask.sum()), low, high, used, sets, headroom)
+
+    def fits(self, encoding: Encoding) -> bool:
+        """Whether the encoding holds every value."""
+        held = encoding.low <= self.low and self.high < encoding.low + encoding.radix + encoding.masked
+        if encoding.kind != "nm":
+            return held and encoding.headroom == self.headroom
+        most = self.sets.get((encoding.m, encoding.channels_last), encoding.m)
+        return held and encoding.headroom == self.headroom and most <= encoding.n
+
+    def stored(self, encoding: Encoding) -> int:
+        """Bytes in ``encoding``, without the graph around them."""
+        if encoding.kind == "dense":
+            return stored_bytes(self.size, encoding.radix)
+        if encoding.kind == "nm":
+            groups = self.size // encoding.m
+            sets = stored_bytes(groups, combinations(encoding.n, encoding.m))
+            return stored_bytes(groups * encoding.n, encoding.radix) + sets
+        total = stored_bytes(self.nonzero, encoding.radix)
+        if encoding.kind == "mask":
+            return total + stored_bytes(self.size, 2)
+        return total + stored_bytes(-(-self.size // GROUP), 2) + stored_bytes(self.used, (1 << GROUP) - 1)
+
+    def candidates(self) -> Iterator[Encoding]:
+        """Every encoding that holds the values, the simplest first."""
+        yield self._with_span("dense", self.size)
+        if self.nonzero:
+            yield self._with_span("mask", self.nonzero)
+            yield self._with_span("groups", self.nonzero)
+        for (m, last), n in self.sets.items():
+            if 0 < n < m and combinations(n, m) <= MOST_SETS:
+                yield replace(self._with_span("nm", self.size // m * n), n=n, m=m, channels_last=last)
+
+    def _with_span(self, kind: str, count: int) -> Encoding:
+        """The range for ``count`` digits: the grid's own, or a narrower one that holds the values where it saves bytes.
+
+        Signed grids of fewer bits come before the exact range, so that layers fall into few pools.
+        """
+        halves = [1 << k for k in range(self.bits - 1, -1, -1)]
+        spans = [(-half, half - 1) for half in halves if -half <= self.low and self.high < half]
+        sized = []
+        for first, last in [*spans, (self.low, max(self.high, self.low + 1))]:
+            radix = max(2, last - first + (kind not in MASKED))
+            sized.append((stored_bytes(count, radix), first, radix))
+        best = sized[0]
+        for candidate in sized[1:]:
+            if candidate[0] + WORTH_BYTES < best[0]:
+                best = candidate
+        return Encoding(kind, best[1], best[2], headroom=self.headroom)
+
+    def choose(self) -> Encoding:
+        """The smallest encoding, simpler ones first where there is little in it."""
+        every = self.candidates()
+        best = next(every)
+        for candidate in every:
+            before = self.stored(best)
+            if self.stored(candidate) + max(WORTH_BYTES, WORTH_SHARE * before) < before:
+                best = candidate
+        return best
+
+
 def choose(values: NDArray[np.integer], bits: int) -> Encoding:
     """The smallest encoding of an integer tensor whose grid has ``bits`` bits (2..8).
 
     >>> choose(np.arange(-8, 8), 4).label, choose(np.eye(64, dtype=np.int8), 4).label
-    ('4 bit', '4 bit 1:16')
+    ('4 bit', '4 bit + mask of 2 levels')
     """
-    if bits not in range(2, 9):
-        raise UserError(f"bits {bits!r}: a weight has 2 to 8 bits.")
-    width, offset = value_range(values, bits)
-    best = Encoding("dense", width, offset)
-    best_bytes = packed_bytes(values.size, width)
-    for candidate, size in _sparse_candidates(values, width, offset):
-        if size + WORTH_BYTES < best_bytes:
-            best, best_bytes = candidate, size
-    return best
+    return Statistics.of(values, bits).choose()
 
 
-def _sparse_candidates(values: NDArray[np.integer], width: int, offset: int) -> list[tuple[Encoding, int]]:
-    nonzero = int(np.count_nonzero(values))
-    mask = packed_bytes(values.size, 1) + packed_bytes(nonzero + 1, width)
-    found = [(Encoding("mask", width, offset), mask)]
-    for m in GROUPS:
-        for channels_last in {False, values.ndim > 2}:
-            groups = grouped(values, m, channels_last)
-            if groups is None:
-                continue
-            n = max(1, int(np.count_nonzero(groups, axis=1).max()))
-            index_bits = m.bit_length() - 1
-            size = packed_bytes(groups.shape[0] * n, width) + packed_bytes(groups.shape[0] * n, index_bits)
-            found.append((Encoding("nm", width, offset, n, m, channels_last), size))
-    return sorted(found, key=lambda pair: pair[1], reverse=True)
+def best_bytes(values: NDArray[np.integer], bits: int) -> int:
+    """Bytes of a tensor in its smallest encoding."""
+    found = Statistics.of(values, bits)
+    return found.stored(found.choose())
+
+
+def choose_together(tensors: Mapping[str, Statistics]) -> dict[str, Encoding]:
+    """An encoding for each of several tensors that are stored in one file.
+
+    Every encoding in use costs a sub-graph. One that saves less than that over the others in use is given up.
+    """
+    chosen = {name: found.choose() for name, found in tensors.items()}
+    given_up: set[Encoding] = set()
+    while True:
+        moves = [move for move in map(partial(_without, tensors, chosen), set(chosen.values()) - given_up) if move]
+        if not moves:
+            return chosen
+        loss, least, moved = min(moves, key=lambda move: (move[0], str(move[1])))
+        if loss >= 0:
+            return chosen
+        chosen |= moved
+        given_up.add(least)
+
+
+def _without(
+    tensors: Mapping[str, Statistics], chosen: Mapping[str, Encoding], encoding: Encoding
+) -> tuple[float, Encoding, dict[str, Encoding]] | None:
+    """What it costs to store what ``encoding`` stores by other encodings in use, less its sub-graph; None: cannot."""
+    others = sorted(set(chosen.values()) - {encoding}, key=str)
+    loss, moved = -float(POOL_BYTES[encoding.kind]), {}
+    for name in (name for name, used in chosen.items() if used == encoding):
+        found = tensors[name]
+        fitting = [other for other in others if found.fits(other)]
+        if not fitting:
+            return None
+        moved[name] = min(fitting, key=found.stored)
+        loss += found.stored(moved[name]) - found.stored(encoding)
+    return loss, encoding, moved
 
 
 @dataclass(frozen=True)
 class Stored:
-    """What an encoding keeps: ``values`` codes, and ``marks`` (mask bits or indices) where it is sparse."""
+    """Streams of digits: ``values``; ``marks``: mask bits, or of N:M the set of each group; ``patterns``: of a mask of
+    two levels, the four bits of each group that has any, less one.
+    """
 
     values: NDArray[np.int64]
     marks: NDArray[np.int64] | None = None
+    patterns: NDArray[np.int64] | None = None
 
 
-def encode(values: NDArray[np.integer], encoding: Encoding) -> Stored:
-    """The codes to store for one tensor. A mask leaves out zeros; N:M keeps exactly ``n`` positions of each group."""
-    wide = values.astype(np.int64)
-    if encoding.kind == "dense":
-        return Stored(wide.reshape(-1) - encoding.offset)
+def ordered(values: NDArray[np.integer], encoding: Encoding) -> NDArray[np.integer]:
+    """One tensor's values in the order they are stored in, flat."""
+    return (np.moveaxis(values, 1, -1) if encoding.channels_last else values).reshape(-1)
+
+
+def encode(flat: NDArray[np.integer], encoding: Encoding) -> Stored:
+    """The digits to store for `ordered` values. N:M keeps exactly ``n`` positions of each group."""
+    wide = flat.astype(np.int64)
+    if encoding.kind == "nm":
+        return _encode_sets(wide, encoding)
+    kept = wide[wide != 0] if encoding.masked else wide
+    values = kept - encoding.low - (kept > 0) * encoding.masked
+    if not encoding.masked:
+        return Stored(values)
+    mask = (wide != 0).astype(np.int64)
     if encoding.kind == "mask":
-        flat = wide.reshape(-1)
-        return Stored(flat[flat != 0] - encoding.offset, (flat != 0).astype(np.int64))
-    groups = grouped(wide, encoding.m, encoding.channels_last)
-    if groups is None:
-        raise UserError(f"groups of {encoding.m} do not divide a tensor of shape {values.shape}.")
+        return Stored(values, mask)
+    rows = np.zeros(-(-mask.size // GROUP) * GROUP, np.int64)
+    rows[: mask.size] = mask
+    patterns = rows.reshape(-1, GROUP) @ (1 << np.arange(GROUP))
+    return Stored(values, (patterns != 0).astype(np.int64), patterns[patterns != 0] - 1)
+
+
+def _encode_sets(flat: NDArray[np.int64], encoding: Encoding) -> Stored:
+    groups = flat.reshape(-1, encoding.m)
     # Non-zeros first and in order; the positions of zeros fill groups that have fewer than n.
     index = np.sort(np.argsort(groups == 0, axis=1, kind="stable")[:, : encoding.n], axis=1)
-    kept = np.take_along_axis(groups, index, axis=1).reshape(-1)
-    return Stored(kept.astype(np.int64) - encoding.offset, index.reshape(-1))
-
-
-def encoded_bytes(values: NDArray[np.integer], encoding: Encoding) -> int:
-    """Bytes of one tensor's words in ``encoding``, without the graph around them."""
-    stored = encode(values, encoding)
-    total = packed_bytes(stored.values.size, encoding.width)
-    if stored.marks is not None:
-        total += packed_bytes(stored.marks.size, 1 if encoding.kind == "mask" else encoding.m.bit_length() - 1)
-    return total
+    values = np.take_along_axis(groups, index, axis=1).reshape(-1) - encoding.low
+    number = np.zeros(1 << encoding.m, np.int64)  # of each set, looked up by its bits
+    number[(1 << encoding.positions()).sum(axis=1)] = np.arange(combinations(encoding.n, encoding.m))
+    return Stored(values, number[(1 << index).sum(axis=1)])

@@ -45,9 +45,9 @@ class Stored:
 class Profile:
     """``integer``: needs a quantized model. ``floats``: the type of real weights. ``opset``: the lowest one.
 
-    ``fold_weight_only``: integer weights on real inputs become float weights on load. ``narrow_biases``: biases that
-    fit are stored in 16 bits. ``integer_kernels``: onnxruntime is expected to run the layers on integers.
-    ``functions``: of the opset, definitions that the file carries.
+    ``fold_weight_only``: integer weights on real inputs become float weights on load. ``pack_vectors``: scales
+    and biases are stored in the bits they need. ``integer_kernels``: onnxruntime is expected to run the layers on
+    integers. ``functions``: of the opset, definitions that the file carries.
     """
 
     name: str
@@ -56,34 +56,54 @@ class Profile:
     floats: type[np.floating] = np.float32
     opset: int = 13
     fold_weight_only: bool = True
-    narrow_biases: bool = False
+    pack_vectors: bool = False
     integer_kernels: bool = True
     functions: tuple[Callable[[int], onnx.FunctionProto], ...] = ()
 
 
 def store_packed(builder: GraphBuilder, weights: Weights) -> dict[str, Stored]:
-    chosen, signs = {}, {}
-    for name, layer in weights.items():
-        # Eight bits fill the container: what they leave of it is stored, not multiplied in.
-        values, shift = (layer.values, layer.headroom) if layer.bits < 8 else (layer.scaled, 0)
-        signs[name] = packing.row_signs(values, layer.bits)
-        if signs[name] is not None:
-            values = (values.astype(np.int16) * _column(signs[name], values)).astype(np.int8)
-        chosen[name] = (values, replace(packing.choose(values, layer.bits), headroom=shift))
-    made = unpack.write(builder, chosen)
+    signs = {name: packing.row_signs(layer.values, layer.bits) for name, layer in weights.items()}
+    values = {name: _signed_values(layer.values, signs[name]) for name, layer in weights.items()}
+    found = {n: packing.Statistics.of(values[n], layer.bits, layer.headroom) for n, layer in weights.items()}
+    chosen = packing.choose_together(found)
+    unpacker = unpack.Unpacker(builder)
+    made = unpacker.write({name: (values[name], encoding) for name, encoding in chosen.items()})
+    made |= _turned_back(unpacker, made, {name: sign for name, sign in signs.items() if sign is not None}, values)
     return {
         name: Stored(
-            made[name] if signs[name] is None else _signed(builder, made[name], _column(signs[name], values)),
+            made[name],
             encoding.label,
-            packing.encoded_bytes(values, encoding) + (0 if signs[name] is None else values.shape[0]),
+            found[name].stored(encoding) + (0 if signs[name] is None else -(-values[name].shape[0] // 8)),
         )
-        for name, (values, encoding) in chosen.items()
+        for name, encoding in chosen.items()
     }
 
 
-def _column(signs: NDArray[np.int8] | None, values: NDArray[np.int8]) -> NDArray[np.int8]:
-    assert signs is not None
+def _signed_values(values: NDArray[np.int8], signs: NDArray[np.int8] | None) -> NDArray[np.int8]:
+    return values if signs is None else (values.astype(np.int16) * _column(signs, values)).astype(np.int8)
+
+
+def _column(signs: NDArray[np.int8], values: NDArray[np.int8]) -> NDArray[np.int8]:
     return signs.reshape([-1] + [1] * (values.ndim - 1))
+
+
+def _turned_back(
+    unpacker: unpack.Unpacker,
+    made: dict[str, str],
+    signs: dict[str, NDArray[np.int8]],
+    values: dict[str, NDArray[np.int8]],
+) -> dict[str, str]:
+    """Unpacked weights times their signs, which are a stream of bits for all layers together."""
+    if not signs:
+        return {}
+    b, bits = unpacker.builder, np.concatenate([(sign < 0).astype(np.int64) for sign in signs.values()])
+    stream = unpacker.exactly(bits, np.array([[1], [-1]], np.int32), [bits.size])
+    parts = b.ops("Split", [stream, b.ints([sign.size for sign in signs.values()])], outputs=len(signs))
+    found = {}
+    for part, (name, sign) in zip(parts, signs.items()):
+        column = b.op("Reshape", [part, b.ints(_column(sign, values[name]).shape)])
+        found[name] = b.cast(b.op("Mul", [b.cast(made[name], INT32), column]), INT8)
+    return found
 
 
 def _signed(builder: GraphBuilder, tensor: str, signs: NDArray[np.int8]) -> str:
@@ -110,9 +130,8 @@ def _knows_int2(builder: GraphBuilder) -> bool:
 
 def _narrow(builder: GraphBuilder, layer: Integers) -> Stored:
     """An ONNX INT2 or INT4 initializer and a Cast, which onnxruntime folds; INT8 for wider weights."""
-    values, signs = layer.values, packing.row_signs(layer.values, layer.bits)
-    if signs is not None:
-        values = (values.astype(np.int16) * _column(signs, values)).astype(np.int8)
+    signs = packing.row_signs(layer.values, layer.bits)
+    values = _signed_values(layer.values, signs)
     low, high = (int(values.min()), int(values.max())) if values.size else (0, 0)
     if layer.bits <= 2 and low >= -2 and high <= 1 and _knows_int2(builder):
         kind, width = TensorProto.INT2, 2

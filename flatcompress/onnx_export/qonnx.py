@@ -17,7 +17,7 @@ from flatcompress.onnx_export import integer
 from flatcompress.onnx_export.builder import FLOAT
 from flatcompress.onnx_export.integer import Grid
 from flatcompress.onnx_export.layers import MODULES, conv
-from flatcompress.onnx_export.packing import value_range
+from flatcompress.onnx_export.packing import grid_bits
 from flatcompress.onnx_export.profiles import Stored
 from flatcompress.onnx_export.writer import ModuleEmitter, Writer, array
 
@@ -89,7 +89,7 @@ def activation(w: Writer, x: str, grid: Grid) -> str:
 def weight(w: Writer, node: fx.Node, module: Any) -> str:
     """Real weights and their Quant, a scale per output channel."""
     values = array(module.weight)
-    width, _ = value_range(values, module.weight_bits)
+    width = grid_bits(values, module.weight_bits)
     scale = array(module.scale) * np.float32(2 ** getattr(module, "headroom", 0))
     column = scale.reshape([-1] + [1] * (values.ndim - 1))
     return quant(w, w.builder.floats(values * column), column, 0, width, True)

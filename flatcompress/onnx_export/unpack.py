@@ -1,9 +1,9 @@
-"""The ONNX sub-graphs that turn packed words back into int8 weights.
+"""The ONNX sub-graphs that turn packed digits back into int8 weights.
 
-Only standard operators on constants (BitShift, Mod, Cast, Add, CumSum, Gather, ScatterElements, Split, Reshape), all of
-them in opset 13, so onnxruntime folds the whole sub-graph when it loads the file and sees plain int8 initializers.
-Tensors stored alike are concatenated into one *pool* and unpacked together: one sub-graph serves many small layers,
-and its text would otherwise outweigh them.
+Only standard operators on constants (Cast, Gather, Add, NonZero, ScatterElements, Split, Reshape and, for the tables,
+Range, Div and Mod), all of them in opset 13, so onnxruntime folds the whole sub-graph when it loads the
+file and sees plain int8 initializers; OpenVINO does the same. Tensors stored alike are concatenated into one *pool*
+and unpacked together: one sub-graph serves many small layers, and its text would otherwise outweigh them.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import helper
+from onnx import TensorProto, helper
 
-from flatcompress.onnx_export import packing
+from flatcompress.onnx_export import digits, packing
 from flatcompress.onnx_export.builder import INT8, INT32, GraphBuilder
-from flatcompress.onnx_export.packing import Encoding
+from flatcompress.onnx_export.packing import GROUP, Encoding
 
 # A pool is closed at this many weights: unpacking takes about nine bytes per weight for a moment, and text no longer
 # matters for layers of this size.
@@ -30,14 +30,6 @@ class _Pool:
     encoding: Encoding
     names: list[str] = field(default_factory=list)
     values: int = 0
-
-
-def write(builder: GraphBuilder, tensors: Mapping[str, tuple[NDArray[np.int8], Encoding]]) -> dict[str, str]:
-    """Store every integer tensor by its encoding; returns the name of the int8 tensor, of its own shape, for each."""
-    made: dict[str, str] = {}
-    for pool in _pools(tensors):
-        made |= _write_pool(builder, pool.encoding, {n: tensors[n][0] for n in pool.names})
-    return made
 
 
 def _pools(tensors: Mapping[str, tuple[NDArray[np.int8], Encoding]]) -> list[_Pool]:
@@ -54,120 +46,163 @@ def _pools(tensors: Mapping[str, tuple[NDArray[np.int8], Encoding]]) -> list[_Po
 
 def _stands_alone(encoding: Encoding) -> bool:
     """8-bit dense weights are initializers already; a pool would only add nodes."""
-    return encoding == Encoding("dense", 8, -128)
+    return encoding.kind == "dense" and digits.digits(encoding.radix) == 1
 
 
-def _write_pool(builder: GraphBuilder, encoding: Encoding, tensors: dict[str, NDArray[np.int8]]) -> dict[str, str]:
-    if _stands_alone(encoding):
-        return {name: builder.constant(values.astype(np.int8)) for name, values in tensors.items()}
-    stored = [packing.encode(values, encoding) for values in tensors.values()]
-    codes = np.concatenate([s.values for s in stored])
-    if encoding.kind == "dense":
-        return _split(builder, *_integers(builder, codes, encoding), tensors, encoding)
-    marks = np.concatenate([s.marks for s in stored if s.marks is not None])
-    if encoding.kind == "mask":
-        return _split(builder, *_masked(builder, codes, marks, encoding), tensors, encoding)
-    return _split(builder, *_scattered(builder, codes, marks, encoding), tensors, encoding)
+class Unpacker:
+    """Writes streams of digits and what makes weights of them; a table is written once."""
+
+    def __init__(self, builder: GraphBuilder) -> None:
+        self.builder = builder
+        self._tables: dict[tuple[str, tuple[int, ...], bytes], str] = {}
+
+    def write(self, tensors: Mapping[str, tuple[NDArray[np.int8], Encoding]]) -> dict[str, str]:
+        """Store integer tensors by their encodings; the name of the int8 tensor, of its own shape, for each."""
+        made: dict[str, str] = {}
+        for pool in _pools(tensors):
+            made |= self.pool(pool.encoding, {name: tensors[name][0] for name in pool.names})
+        return made
+
+    def pool(self, encoding: Encoding, tensors: dict[str, NDArray[np.int8]]) -> dict[str, str]:
+        """Store tensors of one encoding together."""
+        b = self.builder
+        if _stands_alone(encoding):
+            shifted = {n: (v.astype(np.int16) << encoding.headroom).astype(np.int8) for n, v in tensors.items()}
+            return {name: b.constant(values) for name, values in shifted.items()}
+        flat = np.concatenate([packing.ordered(values, encoding) for values in tensors.values()])
+        stored = packing.encode(flat, encoding)
+        make = {"dense": self._dense, "mask": self._mask, "groups": self._groups, "nm": self._sets}[encoding.kind]
+        return self._split(*make(stored, encoding, flat.size), tensors, encoding)
+
+    # --- streams ----------------------------------------------------------------------------------------------
+
+    def stream(self, codes: NDArray[np.int64], table: NDArray[Any]) -> tuple[str, int]:
+        """What ``table`` [radix, k] has for every digit, in order, and how many digits with padding."""
+        radix = table.shape[0]
+        if digits.digits(radix) == 1:  # bytes already, so they are stored as what they stand for
+            return self._typed(table[codes].astype(np.int8), table.dtype), codes.size
+        rows = self.builder.op("Gather", [self._rows(table), self._indices(codes, radix)], axis=0)
+        return rows, digits.padded(codes.size, radix)
+
+    def exactly(self, codes: NDArray[np.int64], table: NDArray[Any], shape: list[int]) -> str:
+        """`stream` without its padding, in ``shape``."""
+        rows, count = self.stream(codes, table)
+        width = table.shape[1]
+        if count != codes.size:
+            sizes = self.builder.ints([codes.size * width, (count - codes.size) * width])
+            rows = self.builder.op("Split", [self._flat(rows), sizes], outputs=2)
+        return self.builder.op("Reshape", [rows, self.builder.ints(shape)])
+
+    def _indices(self, codes: NDArray[np.int64], radix: int) -> str:
+        numbers, higher = digits.indices(codes, radix), digits.above(radix)
+        low = self.builder.cast(self.builder.constant((numbers & 255).astype(np.uint8)), INT32)
+        if higher == 1:
+            return low
+        high, _ = self.stream(numbers >> 8, 256 * np.arange(higher, dtype=np.int32).reshape(-1, 1))
+        return self.builder.op("Add", [low, self._flat(high)])
+
+    def _rows(self, table: NDArray[Any]) -> str:
+        """[indices, digits, k]: what the digits of every index stand for, worked out from what one digit does."""
+        key = (str(table.dtype), table.shape, table.tobytes())
+        if key not in self._tables:
+            b, radix = self.builder, table.shape[0]
+            count = digits.digits(radix)
+            places = b.constant((radix ** np.arange(count)).astype(np.int32))
+            digit = b.op("Mod", [b.op("Div", [self._column(radix**count), places]), b.constant(np.int32(radix))])
+            steps = np.diff(table[:, 0])
+            if table.dtype == np.int32 and table.shape[1] == 1 and radix > 16 and (steps == steps[0]).all():
+                scaled = b.op("Mul", [digit, b.constant(steps[0])])
+                self._tables[key] = b.op("Add", [scaled, b.constant(table[0, 0])])
+            else:
+                one = b.constant(table if table.shape[1] > 1 else table[:, 0])
+                self._tables[key] = b.op("Gather", [one, digit], axis=0)
+        return self._tables[key]
+
+    def _column(self, size: int) -> str:
+        """int32 [size, 1]: 0, 1, 2 .."""
+        b, key = self.builder, ("", (size,), b"")
+        if key not in self._tables:
+            counted = b.op("Range", [b.constant(np.int32(value)) for value in (0, size, 1)])
+            self._tables[key] = b.op("Reshape", [counted, b.ints([-1, 1])])
+        return self._tables[key]
+
+    def _typed(self, values: NDArray[np.int8], kind: Any) -> str:
+        stored = self.builder.constant(values)
+        return stored if kind == np.int8 else self.builder.cast(stored, helper.np_dtype_to_tensor_dtype(kind))
+
+    def _flat(self, tensor: str) -> str:
+        return self.builder.op("Reshape", [tensor, self.builder.ints([-1])])
+
+    # --- one method per kind: the int8 values, not yet flat, and their number with padding --------------------------
+
+    def _dense(self, stored: packing.Stored, encoding: Encoding, size: int) -> tuple[str, int]:
+        return self.stream(stored.values, _alphabet(encoding, np.int8))
+
+    def _mask(self, stored: packing.Stored, encoding: Encoding, size: int) -> tuple[str, int]:
+        assert stored.marks is not None
+        mask, count = self.stream(stored.marks, np.arange(2, dtype=np.uint8).reshape(-1, 1))
+        return self._weights(mask, count, stored, encoding), count
+
+    def _groups(self, stored: packing.Stored, encoding: Encoding, size: int) -> tuple[str, int]:
+        assert stored.marks is not None and stored.patterns is not None
+        above, count = self.stream(stored.marks, np.arange(2, dtype=np.uint8).reshape(-1, 1))
+        used = np.arange(1, 1 << GROUP, dtype=np.int32).reshape(-1, 1)
+        patterns = self._scattered(above, count, stored.patterns, used)
+        bits = (np.arange(1 << GROUP).reshape(-1, 1) >> np.arange(GROUP) & 1).astype(np.uint8)
+        mask = self.builder.op("Gather", [self.builder.constant(bits), patterns], axis=0)
+        return self._weights(mask, GROUP * count, stored, encoding), GROUP * count
+
+    def _sets(self, stored: packing.Stored, encoding: Encoding, size: int) -> tuple[str, int]:
+        assert stored.marks is not None
+        b, groups = self.builder, size // encoding.m
+        index = self.exactly(stored.marks, encoding.positions().astype(np.int32), [groups, encoding.n])
+        values = self.exactly(stored.values, _alphabet(encoding, np.int32), [groups, encoding.n])
+        scattered = b.op("ScatterElements", [self._zeros([groups, encoding.m]), index, values], axis=1)
+        return b.cast(scattered, INT8), size
+
+    def _weights(self, mask: str, count: int, stored: packing.Stored, encoding: Encoding) -> str:
+        return self.builder.cast(self._scattered(mask, count, stored.values, _alphabet(encoding, np.int32)), INT8)
+
+    def _scattered(self, mask: str, count: int, codes: NDArray[np.int64], table: NDArray[np.int32]) -> str:
+        """int32 [count]: where the mask is 1 the stream's values in order, 0 elsewhere.
+
+        NonZero's size is written down: onnxruntime 1.31 folds only what it can tell the size of. Integers of 32
+        bits, because OpenVINO 2026.4 folds no ScatterElements of narrower ones.
+        """
+        b = self.builder
+        where = b.op("NonZero", [self._flat(mask)])
+        b.shape(where, TensorProto.INT64, [1, codes.size])
+        values = self.exactly(codes, table, [codes.size])
+        place = b.op("Reshape", [where, b.ints([codes.size])])
+        return b.op("ScatterElements", [self._zeros([count]), place, values], axis=0)
+
+    def _zeros(self, shape: list[int]) -> str:
+        value = helper.make_tensor("", INT32, [1], [0])
+        return self.builder.op("ConstantOfShape", [self.builder.ints(shape)], value=value)
+
+    # --- tensors ----------------------------------------------------------------------------------------------
+
+    def _split(
+        self, pooled: str, count: int, tensors: dict[str, NDArray[np.int8]], encoding: Encoding
+    ) -> dict[str, str]:
+        """Cut the pool into its tensors; the padding falls off as one more, unused, piece."""
+        sizes = [values.size for values in tensors.values()]
+        if count > sum(sizes):
+            sizes.append(count - sum(sizes))
+        parts = [pooled]
+        if len(sizes) > 1:
+            parts = self.builder.ops("Split", [self._flat(pooled), self.builder.ints(sizes)], outputs=len(sizes))
+        return {name: self._shaped(part, tensors[name].shape, encoding) for part, name in zip(parts, tensors)}
+
+    def _shaped(self, tensor: str, shape: tuple[int, ...], encoding: Encoding) -> str:
+        b = self.builder
+        if not encoding.channels_last:
+            return b.op("Reshape", [tensor, b.ints(shape)])
+        moved = b.op("Reshape", [tensor, b.ints([shape[0], *shape[2:], shape[1]])])
+        rank = len(shape)
+        return b.op("Transpose", [moved], perm=[0, rank - 1, *range(1, rank - 1)])
 
 
-def _codes(builder: GraphBuilder, codes: NDArray[np.int64], width: int, headroom: int = 0) -> tuple[str, int]:
-    """Words and the shifts that cut them: int32 codes of shape [slots, words] and how many they are with padding.
-
-    The codes come multiplied by ``2**headroom``, which is one more shift while they still lie in their words.
-    """
-    words = packing.pack(codes, width)
-    size, kind, slots = packing.word_bits(width), words.dtype.type, packing.slots(width)
-    cut = _cut_bytes if size == 8 else _cut_words
-    right = cut(builder, builder.constant(words), kind, size, width)
-    if headroom:
-        right = builder.op("BitShift", [right, builder.constant(np.array(headroom, kind))], direction="LEFT")
-    return builder.cast(right, INT32), words.size * slots
-
-
-def _cut_bytes(builder: GraphBuilder, words: str, kind: Any, size: int, width: int) -> str:
-    """Shifted right, modulo 2**width. OpenVINO 2026.4 does not drop the bits that a byte shifted left loses."""
-    right = np.arange(0, size, width).astype(kind).reshape(-1, 1)
-    shifted = builder.op("BitShift", [words, builder.constant(right)], direction="RIGHT")
-    return builder.op("Mod", [shifted, builder.constant(np.array(1 << width, kind))])
-
-
-def _cut_words(builder: GraphBuilder, words: str, kind: Any, size: int, width: int) -> str:
-    """Shifted left until the slots above are gone, then right: a modulo of wide words would be slow."""
-    left = [size - width * (slot + 1) for slot in range(size // width)]
-    shifted = builder.op("BitShift", [words, builder.constant(np.array(left, kind).reshape(-1, 1))], direction="LEFT")
-    return builder.op("BitShift", [shifted, builder.constant(np.array(size - width, kind))], direction="RIGHT")
-
-
-def _integers(builder: GraphBuilder, codes: NDArray[np.int64], encoding: Encoding) -> tuple[str, int]:
-    """int8 values (not yet flat) and their number with padding."""
-    if encoding.width == 8:
-        return builder.constant(((codes + encoding.offset) << encoding.headroom).astype(np.int8)), codes.size
-    wide, count = _codes(builder, codes, encoding.width, encoding.headroom)
-    offset = builder.constant(np.array(encoding.offset << encoding.headroom, np.int32))
-    return builder.cast(builder.op("Add", [wide, offset]), INT8), count
-
-
-def _flat(builder: GraphBuilder, tensor: str) -> str:
-    return builder.op("Reshape", [tensor, builder.ints([-1])])
-
-
-def _masked(
-    builder: GraphBuilder, codes: NDArray[np.int64], mask: NDArray[np.int64], encoding: Encoding
-) -> tuple[str, int]:
-    """Non-zeros behind a zero, gathered by mask * cumsum(mask): where the mask is 0 the index is 0."""
-    values, _ = _integers(builder, np.concatenate([[-encoding.offset], codes]), encoding)
-    bits, count = _codes(builder, mask, 1)
-    bits = _flat(builder, bits)
-    running = builder.op("CumSum", [bits, builder.constant(np.array(0, np.int32))])
-    index = builder.op("Mul", [running, bits])
-    return builder.op("Gather", [_flat(builder, values), index]), count
-
-
-def _scattered(
-    builder: GraphBuilder, codes: NDArray[np.int64], index: NDArray[np.int64], encoding: Encoding
-) -> tuple[str, int]:
-    """``n`` values of each group of ``m`` put at their indices, zeros elsewhere."""
-    groups = codes.size // encoding.n
-    shape = builder.ints([groups, encoding.n])
-    values = _trim(builder, *_integers(builder, codes, encoding), codes.size)
-    marks = _trim(builder, *_codes(builder, index, encoding.m.bit_length() - 1), codes.size)
-    zeros = builder.op(
-        "ConstantOfShape",
-        [builder.ints([groups, encoding.m])],
-        value=helper.make_tensor("", INT8, [1], [0]),
-    )
-    scattered = builder.op(
-        "ScatterElements",
-        [zeros, builder.op("Reshape", [marks, shape]), builder.op("Reshape", [values, shape])],
-        axis=1,
-    )
-    return scattered, groups * encoding.m
-
-
-def _trim(builder: GraphBuilder, tensor: str, count: int, wanted: int) -> str:
-    if count == wanted:
-        return tensor
-    return builder.op("Split", [_flat(builder, tensor), builder.ints([wanted, count - wanted])], outputs=2)
-
-
-def _split(
-    builder: GraphBuilder, tensor: str, count: int, tensors: dict[str, NDArray[np.int8]], encoding: Encoding
-) -> dict[str, str]:
-    """Cut the pool into its tensors; the padding falls off as one more, unused, piece."""
-    sizes = [values.size for values in tensors.values()]
-    if count > sum(sizes):
-        sizes.append(count - sum(sizes))
-    parts = [tensor]
-    if len(sizes) > 1:
-        parts = builder.ops("Split", [_flat(builder, tensor), builder.ints(sizes)], outputs=len(sizes))
-    return {
-        name: _shaped(builder, part, values.shape, encoding) for part, (name, values) in zip(parts, tensors.items())
-    }
-
-
-def _shaped(builder: GraphBuilder, tensor: str, shape: tuple[int, ...], encoding: Encoding) -> str:
-    if not encoding.channels_last:
-        return builder.op("Reshape", [tensor, builder.ints(shape)])
-    moved = builder.op("Reshape", [tensor, builder.ints([shape[0], *shape[2:], shape[1]])])
-    rank = len(shape)
-    return builder.op("Transpose", [moved], perm=[0, rank - 1, *range(1, rank - 1)])
+def _alphabet(encoding: Encoding, kind: Any) -> NDArray[Any]:
+    """[radix, 1]: what the digits stand for, headroom included."""
+    return (encoding.alphabet() << encoding.headroom).astype(kind).reshape(-1, 1)

@@ -24,6 +24,7 @@ from flatcompress.onnx_export.builder import GraphBuilder
 from flatcompress.onnx_export.integer import Grid
 from flatcompress.onnx_export.packing import theoretical_bytes
 from flatcompress.onnx_export.profiles import Integers, Profile, Stored
+from flatcompress.onnx_export.vectors import store_floats, store_integers
 
 ModuleEmitter = Callable[["Writer", fx.Node, Any], str]
 FunctionEmitter = Callable[..., Any]
@@ -54,6 +55,7 @@ class Writer:
         self.layers: list[dict[str, Any]] = []
         self.stored: dict[str, Stored] = {}
         self.biases: dict[str, str] = {}
+        self.scales: dict[str, str] = {}
         self._real: dict[tuple[str, bool], str] = {}
 
     # --- the walk ---------------------------------------------------------------------------------------------
@@ -61,8 +63,8 @@ class Writer:
     def write(self, metadata: dict[str, str], version: str) -> onnx.ModelProto:
         """The finished model."""
         self.stored = self.profile.store(self.builder, self._integers())
-        if self.profile.narrow_biases:
-            self.biases = self._narrow_biases()
+        if self.profile.pack_vectors:
+            self._store_vectors()
         outputs: list[str] = []
         for node in self.gm.graph.nodes:
             if node.op == "output":
@@ -90,25 +92,23 @@ class Writer:
                 found[node.name] = Integers(values, module.weight_bits, getattr(module, "headroom", 0))
         return found
 
-    def _narrow_biases(self) -> dict[str, str]:
-        """One int16 tensor for all biases that fit, cast and cut when the file is loaded: a thin layer's bias weighs
-        as much as its weights.
-        """
-        found = {}
-        for node in self.gm.graph.nodes:
-            module = self.gm.get_submodule(str(node.target)) if node.op == "call_module" else None
-            bias = module.bias if isinstance(module, integer.IntegerLayer) else None
-            if bias is not None and int(bias.abs().max()) < 1 << 15:
-                found[node.name] = array(bias).astype(np.int16)
-        if len(found) < 2:
-            return {}
-        wide = self.builder.cast(self.builder.constant(np.concatenate(list(found.values()))), TensorProto.INT32)
-        sizes = self.builder.ints([bias.size for bias in found.values()])
-        return dict(zip(found, self.builder.ops("Split", [wide, sizes], outputs=len(found))))
+    def _store_vectors(self) -> None:
+        """Scales and biases of all layers together, where the profile unpacks things when the file is loaded."""
+        modules = {n.name: self.gm.get_submodule(str(n.target)) for n in self.gm.graph.nodes if n.op == "call_module"}
+        layers = {name: module for name, module in modules.items() if isinstance(module, integer.IntegerLayer)}
+        biases = {name: array(layer.bias) for name, layer in layers.items() if layer.bias is not None}
+        self.biases = store_integers(self.builder, biases)
+        # A convolution with a real result takes its scales in another shape.
+        shared = {n: layer for n, layer in layers.items() if layer.kind == "linear" or layer.out_grid is not None}
+        self.scales = store_floats(self.builder, {name: array(layer.scale) for name, layer in shared.items()})
 
     def bias_of(self, node: fx.Node, module: integer.IntegerLayer) -> str:
         """The int32 bias of a layer."""
         return self.biases.get(node.name) or self.constant(module.bias)  # type: ignore[arg-type]
+
+    def scale_of(self, node: fx.Node, module: integer.IntegerLayer) -> str:
+        """The float32 scales [C] of a layer's weights."""
+        return self.scales.get(node.name) or self.builder.floats(array(module.scale))
 
     def _placeholder(self, node: fx.Node) -> str:
         return "input" if self.profile.floats is np.float32 else self.builder.cast("input", TensorProto.FLOAT16)

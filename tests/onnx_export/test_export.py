@@ -86,7 +86,7 @@ def test_two_bit_weights_become_int2_tensors(tmp_path):
     assert exported.opset == 25 and optimized["bit_equal"] == 1.0
     # A small layer with a flipped channel stays in INT4: a sign per channel would not pay.
     assert "INT2" in {row["encoding"] for row in exported.layers} <= {"INT2", "INT4", "int8"}
-    assert exported.bytes < 1.1 * packed.bytes
+    assert exported.bytes < 1.2 * packed.bytes
 
 
 @pytest.mark.parametrize("profile", ["float32", "float16"])

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
 from flatcompress.errors import UserError
-from flatcompress.onnx_export import packing, unpack
+from flatcompress.onnx_export import digits, packing, unpack
 from flatcompress.onnx_export.builder import GraphBuilder
 
 ort.set_default_logger_severity(3)
@@ -28,7 +28,7 @@ def integers(shape: tuple[int, ...], bits: int, sparsity: float, seed: int) -> n
 def model_of(tensors: dict[str, tuple[np.ndarray, packing.Encoding]]) -> onnx.ModelProto:
     """A model without inputs whose outputs are the unpacked tensors."""
     builder = GraphBuilder()
-    made = unpack.write(builder, tensors)
+    made = unpack.Unpacker(builder).write(tensors)
     outputs = []
     for name, (values, _) in tensors.items():
         builder.nodes.append(helper.make_node("Identity", [made[name]], [name]))
@@ -64,15 +64,20 @@ def test_any_tensors_come_back_through_onnxruntime_and_the_reference_evaluator(s
             np.testing.assert_array_equal(result, values)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(shapes, st.integers(2, 8), st.floats(0, 1), st.integers(0, 999))
 def test_every_encoding_that_applies_is_lossless(shape, bits, sparsity, seed):
     values = integers(shape, bits, sparsity, seed)
-    width, offset = packing.value_range(values, bits)
-    encodings = {packing.Encoding("dense", width, offset)}
-    encodings |= {encoding for encoding, _ in packing._sparse_candidates(values, width, offset)}
-    encodings.add(packing.Encoding("dense", 8, -128))
-    for encoding in encodings:
+    found = packing.Statistics.of(values, bits)
+    low, high = found.low, found.high
+    spans = [(-128, 127), (low, max(high, low + 1)), (-(1 << (bits - 1)), (1 << (bits - 1)) - 1)]
+    encodings = {packing.Encoding("dense", first, last - first + 1) for first, last in spans}
+    if values.any():
+        masks = [packing.Encoding(kind, a, max(2, b - a)) for kind in ("mask", "groups") for a, b in spans]
+        encodings |= set(masks)
+    encodings |= set(found.candidates())
+    for encoding in sorted(encodings, key=str):
+        assert found.fits(encoding)
         model = model_of({"t0": (values, encoding)})
         np.testing.assert_array_equal(through_onnxruntime(model)[0], values, err_msg=str(encoding))
         np.testing.assert_array_equal(through_reference(model)[0], values, err_msg=str(encoding))
@@ -88,37 +93,73 @@ def test_headroom_multiplies_what_comes_out(bits, sparsity):
         np.testing.assert_array_equal(run(model)[0], values << (7 - bits))
 
 
-@pytest.mark.parametrize("width", range(1, 8))
-@pytest.mark.parametrize("count", [1, 31, 32, 33, 1000])
-def test_words_hold_what_was_packed_and_waste_little(width, count):
-    codes = np.random.default_rng(width).integers(0, 1 << width, count)
-    words = packing.pack(codes, width)
-    np.testing.assert_array_equal(packing.unpack(words, width, count), codes)
-    assert words.nbytes == packing.packed_bytes(count, width)
-    assert words.nbytes <= 1.07 * count * width / 8 + 8
+@pytest.mark.parametrize("radix", [2, 3, 4, 5, 6, 7, 8, 9, 15, 16, 17, 31, 32, 33, 64, 65, 127, 128])
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 1000])
+def test_a_stream_gives_back_its_digits_in_the_bytes_it_says(radix, count):
+    codes = np.random.default_rng(radix).integers(0, radix, count)
+    builder = GraphBuilder()
+    table = np.arange(radix, dtype=np.int32).reshape(-1, 1)
+    name = unpack.Unpacker(builder).exactly(codes, table, [count])
+    model = builder.model([], [helper.make_tensor_value_info(name, TensorProto.INT32, [count])])
+    for run in (through_onnxruntime, through_reference):
+        np.testing.assert_array_equal(run(model)[0], codes)
+    words = sum(len(t.raw_data) for t in builder.constants.values() if t.data_type == TensorProto.UINT8)
+    assert words == digits.stored_bytes(count, radix)
+    assert words <= count * digits.bits(radix) / 8 + 32
 
 
-def test_a_value_outside_its_grid_gets_one_more_bit():
+@pytest.mark.parametrize("radix", range(2, 129))
+def test_a_digit_takes_little_more_than_its_information(radix):
+    assert np.log2(radix) <= digits.bits(radix) <= np.ceil(np.log2(radix))
+
+
+def test_a_value_outside_its_grid_gets_what_it_needs():
     values = np.array([-7, 8, -8], np.int8)  # a sign flip of a 4-bit channel that held -8
-    assert packing.choose(values, 4) == packing.Encoding("dense", 5, -8)
+    assert packing.choose(values, 4) == packing.Encoding("dense", -8, 17)
     shifted = np.array([-7, 8], np.int8)
-    assert packing.choose(shifted, 4) == packing.Encoding("dense", 4, -7)
+    assert packing.choose(shifted, 4) == packing.Encoding("dense", -7, 16)
     for tensor in (values, shifted):
         model = model_of({"t0": (tensor, packing.choose(tensor, 4))})
         np.testing.assert_array_equal(through_onnxruntime(model)[0], tensor)
 
 
-@pytest.mark.parametrize(("sparsity", "kind"), [(0.0, "dense"), (0.8, "mask")])
+def test_a_narrow_range_takes_fewer_bits_where_that_pays():
+    ternary = np.random.default_rng(0).integers(-1, 2, (64, 64)).astype(np.int8)
+    assert packing.choose(ternary, 2) == packing.Encoding("dense", -1, 3)
+    assert packing.choose(ternary, 8).radix == 3
+    assert packing.choose(ternary[:4], 2) == packing.Encoding("dense", -2, 4)
+
+
+def test_an_encoding_that_saves_less_than_its_sub_graph_is_given_up():
+    ternary = np.random.default_rng(0).integers(-1, 2, (64, 64)).astype(np.int8)
+    full = np.random.default_rng(1).integers(-2, 2, (512, 64)).astype(np.int8)
+    alone = packing.choose_together({"a": packing.Statistics.of(ternary, 2)})
+    both = {"a": packing.Statistics.of(ternary, 2), "b": packing.Statistics.of(full, 2)}
+    assert alone["a"].radix == 3
+    assert {encoding.radix for encoding in packing.choose_together(both).values()} == {4}
+
+
+def test_two_of_four_is_stored_as_sets_of_positions():
+    rng = np.random.default_rng(0)
+    values = rng.integers(1, 8, (64, 16, 4, 3))
+    groups = values.reshape(64, 4, 4, 4, 3)
+    groups[np.argsort(rng.random(groups.shape), axis=2) >= 2] = 0
+    encoding = packing.choose(values.astype(np.int8), 4)
+    assert (encoding.kind, encoding.n, encoding.m, encoding.channels_last) == ("nm", 2, 4, True)
+    assert packing.best_bytes(values.astype(np.int8), 4) <= values.size * (2 + 2.7 / 4) / 8
+
+
+@pytest.mark.parametrize(("sparsity", "kind"), [(0.0, "dense"), (0.5, "mask"), (0.8, "groups")])
 def test_the_smallest_encoding_wins(sparsity, kind):
     assert packing.choose(integers((64, 64, 3, 3), 4, sparsity, 0), 4).kind == kind
 
 
 def test_one_of_four_is_stored_as_indices():
-    values = np.zeros((32, 64), np.int8)
-    values[:, ::4] = 3
+    values = np.zeros((128, 256), np.int8)
+    values[:, ::4] = np.random.default_rng(0).integers(1, 8, (128, 64))
     encoding = packing.choose(values, 4)
     assert (encoding.kind, encoding.n, encoding.m) == ("nm", 1, 4) or encoding.m > 4
-    assert packing.choose(values.reshape(32, 64, 1, 1), 4).kind == "nm"
+    assert packing.choose(values.reshape(128, 256, 1, 1), 4).kind == "nm"
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8])
@@ -126,7 +167,7 @@ def test_one_of_four_is_stored_as_indices():
 def test_stored_size_is_within_a_tenth_of_the_information_limit(bits, sparsity):
     values = integers((64, 32, 3, 3), bits, sparsity, bits)
     model = model_of({"t0": (values, packing.choose(values, bits))})
-    assert model.ByteSize() <= 1.10 * packing.theoretical_bytes(values, bits) + 800
+    assert model.ByteSize() <= 1.10 * packing.theoretical_bytes(values, bits) + 1800
 
 
 def test_unpacking_is_folded_away_when_onnxruntime_loads_the_file(tmp_path):
@@ -145,11 +186,6 @@ def test_unpacking_is_folded_away_when_onnxruntime_loads_the_file(tmp_path):
 def test_other_bits_are_refused(bits):
     with pytest.raises(UserError, match="2 to 8"):
         packing.choose(np.zeros(3, np.int8), bits)
-
-
-def test_codes_that_do_not_fit_are_refused():
-    with pytest.raises(UserError, match="do not fit"):
-        packing.pack(np.array([4]), 2)
 
 
 @settings(max_examples=8, deadline=None)
