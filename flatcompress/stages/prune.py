@@ -201,9 +201,8 @@ def _recover(work: Workpiece, config: PruneConfig, cut: Plan, passes: int) -> No
     if first >= config.epochs:
         return
     method = PRUNE_METHODS[config.method].make()
-    hyper = _hyper(config, method)
-    if method.adaptive:
-        hyper = {**hyper, "rho": config.rho_max}
+    # Plain ASAM whatever the norm of steps 1 and 2: per row it would move every gamma and bias by rho_max itself.
+    hyper = {**config.hyper, "rho": config.rho_max} if method.adaptive else config.hyper
     job: Job = make_job(work, config, epochs=config.epochs - first, first_epoch=first, hyper=hyper)
     job.context = {"phase": "recover", "cut": cut.to_json(), "passes": passes}
     fit(job)

@@ -185,6 +185,21 @@ def test_removed_channels_are_zero_in_every_pass_whatever_momentum_and_decay_do(
     assert len(seen) >= 8 and not any(seen)  # two passes a step
 
 
+@pytest.mark.parametrize("norm", ["global", "per_neuron"])
+def test_step_3_is_asam_at_rho_max_whatever_the_norm_of_steps_1_and_2(norm: str, monkeypatch) -> None:
+    made, make = [], prune.make_job
+
+    def watched(*arguments, **keys):
+        made.append(keys)
+        return make(*arguments, **keys)
+
+    monkeypatch.setattr(prune, "make_job", watched)
+    prune.run(workpiece(), config("prune", method="adasap", norm=norm, rho_max=0.5, epochs=3))
+    first, last = made
+    assert ("scope" in first["hyper"]) == (norm == "per_neuron") and "radius" in first
+    assert last["hyper"] == {"rho": 0.5} and "radius" not in last
+
+
 def removed(removal: prune.Removal) -> list[Tensor]:
     return [
         m.module.weight[~m.spread(keep, True)].abs().sum()
