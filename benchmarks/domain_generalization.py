@@ -90,9 +90,11 @@ def _quantized(b: int, epochs: int, erm: Any, sagm: Any, quick: bool) -> list[di
         {"name": f"W{b}A32 QT-DoG", "stages": [erm, quantize("qt_dog", b, epochs, activation_bits=None)]},
     ]
     if b == 4:
+        auto: dict[str, Any] = {"bits": "auto", "effective_bits": 4.0}
         rows += [
-            row("LSQ, bits: auto", "lsq", bits="auto", effective_bits=4.0),
-            row("LSQ+SAGM, bits: auto", "lsq_sagm", flat=True, bits="auto", effective_bits=4.0),
+            row("LSQ, bits: auto by gradient", "lsq", sensitivity="gradient", **auto),
+            row("LSQ, bits: auto by Hessian", "lsq", sensitivity="hessian", **auto),
+            row("LSQ+SAGM, bits: auto by Hessian", "lsq_sagm", flat=True, sensitivity="hessian", **auto),
         ]
     return rows
 
@@ -111,8 +113,9 @@ def claims(bits: Sequence[int]) -> list[Claim]:
         ]
     if 4 in bits:
         found += [
-            Claim("W4A4 LSQ, bits: auto", "W4A4 LSQ"),
-            Claim("W4A4 LSQ+SAGM, bits: auto", "W4A4 LSQ+SAGM"),
+            Claim("W4A4 LSQ, bits: auto by gradient", "W4A4 LSQ"),
+            Claim("W4A4 LSQ, bits: auto by Hessian", "W4A4 LSQ"),
+            Claim("W4A4 LSQ+SAGM, bits: auto by Hessian", "W4A4 LSQ+SAGM"),
         ]
     return found
 

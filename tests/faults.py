@@ -99,9 +99,16 @@ def fingerprint(folder: Path) -> dict[str, str]:
 
 
 def finished_stages(folder: Path) -> int:
-    """How many stages the folder says are done."""
-    names = os.listdir(folder / "checkpoints") if (folder / "checkpoints").is_dir() else []
-    return sum(1 for name in names if name[:1].isdigit() and "@" not in name)
+    """How many stages the folder says are done: those that the pointer to the newest checkpoint has reached.
+
+    A stage's folder that nothing points to yet was killed before it was finished, and is made again.
+    """
+    try:
+        latest = (folder / "checkpoints" / "latest").read_text().strip()
+    except OSError:
+        return 0
+    stage, _, step = latest.partition("@")
+    return (int(stage.partition("-")[0]) + (not step)) if stage else 0
 
 
 def where(folder: Path) -> str:

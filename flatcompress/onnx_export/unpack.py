@@ -79,7 +79,8 @@ class Unpacker:
     def stream(self, codes: NDArray[np.int64], table: NDArray[Any]) -> tuple[str, int]:
         """What ``table`` [radix, k] has for every digit, in order, and how many digits with padding."""
         radix = table.shape[0]
-        if digits.digits(radix) == 1:  # bytes already, so they are stored as what they stand for
+        small = np.array_equal(table.astype(np.int8).astype(table.dtype), table)
+        if digits.digits(radix) == 1 and small:  # bytes already, so they are stored as what they stand for
             return self._typed(table[codes].astype(np.int8), table.dtype), codes.size
         rows = self.builder.op("Gather", [self._rows(table), self._indices(codes, radix)], axis=0)
         return rows, digits.padded(codes.size, radix)

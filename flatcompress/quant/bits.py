@@ -142,7 +142,7 @@ def auto_bits(
     *,
     example_input: torch.Tensor,
     choices: Iterable[int] = CHOICES,
-    kind: str = "hessian",
+    kind: str = "gradient",
     seed: int = 0,
     **settings: Any,
 ) -> dict[str, int]:

@@ -167,7 +167,7 @@ def test_one_of_four_is_stored_as_indices():
 def test_stored_size_is_within_a_tenth_of_the_information_limit(bits, sparsity):
     values = integers((64, 32, 3, 3), bits, sparsity, bits)
     model = model_of({"t0": (values, packing.choose(values, bits))})
-    assert model.ByteSize() <= 1.10 * packing.theoretical_bytes(values, bits) + 1800
+    assert model.ByteSize() <= 1.10 * packing.theoretical_bytes(values, bits) + 2000
 
 
 def test_unpacking_is_folded_away_when_onnxruntime_loads_the_file(tmp_path):
