@@ -142,7 +142,7 @@ def auto_bits(
     *,
     example_input: torch.Tensor,
     choices: Iterable[int] = CHOICES,
-    kind: str = "gradient",
+    kind: str = "hessian",
     seed: int = 0,
     **settings: Any,
 ) -> dict[str, int]:

@@ -180,7 +180,7 @@ class QuantizeConfig(TrainingKeys):
     bytes: Size | None = Field(None, description="bits: auto, budget: bytes of all quantized weights (200k)")
     bops: Size | None = Field(None, description="bits: auto, budget: MACs x weight bits x activation bits (1.5G)")
     sensitivity: Literal["hessian", "gradient"] = Field(
-        "gradient", description="bits: auto, what a layer's error costs: one backward pass, or the Hessian's trace"
+        "hessian", description="bits: auto, what a layer's error costs: Hessian trace, or one backward pass"
     )
     first_last_bits: Bits = Field(8, description="bits of the first and the last layer's weights")
     input_bits: Bits = Field(8, description="bits of the network's input")
