@@ -81,8 +81,10 @@ def judge(finished: Sequence[Finished], claims: Sequence[Claim]) -> list[Verdict
     return verdicts
 
 
-def arguments(doc: str | None, argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The usual options, and how to run a part of it."""
+def arguments(
+    doc: str | None, argv: Sequence[str] | None = None, own: Mapping[str, Mapping[str, Any]] | None = None
+) -> argparse.Namespace:
+    """The usual options, how to run a part of it, and the benchmark's ``own``, {flag: what add_argument takes}."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one seed, few methods, few epochs: a smoke run")
     parser.add_argument("--check", action="store_true", help="exit 1 where a target is missed, naming it")
@@ -92,6 +94,8 @@ def arguments(doc: str | None, argv: Sequence[str] | None = None) -> argparse.Na
     parser.add_argument("--only", nargs="+", default=None, help="methods whose name fits one of these patterns")
     parser.add_argument("--output", default="runs/benchmarks", help="where the runs go; finished ones are not repeated")
     parser.add_argument("--collect", action="store_true", help="run nothing: make the tables from what is finished")
+    for flag, keys in (own or {}).items():
+        parser.add_argument(flag, **keys)
     return parser.parse_args(argv)
 
 

@@ -14,7 +14,6 @@ more than a standard error.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -68,11 +67,9 @@ def claims(shares: Sequence[float], phases: Sequence[str]) -> list[Claim]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run, print, write; the exit code."""
-    shares_of, rest = argparse.ArgumentParser(add_help=False), list(sys.argv[1:] if argv is None else argv)
-    shares_of.add_argument("--macs", type=float, nargs="+", default=[0.25, 0.125])
-    chosen, rest = shares_of.parse_known_args(rest)
-    options = _sweeps.arguments(__doc__, rest)
-    shares, phases = ([0.25], ["one shot"]) if options.quick else (chosen.macs, list(PHASES))
+    own = {"--macs": {"type": float, "nargs": "+", "default": [0.25, 0.125]}}
+    options = _sweeps.arguments(__doc__, argv, own)
+    shares, phases = ([0.25], ["one shot"]) if options.quick else (options.macs, list(PHASES))
     spec = {
         "recipe": {"device": "cpu", "threads": 1, "data": DATA, "model": MODEL, "stages": [train("none", 1)]},
         "methods": methods(shares, (4, 4) if options.quick else (12, 12), phases),

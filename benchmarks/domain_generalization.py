@@ -16,7 +16,6 @@ than one; at 4 effective bits LSQ with bits: auto not below LSQ with 4 bits ever
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -122,11 +121,9 @@ def claims(bits: Sequence[int]) -> list[Claim]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run, print, write; the exit code."""
-    bits_of, rest = argparse.ArgumentParser(add_help=False), list(sys.argv[1:] if argv is None else argv)
-    bits_of.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2], choices=range(2, 9))
-    chosen, rest = bits_of.parse_known_args(rest)
-    options = _sweeps.arguments(__doc__, rest)
-    bits = [3] if options.quick else chosen.bits
+    own = {"--bits": {"type": int, "nargs": "+", "default": [4, 3, 2], "choices": range(2, 9)}}
+    options = _sweeps.arguments(__doc__, argv, own)
+    bits = [3] if options.quick else options.bits
     spec = {
         "recipe": {"device": "cpu", "threads": 1, "data": DATA, "model": MODEL, "stages": [train("none", 1)]},
         "methods": methods(bits, (4, 2) if options.quick else (12, 6), options.quick),

@@ -14,7 +14,6 @@ validation on the source styles above naive LSQ+SAGM by more than one standard e
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
@@ -163,34 +162,34 @@ def claims(finished: Sequence[Finished], bits: Sequence[int]) -> list[Claim]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run, print, write; the exit code."""
-    own, rest = argparse.ArgumentParser(add_help=False), list(sys.argv[1:] if argv is None else argv)
-    own.add_argument("--bits", type=int, nargs="+", default=[3], choices=range(2, 9))
-    own.add_argument("--finalists", type=int, default=6, help="rows that are run on every seed (0: none)")
-    own.add_argument("--screening", type=int, default=2, help="seeds on which every row is run")
-    chosen, rest = own.parse_known_args(rest)
-    options = _sweeps.arguments(__doc__, rest)
+    own: dict[str, dict[str, Any]] = {
+        "--bits": {"type": int, "nargs": "+", "default": [3], "choices": range(2, 9)},
+        "--finalists": {"type": int, "default": 6, "help": "rows that are run on every seed (0: none)"},
+        "--screening": {"type": int, "default": 2, "help": "seeds on which every row is run"},
+    }
+    options = _sweeps.arguments(__doc__, argv, own)
     seeds = options.seeds or ([0] if options.quick else SEEDS)
     spec: dict[str, Any] = {
         "recipe": {"device": "cpu", "threads": 1, "data": DATA, "model": MODEL, "stages": [train("none", 1)]},
-        "methods": methods(chosen.bits, (4, 2) if options.quick else (12, 6), options.quick),
+        "methods": methods(options.bits, (4, 2) if options.quick else (12, 6), options.quick),
         "held_out": ["sketch"] if options.quick else STYLES,
         "seeds": seeds,
     }
-    options.seeds = seeds[: chosen.screening]
+    options.seeds = seeds[: options.screening]
     screened = _sweeps.run(NAME, spec, options)
     final: list[Finished] = []
-    if chosen.finalists and len(seeds) > chosen.screening:
-        keep = finalists(screened, chosen.bits, chosen.finalists)
+    if options.finalists and len(seeds) > options.screening:
+        keep = finalists(screened, options.bits, options.finalists)
         options.seeds = seeds
         final = _sweeps.run(NAME, {**spec, "methods": [m for m in spec["methods"] if m["name"] in keep]}, options)
     sections, tables = {}, []
-    for b in chosen.bits:
+    for b in options.bits:
         for heading, part in ((f"{b} bits, {len(seeds)} seeds", final), (f"{b} bits, every row", screened)):
             if part:
                 sections[heading] = [f for f in part if f.run.method.startswith((f"W{b}A", "float"))]
                 tables.append(f"**{heading}**\n\n{gains(part, b)}")
     intro = "\n\n".join([INTRO.strip(), *tables])
-    judged = claims(final or screened, chosen.bits)
+    judged = claims(final or screened, options.bits)
     return _sweeps.publish(NAME, "GAQAT: ablation and variants", intro, sections, judged, options)
 
 

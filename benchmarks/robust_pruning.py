@@ -13,7 +13,6 @@ magnitude with the plain optimizer on corrupted images; at 25 % above it by more
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -90,11 +89,9 @@ def claims(shares: Sequence[float]) -> list[Claim]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run, print, write; the exit code."""
-    shares_of, rest = argparse.ArgumentParser(add_help=False), list(sys.argv[1:] if argv is None else argv)
-    shares_of.add_argument("--macs", type=float, nargs="+", default=[0.5, 0.25])
-    chosen, rest = shares_of.parse_known_args(rest)
-    options = _sweeps.arguments(__doc__, rest)
-    shares = [0.5] if options.quick else chosen.macs
+    own = {"--macs": {"type": float, "nargs": "+", "default": [0.5, 0.25]}}
+    options = _sweeps.arguments(__doc__, argv, own)
+    shares = [0.5] if options.quick else options.macs
     spec = {
         "recipe": {"device": "cpu", "threads": 1, "data": DATA, "model": MODEL, "stages": [train("none", 1)]},
         "methods": methods(shares, (4, 4) if options.quick else (12, 12), options.quick),

@@ -41,6 +41,17 @@ def model_named(name: str) -> dict:
     return MODELS[name]
 
 
+def shipped(path: Path):
+    """Run a recipe: a certificate that holds, integers inside, a third of the float file. The result, rows by stage."""
+    result = Pipeline.from_yaml(path).run()
+    certificate = result.certificate
+    assert certificate["holds"], certificate["failures"]
+    assert certificate["kernels"]["not_integer_inside"] == []
+    rows = {row["stage"]: row for row in result.ledger}
+    assert rows["export"]["bytes"] < certificate["float"]["bytes"] / 3
+    return result, rows
+
+
 @pytest.mark.parametrize(
     "name", [pytest.param(m, marks=[pytest.mark.slow] * (m != "transformers_resnet")) for m in MODELS]
 )
@@ -52,13 +63,8 @@ def test_every_kind_of_model_ends_in_a_certificate_that_holds(name: str, tmp_pat
         {"quantize": {"method": "gaqat", "K": 4, "epochs": 1}},
         {"export": {"profile": "packed", "latency": False}},
     ]
-    result = Pipeline.from_yaml(write(tmp_path, raw)).run()
-    certificate = result.certificate
-    assert certificate["holds"], certificate["failures"]
-    assert certificate["kernels"]["not_integer_inside"] == []
-    rows = {row["stage"]: row for row in result.ledger}
+    _, rows = shipped(write(tmp_path, raw))
     assert rows["prune"]["macs"] < rows["train"]["macs"]
-    assert rows["export"]["bytes"] < certificate["float"]["bytes"] / 3
 
 
 def draw(domain: str, kind: int, rng: np.random.Generator) -> Image.Image:
@@ -103,14 +109,9 @@ def test_one_recipe_prunes_quantizes_and_exports_for_onnxruntime(name: str, fold
         {"quantize": {"method": "gaqat", "K": 2, "epochs": 1}},
         {"export": {"profile": "packed", "latency": False}},
     ]
-    result = Pipeline.from_yaml(write(tmp_path, raw)).run()
-    certificate = result.certificate
-    assert certificate["holds"], certificate["failures"]
-    assert certificate["kernels"]["not_integer_inside"] == []
-    rows = {row["stage"]: row for row in result.ledger}
+    result, rows = shipped(write(tmp_path, raw))
     costs = CostModel(dense, torch.zeros(1, 3, 16, 16))
     assert rows["prune"]["macs"] <= 0.7 * costs.macs(costs.dense)
-    assert rows["export"]["bytes"] < certificate["float"]["bytes"] / 3
     x = np.zeros((2, 3, 16, 16), np.float32)
     session = onnxruntime.InferenceSession(str(result.onnx), providers=["CPUExecutionProvider"])
     (logits,) = session.run(None, {session.get_inputs()[0].name: x})

@@ -15,9 +15,8 @@ from flatcompress.data.decoding import output_shape, read_all
 from flatcompress.data.pixels import Pixels
 from flatcompress.data.published import class_folders, corrupted_folders
 from flatcompress.data.raw import RawData, held_out_name
-from flatcompress.data.seeds import generator
 from flatcompress.data.split import split_identities
-from flatcompress.data.walking import data_root, images, subfolders
+from flatcompress.data.walking import data_root, drawn, images, subfolders
 from flatcompress.errors import UserError
 
 _LEAST = 3  # images of a class: one each for training, selection and test
@@ -68,16 +67,17 @@ def folder(
     folder of the same classes that is only measured on (ImageNet-V2). ``corrupted_path``: KIND/SEVERITY/CLASS/image in
     place of computed corruptions (ImageNet-C), ``corrupted_limit`` images of a class in each.
     """
-    raw = _folder(seed, path, size, channels, val_fraction, test_fraction, limit, on_bad_sample)
+    root = data_root(path, "folder")
     shape, skip = output_shape(size, channels), _skips(on_bad_sample)
+    raw = _folder(seed, root, shape, skip, val_fraction, test_fraction, limit)
     if held_out_path is not None:
-        name = data_root(held_out_path, "held_out_path").name
-        unseen, bad = class_folders(Path(held_out_path), raw.classes, shape, limit, skip, seed)
+        elsewhere = data_root(held_out_path, "held_out_path")
+        unseen, bad = class_folders(elsewhere, raw.classes, shape, limit, skip, seed)
         raw = replace(
             raw,
             held_out=replace(unseen, domain_ids=torch.ones_like(unseen.labels)),
-            domains=(Path(path).name, name),
-            held_out_domain=name,
+            domains=(root.name, elsewhere.name),
+            held_out_domain=elsewhere.name,
             skipped=raw.skipped + bad,
         )
     if corrupted_path is not None:
@@ -88,16 +88,13 @@ def folder(
 
 def _folder(
     seed: int,
-    path: Any,
-    size: Any,
-    channels: int,
+    root: Path,
+    shape: tuple[int, int, int],
+    skip: bool,
     val_fraction: float,
     test_fraction: float,
     limit: int,
-    on_bad_sample: str,
 ) -> RawData:
-    root = data_root(path, "folder")
-    shape, skip = output_shape(size, channels), _skips(on_bad_sample)
     fixed = {name: root / name for name in ("train", "val", "test") if (root / name).is_dir()}
     if "train" in fixed and len(fixed) > 1:
         return _fixed_split(root, fixed, shape, val_fraction, limit, skip, seed)
@@ -188,9 +185,7 @@ def _class_listing(folder: Path, root: Path, limit: int, seed: int) -> Listing:
         files = images(each, root)
         if not files:
             raise UserError(f"{each}: the class is empty: no image in it. Remove the folder or fill it.")
-        if limit and len(files) > limit:
-            order = torch.randperm(len(files), generator=generator(seed, "limit", each.name))[:limit]
-            files = [files[i] for i in order.sort().values.tolist()]
+        files = drawn(files, limit, seed, each.name)
         paths += files
         labels += [label] * len(files)
     return Listing(tuple(p.name for p in classes), paths, labels, [0] * len(paths))

@@ -16,8 +16,7 @@ from torch import Tensor
 from flatcompress.data.bundle import Part
 from flatcompress.data.decoding import read_all
 from flatcompress.data.pixels import MemoryPixels, Shape
-from flatcompress.data.seeds import generator
-from flatcompress.data.walking import data_root, images, subfolders
+from flatcompress.data.walking import data_root, drawn, images, subfolders
 from flatcompress.errors import UserError
 
 SEVERITIES = ("1", "2", "3", "4", "5")
@@ -42,10 +41,7 @@ def class_folders(
     paths: list[Path] = []
     labels: list[int] = []
     for each in found:
-        files = images(each, root)
-        if limit and len(files) > limit:
-            drawn = torch.randperm(len(files), generator=generator(seed, "limit", each.name))[:limit]
-            files = [files[i] for i in drawn.sort().values.tolist()]
+        files = drawn(images(each, root), limit, seed, each.name)
         paths += files
         labels += [order[each.name]] * len(files)
     if not paths:

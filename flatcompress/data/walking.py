@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import torch
+
 from flatcompress.data.decoding import SUFFIXES
+from flatcompress.data.seeds import generator
 from flatcompress.errors import UserError
 
 MOST_FILES = 20_000_000
@@ -56,6 +59,14 @@ def images(folder: Path, root: Path) -> list[Path]:
     if len(found) > MOST_FILES:
         raise UserError(f"{folder}: more than {MOST_FILES:,} images.")
     return found
+
+
+def drawn(files: list[Path], limit: int, seed: int, name: str) -> list[Path]:
+    """At most ``limit`` of the files of class ``name``, drawn by the seed, in their order (0: all of them)."""
+    if not limit or len(files) <= limit:
+        return files
+    chosen = torch.randperm(len(files), generator=generator(seed, "limit", name))[:limit]
+    return [files[i] for i in chosen.sort().values.tolist()]
 
 
 def inside(path: Path, root: Path) -> None:

@@ -11,8 +11,6 @@ ms, 7 ms of which any int8 file takes.
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -69,8 +67,3 @@ def indices(codes: NDArray[np.integer], radix: int) -> NDArray[np.int64]:
     flat = np.zeros(padded(codes.size, radix), np.int64)
     flat[: codes.size] = codes.reshape(-1)
     return flat.reshape(-1, digits(radix)) @ radix ** np.arange(digits(radix), dtype=np.int64)
-
-
-def combinations(n: int, m: int) -> int:
-    """How many sets of ``n`` positions a group of ``m`` has."""
-    return math.comb(m, n)

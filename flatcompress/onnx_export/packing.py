@@ -9,6 +9,7 @@ positions each group has: 2.67 bits for 2:4, instead of the four bits of a mask.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flatcompress.errors import UserError
-from flatcompress.onnx_export.digits import bits, combinations, stored_bytes
+from flatcompress.onnx_export.digits import bits, stored_bytes
 
 GROUPS = (2, 4, 8, 16)  # the M of N:M
 MOST_SETS = 128
@@ -38,7 +39,7 @@ class Encoding:
     ``kind`` is dense, mask, groups (a mask of two levels) or nm; a stored value is one of the ``radix`` integers from
     ``low`` on, zero left out where a mask tells it. ``nm`` keeps ``n`` of every ``m`` consecutive values;
     ``channels_last`` says that axis 1 was moved to the end before grouping. Unpacked values are multiplied by
-    ``2**headroom`` (see `fold.headroom`).
+    ``2**headroom`` (see `graph.headroom`).
     """
 
     kind: str
@@ -156,7 +157,7 @@ class Statistics:
             return stored_bytes(self.size, encoding.radix)
         if encoding.kind == "nm":
             groups = self.size // encoding.m
-            sets = stored_bytes(groups, combinations(encoding.n, encoding.m))
+            sets = stored_bytes(groups, math.comb(encoding.m, encoding.n))
             return stored_bytes(groups * encoding.n, encoding.radix) + sets
         total = stored_bytes(self.nonzero, encoding.radix)
         if encoding.kind == "mask":
@@ -170,7 +171,7 @@ class Statistics:
             yield self._with_span("mask", self.nonzero)
             yield self._with_span("groups", self.nonzero)
         for (m, last), n in self.sets.items():
-            if 0 < n < m and combinations(n, m) <= MOST_SETS:
+            if 0 < n < m and math.comb(m, n) <= MOST_SETS:
                 yield replace(self._with_span("nm", self.size // m * n), n=n, m=m, channels_last=last)
 
     def _with_span(self, kind: str, count: int) -> Encoding:
@@ -290,5 +291,5 @@ def _encode_sets(flat: NDArray[np.int64], encoding: Encoding) -> Stored:
     index = np.sort(np.argsort(groups == 0, axis=1, kind="stable")[:, : encoding.n], axis=1)
     values = np.take_along_axis(groups, index, axis=1).reshape(-1) - encoding.low
     number = np.zeros(1 << encoding.m, np.int64)  # of each set, looked up by its bits
-    number[(1 << encoding.positions()).sum(axis=1)] = np.arange(combinations(encoding.n, encoding.m))
+    number[(1 << encoding.positions()).sum(axis=1)] = np.arange(math.comb(encoding.m, encoding.n))
     return Stored(values, number[(1 << index).sum(axis=1)])

@@ -11,6 +11,7 @@ from torch import nn
 from flatcompress.flat.averaging import EMA, SWA, SWAD, Average, update_bn
 from flatcompress.stages.configs import QuantizeConfig, TrainConfig
 from flatcompress.stages.measure import train_batches
+from flatcompress.stages.train import in_turn
 from flatcompress.stages.workpiece import Workpiece
 from flatcompress.training.loop import Job, loader
 
@@ -34,15 +35,9 @@ class Averaging:
         self.average = kinds[self.kind](model)
         self.first_step = round(SWA_START * config.epochs) * job.steps_per_epoch if self.kind == "swa" else 0
         job.hooks["averaging"] = self
-        held = job.after_step
-
-        def after_step(step: int) -> None:
-            held(step)  # masks first: the average must see what they hold at zero
-            self.update(step)
-
-        job.after_step = after_step
+        job.after_step = in_turn(job.after_step, self.update)  # masks first: the average sees what they hold at zero
         if isinstance(self.average, SWAD):
-            also_after_epoch(job, self.evaluate)
+            job.after_epoch = in_turn(job.after_epoch, self.evaluate)
 
     def update(self, step: int) -> None:
         """Take in the weights after ``step`` steps."""
@@ -80,14 +75,3 @@ class Averaging:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take that state over."""
         self.average.load_state_dict(state)
-
-
-def also_after_epoch(job: Job, function: Callable[[int], None]) -> None:
-    """Run ``function`` after each epoch, after what the job does there already."""
-    before = job.after_epoch
-
-    def both(epoch: int) -> None:
-        before(epoch)
-        function(epoch)
-
-    job.after_epoch = both

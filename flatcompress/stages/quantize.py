@@ -21,7 +21,7 @@ from flatcompress.stages.flatness import log_map
 from flatcompress.stages.measure import train_batches
 from flatcompress.stages.methods import QAT_METHODS, QatMethod
 from flatcompress.stages.qat_plugs import Plugs
-from flatcompress.stages.train import also_after_step, finish, make_job
+from flatcompress.stages.train import also_after_step, finish, in_turn, make_job
 from flatcompress.stages.workpiece import Workpiece
 from flatcompress.training.loop import Job, fit, restore_best
 
@@ -194,15 +194,13 @@ def round_biases(work: Workpiece, job: Job, config: QuantizeConfig) -> None:
 
 def hold_statistics(job: Job) -> None:
     """BatchNorm normalises by its running statistics from each epoch's first batch on, and leaves them as they are."""
-    before = job.before_epoch
 
-    def before_epoch(epoch: int) -> None:
-        before(epoch)
+    def hold(epoch: int) -> None:
         for module in job.raw_model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
 
-    job.before_epoch = before_epoch
+    job.before_epoch = in_turn(job.before_epoch, hold)
 
 
 def distill(job: Job, teacher: nn.Module, weight: float) -> None:

@@ -93,13 +93,17 @@ def make_job(
 
 def also_after_step(job: Job, function: Callable[[int], None]) -> None:
     """Run ``function`` after each step, before what the job does there already (holding masks, say)."""
-    before = job.after_step
+    job.after_step = in_turn(function, job.after_step)
 
-    def both(step: int) -> None:
-        function(step)
-        before(step)
 
-    job.after_step = both
+def in_turn(first: Callable[[int], None], second: Callable[[int], None]) -> Callable[[int], None]:
+    """A hook of the loop that runs both, with the same step or epoch."""
+
+    def both(number: int) -> None:
+        first(number)
+        second(number)
+
+    return both
 
 
 def finish(work: Workpiece, job: Job) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from family_rules import fixed_noise
 from flat_problem import Stateful, load, problem, same, stateful_batch, values
 from torch import nn
 
@@ -16,14 +17,6 @@ LOSS = problem.loss_fn
 def _batches(m):
     x, y = problem.inputs(), problem.labels()
     return [(x[i : i + m], y[i : i + m]) for i in range(0, 40, m)]
-
-
-def _draws(j, params):
-    out, k = [], 0
-    for p in params:
-        out.append(torch.cos(1.7 * torch.arange(k, k + p.numel(), dtype=torch.float64) + j).reshape(p.shape))
-        k += p.numel()
-    return out
 
 
 @pytest.mark.parametrize(
@@ -78,7 +71,7 @@ def test_average_case_equals_the_record():
     record = RECORD["average_case"]
     for adaptive, key in ((False, "rho0.1"), (True, "adaptive_rho0.1")):
         found = sharpness.average_case(
-            problem.build("mlp"), _batches(40), LOSS, 0.1, adaptive=adaptive, draws=4, noise=_draws
+            problem.build("mlp"), _batches(40), LOSS, 0.1, adaptive=adaptive, draws=4, noise=fixed_noise
         )
         assert found == pytest.approx(record[key], rel=1e-9)
     box = sharpness.average_case(problem.build("mlp"), _batches(40), LOSS, 0.1, norm="linf", draws=200, seed=1)
@@ -129,7 +122,7 @@ def test_gauss_newton_product_equals_the_explicit_matrix():
 
 def test_filter_normalised_direction_and_line_equal_the_record():
     record, model = RECORD["filter_norm"], problem.build("mlp")
-    d = landscape.direction(model, noise=_draws)
+    d = landscape.direction(model, noise=fixed_noise)
     for (name, _), found in zip(model.named_parameters(), d):
         torch.testing.assert_close(found, torch.tensor(record["direction"][name], dtype=torch.float64))
     found = landscape.line(model, _batches(8), LOSS, d, alphas=record["alphas"])

@@ -5,16 +5,17 @@ from __future__ import annotations
 import copy
 import functools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from test_divergence import Kept
+from test_divergence import job as points
 from tiny_net import build
-from torch import nn
 
 from flatcompress import flat, quant
 from flatcompress.errors import RunError
-from flatcompress.training.loop import Job, fit, make_accelerator
+from flatcompress.training.loop import fit
 
 BITS = 2
 
@@ -53,20 +54,8 @@ def job(policy, epochs=2):
     model, data = copy.deepcopy(quantized()), Images()
     base = torch.optim.SGD(model.parameters(), lr=0.01)
     scales = {id(p) for p in quant.scale_parameters(model).values()}
-    return Job(
-        model=model,
-        optimizer=flat.create("sam", model, base, perturbed=lambda name, p: id(p) not in scales),
-        train=data,
-        accelerator=make_accelerator("cpu"),
-        loss=nn.functional.cross_entropy,
-        epochs=epochs,
-        batch_size=16,
-        seed=0,
-        schedule="constant",
-        select="last",
-        validate=lambda: 0.0,
-        progress=Copies(policy),
-    )
+    optimizer = flat.create("sam", model, base, perturbed=lambda name, p: id(p) not in scales)
+    return replace(points(Copies(policy), epochs=epochs), model=model, optimizer=optimizer, train=data)
 
 
 def once(action):

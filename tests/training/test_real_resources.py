@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import small_runs
 import torch
+from test_resources import Kept
 from torch import nn
 
 from flatcompress import flat
@@ -138,18 +139,6 @@ def test_a_folder_without_the_right_to_write_is_refused_before_anything_runs(tmp
 
 
 # ---------------------------------------------------------------------------- memory
-
-
-class Kept:
-    """A progress that only knows what to do when memory runs out."""
-
-    on_divergence, max_rollbacks, stop_requested = "stop", 0, False
-
-    def __init__(self, policy):
-        self.on_out_of_memory = policy
-
-    def due(self, step):
-        return False
 
 
 def hungry(policy):
