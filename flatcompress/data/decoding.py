@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import stat
+import struct
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +18,11 @@ from flatcompress.errors import UserError
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"})
 MOST_PIXELS = 100_000_000  # a 10,000 x 10,000 image; more is a mistake or a decompression bomb
+# Pillow's readers let through whatever their parsing of a damaged file met.
+DAMAGED = (
+    *(OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError),
+    *(RuntimeError, AssertionError, struct.error, zlib.error, Image.DecompressionBombError),
+)
 MOST_BYTES = 2 << 30  # of decoded images kept in memory; a larger set is decoded as it is read
 
 
@@ -50,7 +57,7 @@ def decode(path: Path, shape: Shape) -> Tensor:
         raise
     except UnidentifiedImageError:
         raise UserError(f"{path}: not an image, or cut off. Remove it, or use on_bad_sample: skip.") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except DAMAGED as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path}: cannot be read ({reason}). Remove it, or use on_bad_sample: skip.") from None
     array = np.asarray(resized, dtype=np.uint8).reshape(shape[1], shape[2], shape[0])
@@ -116,7 +123,7 @@ def _check_header(path: Path) -> None:
     try:
         with Image.open(path) as image:
             size = image.width * image.height
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+    except DAMAGED:
         size = 0
     if not 0 < size <= MOST_PIXELS:
         decode(path, (3, 8, 8))  # says what is wrong

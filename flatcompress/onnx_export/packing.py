@@ -1,9 +1,9 @@
 """Integer weights at their true width: plain digits, bitmask + non-zeros, N:M positions + values.
 
 Everything here is numpy; `digits.py` says how a stream of digits lies in bytes, `unpack.py` writes the ONNX sub-graph
-that undoes it. A mask may be one of two levels: a bit for every group of four weights, and four bits for the groups
-that have any; at 80 % zeros that takes 0.84 bits a weight instead of one. N:M stores which of the C(M, N) sets of
-positions each group has: 2.67 bits for 2:4, instead of the four bits of a mask.
+that undoes it. A mask may be one of two levels: a bit for every group of two, four or eight weights, and which of them
+for the groups that have any; at 80 % zeros that takes 0.79 bits a weight instead of one (the entropy is 0.72). N:M
+stores which of the C(M, N) sets of positions each group has: 2.67 bits for 2:4, instead of the four bits of a mask.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +23,7 @@ from flatcompress.onnx_export.digits import bits, stored_bytes
 
 GROUPS = (2, 4, 8, 16)  # the M of N:M
 MOST_SETS = 128
-GROUP = 4  # of a mask's upper level
+MASK_GROUPS = (2, 4, 8)  # the m of a mask of two levels
 MASKED = ("mask", "groups")
 
 # A sparse encoding costs a handful of extra graph nodes and load time; below this gain it is not worth them.
@@ -36,10 +37,10 @@ POOL_BYTES = {"dense": 350, "mask": 650, "groups": 1000, "nm": 700}
 class Encoding:
     """How one integer tensor is stored. Tensors with equal encodings share one pool and one unpack sub-graph.
 
-    ``kind`` is dense, mask, groups (a mask of two levels) or nm; a stored value is one of the ``radix`` integers from
-    ``low`` on, zero left out where a mask tells it. ``nm`` keeps ``n`` of every ``m`` consecutive values;
-    ``channels_last`` says that axis 1 was moved to the end before grouping. Unpacked values are multiplied by
-    ``2**headroom`` (see `graph.headroom`).
+    ``kind`` is dense, mask, groups (a mask of two levels, with a bit for every ``m`` values in the upper) or nm; a
+    stored value is one of the ``radix`` integers from ``low`` on, zero left out where a mask tells it. ``nm`` keeps
+    ``n`` of every ``m`` consecutive values; ``channels_last`` says that axis 1 was moved to the end before grouping.
+    Unpacked values are multiplied by ``2**headroom`` (see `graph.headroom`).
     """
 
     kind: str
@@ -109,12 +110,19 @@ def grouped(values: NDArray[np.integer], m: int, channels_last: bool) -> NDArray
     return np.ascontiguousarray(moved).reshape(-1, m)
 
 
+def _grouped_mask(mask: NDArray[Any], m: int) -> NDArray[Any]:
+    """A flat mask as rows of ``m``, filled up with zeros."""
+    rows = np.zeros(-(-mask.size // m) * m, mask.dtype)
+    rows[: mask.size] = mask
+    return rows.reshape(-1, m)
+
+
 @dataclass(frozen=True)
 class Statistics:
     """What decides how many bytes an encoding of a tensor takes.
 
-    ``used``: groups of four with a non-zero. ``sets``: of every (m, channels_last) that divides the tensor, the most
-    non-zeros a group of m has.
+    ``used``: of every group size, the groups with a non-zero. ``sets``: of every (m, channels_last) that divides the
+    tensor, the most non-zeros a group of m has.
     """
 
     bits: int
@@ -122,7 +130,7 @@ class Statistics:
     nonzero: int
     low: int
     high: int
-    used: int
+    used: dict[int, int]
     sets: dict[tuple[int, bool], int]
     headroom: int = 0
 
@@ -132,15 +140,14 @@ class Statistics:
         if bits not in range(2, 9):
             raise UserError(f"bits {bits!r}: a weight has 2 to 8 bits.")
         low, high = (min(0, int(values.min())), max(0, int(values.max()))) if values.size else (0, 0)
-        mask = np.zeros(-(-values.size // GROUP) * GROUP, bool)
-        mask[: values.size] = values.reshape(-1) != 0
+        mask = values.reshape(-1) != 0
+        used = {m: int(_grouped_mask(mask, m).any(axis=1).sum()) for m in MASK_GROUPS}
         sets = {}
         for m in GROUPS:
             for last in sorted({False, values.ndim > 2}):
                 groups = grouped(values, m, last)
                 if groups is not None:
                     sets[m, last] = int(np.count_nonzero(groups, axis=1).max())
-        used = int(mask.reshape(-1, GROUP).any(axis=1).sum())
         return cls(bits, values.size, int(mask.sum()), low, high, used, sets, headroom)
 
     def fits(self, encoding: Encoding) -> bool:
@@ -162,14 +169,16 @@ class Statistics:
         total = stored_bytes(self.nonzero, encoding.radix)
         if encoding.kind == "mask":
             return total + stored_bytes(self.size, 2)
-        return total + stored_bytes(-(-self.size // GROUP), 2) + stored_bytes(self.used, (1 << GROUP) - 1)
+        groups, patterns = -(-self.size // encoding.m), (1 << encoding.m) - 1
+        return total + stored_bytes(groups, 2) + stored_bytes(self.used[encoding.m], patterns)
 
     def candidates(self) -> Iterator[Encoding]:
         """Every encoding that holds the values, the simplest first."""
         yield self._with_span("dense", self.size)
         if self.nonzero:
             yield self._with_span("mask", self.nonzero)
-            yield self._with_span("groups", self.nonzero)
+            for m in MASK_GROUPS:
+                yield replace(self._with_span("groups", self.nonzero), m=m)
         for (m, last), n in self.sets.items():
             if 0 < n < m and math.comb(m, n) <= MOST_SETS:
                 yield replace(self._with_span("nm", self.size // m * n), n=n, m=m, channels_last=last)
@@ -254,7 +263,7 @@ def _without(
 @dataclass(frozen=True)
 class Stored:
     """Streams of digits: ``values``; ``marks``: mask bits, or of N:M the set of each group; ``patterns``: of a mask of
-    two levels, the four bits of each group that has any, less one.
+    two levels, the bits of each group that has any, less one.
     """
 
     values: NDArray[np.int64]
@@ -279,9 +288,7 @@ def encode(flat: NDArray[np.integer], encoding: Encoding) -> Stored:
     mask = (wide != 0).astype(np.int64)
     if encoding.kind == "mask":
         return Stored(values, mask)
-    rows = np.zeros(-(-mask.size // GROUP) * GROUP, np.int64)
-    rows[: mask.size] = mask
-    patterns = rows.reshape(-1, GROUP) @ (1 << np.arange(GROUP))
+    patterns = _grouped_mask(mask, encoding.m) @ (1 << np.arange(encoding.m))
     return Stored(values, (patterns != 0).astype(np.int64), patterns[patterns != 0] - 1)
 
 

@@ -18,7 +18,7 @@ from onnx import TensorProto, helper
 
 from flatcompress.onnx_export import digits, packing
 from flatcompress.onnx_export.builder import INT8, INT32, GraphBuilder
-from flatcompress.onnx_export.packing import GROUP, Encoding
+from flatcompress.onnx_export.packing import Encoding
 
 # A pool is closed at this many weights: unpacking takes about nine bytes per weight for a moment, and text no longer
 # matters for layers of this size.
@@ -147,11 +147,12 @@ class Unpacker:
     def _groups(self, stored: packing.Stored, encoding: Encoding, size: int) -> tuple[str, int]:
         assert stored.marks is not None and stored.patterns is not None
         above, count = self.stream(stored.marks, np.arange(2, dtype=np.uint8).reshape(-1, 1))
-        used = np.arange(1, 1 << GROUP, dtype=np.int32).reshape(-1, 1)
+        m = encoding.m
+        used = np.arange(1, 1 << m, dtype=np.int32).reshape(-1, 1)
         patterns = self._scattered(above, count, stored.patterns, used)
-        bits = (np.arange(1 << GROUP).reshape(-1, 1) >> np.arange(GROUP) & 1).astype(np.uint8)
+        bits = (np.arange(1 << m).reshape(-1, 1) >> np.arange(m) & 1).astype(np.uint8)
         mask = self.builder.op("Gather", [self.builder.constant(bits), patterns], axis=0)
-        return self._weights(mask, GROUP * count, stored, encoding), GROUP * count
+        return self._weights(mask, m * count, stored, encoding), m * count
 
     def _sets(self, stored: packing.Stored, encoding: Encoding, size: int) -> tuple[str, int]:
         assert stored.marks is not None

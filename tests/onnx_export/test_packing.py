@@ -73,8 +73,8 @@ def test_every_encoding_that_applies_is_lossless(shape, bits, sparsity, seed):
     spans = [(-128, 127), (low, max(high, low + 1)), (-(1 << (bits - 1)), (1 << (bits - 1)) - 1)]
     encodings = {packing.Encoding("dense", first, last - first + 1) for first, last in spans}
     if values.any():
-        masks = [packing.Encoding(kind, a, max(2, b - a)) for kind in ("mask", "groups") for a, b in spans]
-        encodings |= set(masks)
+        kinds = [("mask", 0), *(("groups", m) for m in packing.MASK_GROUPS)]
+        encodings |= {packing.Encoding(kind, a, max(2, b - a), m=m) for kind, m in kinds for a, b in spans}
     encodings |= set(found.candidates())
     for encoding in sorted(encodings, key=str):
         assert found.fits(encoding)

@@ -57,6 +57,15 @@ def text_bomb() -> bytes:
     return png(8, 8, chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(80_000_000))))
 
 
+def tiff_with_a_fraction_for_a_place() -> bytes:
+    content = bytearray(picture("TIFF"))
+    table = struct.unpack_from("<I", content, 4)[0]
+    for at in range(table + 2, table + 2 + 12 * struct.unpack_from("<H", content, table)[0], 12):
+        if struct.unpack_from("<H", content, at)[0] == 273:  # where the pixels lie
+            struct.pack_into("<H", content, at + 2, 5)
+    return bytes(content)
+
+
 def written(content: bytes):
     return lambda path: path.write_bytes(content)
 
@@ -84,6 +93,7 @@ KINDS = {
         written(picture("BMP")[:22] + b"\xff\xff\xff\x7f" + picture("BMP")[26:]),
     ),
     "tiff cut off": ("tiff", written(cut(picture("TIFF", size=(64, 64)), 0.9))),
+    "tiff with a fraction for a place": ("tiff", written(tiff_with_a_fraction_for_a_place())),
     "webp cut off": ("webp", written(cut(picture("WEBP", size=(64, 64))))),
     "fifo": ("png", lambda path: os.mkfifo(path)),
     "link to itself": ("png", lambda path: path.symlink_to(path)),
