@@ -3,6 +3,8 @@
 Every round times each candidate once, in an order that moves on by one each round, so that frequency changes and
 neighbours' load fall on all of them alike. One timing is the mean of as many calls as make two milliseconds. The
 figure is the median of the rounds; the spread given is the distance between the 10th and the 90th percentile.
+Between its calls a session's threads sleep: those of one that spins take the cores from the one being timed (up to
+four times its time, seven sessions of two threads on two cores).
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from flatcompress.onnx_export.sessions import machine, session
 
 METHOD = (
     "interleaved rounds, each the mean of calls lasting 2 ms; median of rounds; onnxruntime CPU, default "
-    "optimizations, one sample unless batch says otherwise, input and output in ordinary memory"
+    "optimizations, threads asleep between calls, one sample unless batch says otherwise, input and output in "
+    "ordinary memory"
 )
 TIMING_SECONDS = 2e-3
 MOST_CALLS = 200
@@ -46,7 +49,8 @@ def measure(
     if runs < 1 or threads < 1 or batch < 1:
         raise UserError(f"runs, threads and batch must be at least 1, found {runs}, {threads}, {batch}.")
     loads = {name: load_ms(model, threads, clock=clock) for name, model in models.items()}
-    timers = {name: _Timer(session(model, threads=threads), batch, size, clock) for name, model in models.items()}
+    sessions = {name: session(model, threads=threads, idle=True) for name, model in models.items()}
+    timers = {name: _Timer(handle, batch, size, clock) for name, handle in sessions.items()}
     names = list(models)
     for round_number in range(runs):
         turn = round_number % len(names)

@@ -31,13 +31,23 @@ INTEGER_KERNELS = frozenset(
 
 
 def session(
-    model: str | Path | bytes, *, optimized: bool = True, threads: int = 1, save_to: Path | None = None
+    model: str | Path | bytes,
+    *,
+    optimized: bool = True,
+    threads: int = 1,
+    save_to: Path | None = None,
+    idle: bool = False,
 ) -> ort.InferenceSession:
-    """A CPU session with default options but for the thread count. UserError when onnxruntime refuses the file."""
+    """A CPU session with default options but for the thread count. UserError when onnxruntime refuses the file.
+
+    idle: its threads sleep between two calls instead of spinning, for several sessions that take turns.
+    """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = QUIET
+    if idle:
+        options.add_session_config_entry("session.force_spinning_stop", "1")
     if not optimized:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     if save_to is not None:

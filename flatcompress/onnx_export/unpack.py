@@ -166,7 +166,7 @@ class Unpacker:
         return self.builder.cast(self._scattered(mask, count, stored.values, _alphabet(encoding, np.int32)), INT8)
 
     def _scattered(self, mask: str, count: int, codes: NDArray[np.int64], table: NDArray[np.int32]) -> str:
-        """int32 [count]: where the mask is 1 the stream's values in order, 0 elsewhere.
+        """int32 [1, count]: where the mask is 1 the stream's values in order, 0 elsewhere.
 
         NonZero's size is written down: onnxruntime 1.31 folds only what it can tell the size of. Integers of 32
         bits, because OpenVINO 2026.4 folds no ScatterElements of narrower ones.
@@ -174,9 +174,8 @@ class Unpacker:
         b = self.builder
         where = b.op("NonZero", [self._flat(mask)])
         b.shape(where, TensorProto.INT64, [1, codes.size])
-        values = self.exactly(codes, table, [codes.size])
-        place = b.op("Reshape", [where, b.ints([codes.size])])
-        return b.op("ScatterElements", [self._zeros([count]), place, values], axis=0)
+        values = self.exactly(codes, table, [1, codes.size])
+        return b.op("ScatterElements", [self._zeros([1, count]), where, values], axis=1)
 
     def _zeros(self, shape: list[int]) -> str:
         value = helper.make_tensor("", INT32, [1], [0])
