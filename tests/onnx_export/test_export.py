@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 
 import numpy as np
@@ -10,13 +11,13 @@ from conftest import randomize_norms, toy_quantize
 from onnx.reference import ReferenceEvaluator
 from torch import nn
 
-from flatcompress import models, quant
+from flatcompress import models, prune, quant
 from flatcompress.errors import UserError
 from flatcompress.onnx_export import PROFILES, export, parity
 from flatcompress.onnx_export.sessions import INTEGER_KERNELS, kernels, run, session
 
 SMALL = {"mobilenet_v2": {"width": 0.35}, "resnet18": {"width": 8}, "resnet50": {"width": 8}, "vit_tiny": {"depth": 2}}
-BUILT_IN = ["resnet8", "resnet20", "resnet18", "mobilenet_v1_025", "mobilenet_v2", "ds_cnn", "vit_tiny"]
+BUILT_IN = sorted(models.MODELS)
 
 
 def inputs(count: int = 32, shape: tuple[int, int, int] = (1, 16, 16), seed: int = 0) -> torch.Tensor:
@@ -24,10 +25,14 @@ def inputs(count: int = 32, shape: tuple[int, int, int] = (1, 16, 16), seed: int
 
 
 def quantized(
-    name: str, weight_bits: int = 4, activation_bits: int = 4, sparsity: float = 0.0, shape=(1, 16, 16)
+    name: str, weight_bits: int = 4, activation_bits: int = 4, sparsity: float = 0.0, cut: float = 0, shape=(1, 16, 16)
 ) -> nn.Module:
     model = models.build(name, num_classes=10, input_shape=shape, seed=0, **SMALL.get(name, {}))
     randomize_norms(model)
+    if cut:
+        before = sum(p.numel() for p in model.parameters())
+        prune.prune(model, inputs(2, shape), ratio=cut, round_to=1)
+        assert sum(p.numel() for p in model.parameters()) < before
     if sparsity:
         for module in model.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
@@ -49,23 +54,27 @@ def compared(model: nn.Module, path, profile: str = "packed", x: torch.Tensor | 
     return exported, parity.compare(reference, found, step), parity.compare(reference, plain, step)
 
 
-def _matrix():
-    """Every built-in model at four settings; all but W4A4 and the two smallest models are slow."""
-    for weights, activations, sparsity in [(4, 4, 0), (2, 4, 0), (8, 8, 0), (3, 8, 0.8)]:
-        for name in BUILT_IN:
-            fast = weights == 4 or name in ("resnet8", "ds_cnn")
-            marks = () if fast else (pytest.mark.slow,)
-            yield pytest.param(name, weights, activations, sparsity, marks=marks)
+def _matrix() -> list:
+    """Every built-in model at four settings, its channels cut or not, its weights masked or not; most are slow."""
+    cases = itertools.product([(4, 4), (2, 4), (8, 8), (3, 8)], (0, 0.8), (0, 0.4), BUILT_IN)
+    found = []
+    for (weights, activations), sparsity, cut, name in cases:
+        plain, small = not sparsity and not cut, name in ("resnet8", "ds_cnn")
+        fast = (weights == 4 and plain) or (small and bool(sparsity) == bool(cut))
+        marks = () if fast else (pytest.mark.slow,)
+        found.append(pytest.param(name, weights, activations, sparsity, cut, marks=marks))
+    return found
 
 
-@pytest.mark.parametrize(("name", "weights", "activations", "sparsity"), _matrix())
-def test_built_in_models_match_their_reference_and_run_on_integers(name, weights, activations, sparsity, tmp_path):
-    model = quantized(name, weights, activations, sparsity)
+@pytest.mark.parametrize(("name", "weights", "activations", "sparsity", "cut"), _matrix())
+def test_built_in_models_match_their_reference_and_run_on_integers(name, weights, activations, sparsity, cut, tmp_path):
+    model = quantized(name, weights, activations, sparsity, cut)
     exported, optimized, plain = compared(model, tmp_path / "m.onnx")
     assert optimized["largest_error_steps"] <= 1
     assert optimized["equal_argmax"] == 1.0
-    # Means of 16 pixels lie on a rounding boundary every so often, and an untrained network's logits are close.
-    assert plain["mean_error_steps"] <= 2
+    # Without optimizations floats are convolved. Means of 16 pixels lie on a rounding boundary every so often, and an
+    # untrained network's logits are close; 50 such layers make more of a code that moves.
+    assert plain["mean_error_steps"] <= (20 if name == "resnet50" else 2)
     found = kernels(exported.path).of
     layers = [row["name"] for row in exported.layers]
     assert [n for n in layers[1:] if found.get(n) not in INTEGER_KERNELS] == []
