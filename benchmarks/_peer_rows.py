@@ -108,7 +108,8 @@ def own(epochs: int, quick: bool) -> list[Peer]:
         return rows
     return [
         *rows,
-        row("ASAM, LSQ+SAM W4A4", prune("asam", 0.5, first, rho=2.0, **steps), quantize("lsq_sam", 4, last, rho=QAT_RHO)),
+        row("ASAM, LSQ+SAM W4A4", prune("asam", 0.5, first, rho=2.0, **steps),
+            quantize("lsq_sam", 4, last, rho=QAT_RHO)),
         row("AdaSAP, LSQ+SAGM W4A8", cut, quantize("lsq_sagm", 4, last, activation_bits=8, rho=QAT_RHO)),
         row("AdaSAP, LSQ+SAGM W8A8", cut, quantize("lsq_sagm", 8, last, rho=QAT_RHO)),
         row("from scratch: SAGM, AdaSAP, GAQAT W4A4", train("sagm", START_EPOCHS, rho=RHO), cut,
