@@ -88,10 +88,11 @@ def _quantized(b: int, epochs: int, erm: Any, sagm: Any, quick: bool) -> list[di
         row("SAQ", "saq", flat=True),
         {"name": f"W{b}A32 QT-DoG", "stages": [erm, quantize("qt_dog", b, epochs, activation_bits=None)]},
     ]
+    auto: dict[str, Any] = {"bits": "auto", "effective_bits": float(b)}
+    if b in (3, 4):
+        rows.append(row("LSQ, bits: auto by gradient", "lsq", sensitivity="gradient", **auto))
     if b == 4:
-        auto: dict[str, Any] = {"bits": "auto", "effective_bits": 4.0}
         rows += [
-            row("LSQ, bits: auto by gradient", "lsq", sensitivity="gradient", **auto),
             row("LSQ, bits: auto by Hessian", "lsq", sensitivity="hessian", **auto),
             row("LSQ+SAGM, bits: auto by Hessian", "lsq_sagm", flat=True, sensitivity="hessian", **auto),
         ]
@@ -110,9 +111,9 @@ def claims(bits: Sequence[int]) -> list[Claim]:
             Claim(f"W{b}A{b} LSQ+SAGM", f"W{b}A{b} LSQ from ERM", standard_errors=2),
             Claim(f"W{b}A{b} GAQAT", f"W{b}A{b} LSQ+SAGM", standard_errors=1),
         ]
+    found += [Claim(f"W{b}A{b} LSQ, bits: auto by gradient", f"W{b}A{b} LSQ") for b in bits if b in (3, 4)]
     if 4 in bits:
         found += [
-            Claim("W4A4 LSQ, bits: auto by gradient", "W4A4 LSQ"),
             Claim("W4A4 LSQ, bits: auto by Hessian", "W4A4 LSQ"),
             Claim("W4A4 LSQ+SAGM, bits: auto by Hessian", "W4A4 LSQ+SAGM"),
         ]
