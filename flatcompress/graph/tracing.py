@@ -112,6 +112,19 @@ def _traced(model: nn.Module, example_input: torch.Tensor, training: bool) -> fx
     return gm
 
 
+@contextmanager
+def _with_momentum(model: nn.Module) -> Iterator[None]:
+    """Norms that average all batches alike (momentum None) count them in a tensor, which torch.export cannot follow."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.momentum is None]
+    try:
+        for norm in norms:
+            norm.momentum = 0.1
+        yield
+    finally:
+        for norm in norms:
+            norm.momentum = None
+
+
 def _export(model: nn.Module, example_input: torch.Tensor) -> torch.export.ExportedProgram:
     # Before torch 2.7 the training graph had its own entry point.
     export = torch.export.export
@@ -121,7 +134,8 @@ def _export(model: nn.Module, example_input: torch.Tensor) -> torch.export.Expor
     level = log.level
     log.setLevel(logging.CRITICAL)
     try:
-        return export(model, (example_input,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), strict=False)
+        with _with_momentum(model):
+            return export(model, (example_input,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), strict=False)
     except Exception as error:  # torch.export raises whatever it meets on its way
         name = type(model).__name__
         raise UserError(f"{name} cannot be traced by torch.export: {_reason(error)}") from error

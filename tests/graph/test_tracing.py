@@ -288,3 +288,12 @@ def test_macs_by_hand() -> None:
 def test_specs_give_the_integer_range() -> None:
     assert (graph.ActivationSpec(0.1, 3, True).qmin, graph.ActivationSpec(0.1, 3, True).qmax) == (-4, 3)
     assert graph.ActivationSpec(0.1, 8, False).qmax == 255
+
+
+def test_a_norm_that_averages_all_batches_alike_is_traced_and_keeps_its_momentum() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, momentum=None))
+    x = torch.randn(2, 3, 8, 8)
+    model(x)
+    traced = graph.trace(model, x)
+    assert model[1].momentum is None and model[1].num_batches_tracked == 1
+    torch.testing.assert_close(traced.eval()(x), model.eval()(x), rtol=0, atol=0)
