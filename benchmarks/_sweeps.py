@@ -26,7 +26,8 @@ DOCS = Path(__file__).parent.parent / "docs" / "results"
 class Claim:
     """``method`` beats ``other`` on ``metric`` by at least ``least`` (in shares of 1).
 
-    ``standard_errors``: the mean gain must also exceed this many standard errors of itself.
+    ``standard_errors``: the mean gain must also exceed this many standard errors of itself. ``or_equal``: as good is
+    enough.
     """
 
     method: str
@@ -34,6 +35,7 @@ class Claim:
     metric: str = "held_out"
     least: float = 0.0
     standard_errors: float = 0.0
+    or_equal: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Verdict:
             return f"{c.method} against {c.other} on {names[c.metric]}: not run."
         error = standard_error(self.gain)
         spread = f" (standard error {100 * error:.1f}, {self.gain.n} seeds)" if error is not None else " (one seed)"
-        wanted = f"at least {100 * c.least:+.1f}" if c.least else "above 0"
+        wanted = f"at least {100 * c.least:+.1f}" if c.least else "no less" if c.or_equal else "above 0"
         wanted += f" and above {c.standard_errors:g} standard errors" if c.standard_errors else ""
         return (
             f"{'holds' if self.holds else 'DOES NOT HOLD'}: {c.method} against {c.other} on {names[c.metric]} "
@@ -73,7 +75,7 @@ def judge(finished: Sequence[Finished], claims: Sequence[Claim]) -> list[Verdict
     for claim in claims:
         pair = by_method.get(claim.method, []), by_method.get(claim.other, [])
         gain = sweep_table.paired(*pair, claim.metric)
-        holds = gain is not None and gain.mean > 0 and gain.mean >= claim.least
+        holds = gain is not None and gain.mean >= claim.least and (gain.mean > 0 or (claim.or_equal and gain.mean == 0))
         if gain is not None and claim.standard_errors:
             error = standard_error(gain)
             holds = holds and (error is None or gain.mean > claim.standard_errors * error)

@@ -28,7 +28,7 @@ from flatcompress.quant.methods import QUANTIZERS
 from flatcompress.quant.oscillation import OscillationTracker, anneal, dampening_loss
 from flatcompress.quant.rounding import set_bias_rounding
 from flatcompress.quant.saq import QuantizedPoint
-from flatcompress.quant.sensitivity import flatness_map, hessian_traces, sensitivities
+from flatcompress.quant.sensitivity import flatness_map, hessian_traces, rise, sensitivities
 
 __all__ = [
     "QUANTIZERS",
@@ -52,6 +52,7 @@ __all__ = [
     "quantize",
     "quantized_layers",
     "reestimate_batchnorm",
+    "rise",
     "scale_names",
     "scale_parameters",
     "sensitivities",

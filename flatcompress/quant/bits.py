@@ -17,9 +17,10 @@ from torch import nn
 from flatcompress.errors import UserError, unknown
 from flatcompress.graph import macs, trace
 from flatcompress.quant.placement import Settings, place
-from flatcompress.quant.sensitivity import CHOICES, Loss, sensitivities
+from flatcompress.quant.sensitivity import CHOICES, Loss, rise, sensitivities
 
 UNITS = ("effective_bits", "bytes", "bops")
+WORTHWHILE = 0.8
 Table = Mapping[str, Mapping[int, float]]
 
 
@@ -142,7 +143,7 @@ def auto_bits(
     *,
     example_input: torch.Tensor,
     choices: Iterable[int] = CHOICES,
-    kind: str = "hessian",
+    kind: str = "measured",
     seed: int = 0,
     **settings: Any,
 ) -> dict[str, int]:
@@ -152,6 +153,10 @@ def auto_bits(
     4 bit costs), ``bytes`` (of all quantized weights) or ``bops`` (multiply-accumulates x weight bits x activation
     bits, per sample, of all quantized layers). First and last layers keep ``first_last_bits``. ``loss``, ``kind``: see
     `sensitivities`. ``settings``: as `quantize` (``activation_bits``, ``first_last_bits``, ``ignore`` ...).
+
+    Errors of several layers do not add up as an allocation assumes, and training makes up for most of what is small.
+    So with ``measured`` the layers get different bits only where the loss, measured with all of them rounded, then
+    rises by at most ``WORTHWHILE`` of what it rises by with the same bits everywhere.
     """
     if unit not in UNITS:
         raise unknown("budget unit", unit, UNITS)
@@ -169,7 +174,18 @@ def auto_bits(
     if limit < least:
         lowest = least / total if unit == "effective_bits" else least + fixed
         raise UserError(f"a budget of {budget:g} {unit} is too low: the fewest bits everywhere take {lowest:g}.")
-    return allocate(sensitivities(model, loss, free, choices, kind, seed), prices, limit)
+    found = allocate(sensitivities(model, loss, free, choices, kind, seed), prices, limit)
+    uniform = _uniform(prices, limit)
+    if kind == "measured" and uniform and rise(model, loss, found) > WORTHWHILE * rise(model, loss, uniform):
+        return uniform
+    return found
+
+
+def _uniform(prices: Table, limit: float) -> dict[str, int]:
+    """The most bits that every layer can have alike within ``limit``; empty when there are none."""
+    common = set.intersection(*(set(row) for row in prices.values()))
+    fitting = [b for b in common if sum(row[b] for row in prices.values()) <= limit * (1 + 1e-12)]
+    return dict.fromkeys(prices, max(fitting)) if fitting else {}
 
 
 def _size(model: nn.Module, name: str) -> int:

@@ -1,14 +1,15 @@
 """How much each layer minds being rounded, before anything is quantized.
 
-`hessian_traces` is what HAWQ-V2 uses (arXiv 1911.03852): tr(H) of the loss in one layer's weights, by Hutchinson's
-estimate. `sensitivities` turns it, or one backward pass, into a cost per layer and bit width. `flatness_map` puts
+`rise` measures it: the loss with weights on their grids, less the loss without. `hessian_traces` is what HAWQ-V2 uses
+instead (arXiv 1911.03852): tr(H) of the loss in one layer's weights, by Hutchinson's estimate. `sensitivities` turns
+one of them, or one backward pass, into a cost per layer and bit width. `flatness_map` puts
 side by side how far a layer may move and how far its grid moves it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,7 +21,7 @@ from flatcompress.quant.lsq import grid
 from flatcompress.quant.placement import LAYERS
 
 Loss = Callable[[], Tensor]
-KINDS = ("hessian", "gradient")
+KINDS = ("measured", "hessian", "gradient")
 CHOICES = (2, 3, 4, 6, 8)
 _SHARES = 60  # grid steps tried per row when the least squared error is looked for
 
@@ -102,16 +103,34 @@ def rounding_error(weight: Tensor, bits: int) -> Tensor:
     return best.view_as(weight)
 
 
+@torch.no_grad()
+def rise(model: nn.Module, loss: Loss, bits: Mapping[str, int]) -> float:
+    """By how much ``loss()`` rises, in eval mode, when the named layers' weights are rounded to ``bits``."""
+    weights = {name: layer.weight for name, layer in float_layers(model, bits).items()}
+    before: dict[str, Any] = {name: weight.detach().clone() for name, weight in weights.items()}  # type: ignore[operator]
+    with _frozen_statistics(model):
+        start = float(loss())
+        try:
+            for name, weight in weights.items():
+                weight += rounding_error(before[name], bits[name])  # type: ignore[operator]
+            return float(loss()) - start
+        finally:
+            for name, weight in weights.items():
+                weight.copy_(before[name])  # type: ignore[operator]
+
+
 def sensitivities(
     model: nn.Module,
     loss: Loss,
     names: Iterable[str] | None = None,
     choices: Iterable[int] = CHOICES,
-    kind: str = "hessian",
+    kind: str = "measured",
     seed: int = 0,
 ) -> dict[str, dict[int, float]]:
     """Expected cost of giving a layer b bits, by layer and b; never rising in b.
 
+    ``measured``: the `rise` of the loss with this layer alone rounded, a forward pass per layer and bit width; a fall
+    counts as much, being luck that training does not keep.
     ``hessian``: tr(H)/n * ||Q_b(w) - w||^2 (HAWQ-V2, eq. 6). A trace that is not positive is noise or a saddle and
     would make a layer free; it counts as the least positive curvature found.
     ``gradient``: sum g^2 (Q_b(w) - w)^2 with g from one backward pass (the diagonal of the empirical Fisher matrix
@@ -120,6 +139,8 @@ def sensitivities(
     if kind not in KINDS:
         raise unknown("sensitivity", kind, KINDS)
     layers = float_layers(model, names)
+    if kind == "measured":
+        return {n: _falling({b: abs(rise(model, loss, {n: b})) for b in choices}) for n in layers}
     if kind == "hessian":
         traces = hessian_traces(model, loss, layers, seed=seed)
         curvature = {n: t / layers[n].weight.numel() for n, t in traces.items()}  # type: ignore[operator]
@@ -131,12 +152,17 @@ def sensitivities(
         weight = {n: g.detach().square() for n, g in zip(layers, found)}
     table: dict[str, dict[int, float]] = {}
     for name, layer in layers.items():
-        costs, least = {}, math.inf
-        for bits in sorted(choices):
-            least = min(least, float((weight[name] * rounding_error(layer.weight, bits).square()).sum()))  # type: ignore[arg-type]
-            costs[bits] = least
-        table[name] = costs
+        errors = {b: rounding_error(layer.weight, b).square() for b in choices}  # type: ignore[arg-type]
+        table[name] = _falling({b: float((weight[name] * error).sum()) for b, error in errors.items()})
     return table
+
+
+def _falling(costs: Mapping[int, float]) -> dict[int, float]:
+    """``costs`` by bits, none above the one of fewer bits."""
+    found, least = {}, math.inf
+    for bits in sorted(costs):
+        found[bits] = least = min(least, costs[bits])
+    return found
 
 
 def flatness_map(

@@ -179,8 +179,8 @@ class QuantizeConfig(TrainingKeys):
     )
     bytes: Size | None = Field(None, description="bits: auto, budget: bytes of all quantized weights (200k)")
     bops: Size | None = Field(None, description="bits: auto, budget: MACs x weight bits x activation bits (1.5G)")
-    sensitivity: Literal["hessian", "gradient"] = Field(
-        "hessian", description="bits: auto, what a layer's error costs: Hessian trace, or one backward pass"
+    sensitivity: Literal["measured", "hessian", "gradient"] = Field(
+        "measured", description="bits: auto, a layer's cost: measured, by Hessian trace, or by one backward pass"
     )
     first_last_bits: Bits = Field(8, description="bits of the first and the last layer's weights")
     input_bits: Bits = Field(8, description="bits of the network's input")
@@ -245,6 +245,14 @@ class QuantizeConfig(TrainingKeys):
         """(unit, value) of the budget that ``bits: auto`` keeps."""
         given = [(unit, v) for unit in BITS_BUDGETS if (v := getattr(self, unit)) is not None]
         return given[0] if given else ("effective_bits", float(self.weight_bits))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sensitivity_as_ever(cls, keys: Any) -> Any:
+        """Without bits: auto the key decides nothing; it stays what recipes were hashed with before ``measured``."""
+        if isinstance(keys, dict) and keys.get("bits") != "auto" and "sensitivity" not in keys:
+            return keys | {"sensitivity": "hessian"}
+        return keys
 
     @model_validator(mode="after")
     def _one_bits_budget(self) -> QuantizeConfig:

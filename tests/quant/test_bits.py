@@ -54,7 +54,7 @@ def test_trace_estimate_approaches_the_exact_trace() -> None:
     assert found == pytest.approx(exact, rel=0.15)
 
 
-@pytest.mark.parametrize("kind", ["hessian", "gradient"])
+@pytest.mark.parametrize("kind", ["measured", "hessian", "gradient"])
 def test_sensitivity_never_rises_in_bits_and_leaves_the_model_alone(kind: str) -> None:
     torch.manual_seed(0)
     model = trained(Net(), 5)
@@ -73,6 +73,43 @@ def test_gradient_sensitivity_is_the_fisher_form() -> None:
     table = quant.sensitivities(model, model, kind="gradient", choices=[3])
     expected = ((model.h * model.fc.weight).square() * rounding_error(model.fc.weight, 3).square()).sum()
     assert table["fc"][3] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_measured_sensitivity_is_the_loss_with_one_layer_rounded() -> None:
+    model = Quadratic()
+    expected = 0.5 * (model.h * (model.fc.weight + rounding_error(model.fc.weight, 3)).square()).sum() - model()
+    assert quant.rise(model, model, {"fc": 3}) == pytest.approx(expected.item(), rel=1e-5)
+    assert quant.sensitivities(model, model, choices=[3])["fc"][3] == pytest.approx(abs(expected.item()), rel=1e-5)
+
+
+class TwoLayers(nn.Module):
+    """Layers of one size; the loss is what a move away from the start costs, ``heavier`` times in the second one."""
+
+    def __init__(self, heavier: float) -> None:
+        super().__init__()
+        layers = [nn.Linear(16, 16, bias=False) for _ in range(4)]  # of which the first and last have fixed bits
+        self.start = [layer.weight.detach().clone() for layer in layers]
+        self.layers, self.heavier = nn.Sequential(*layers), heavier
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x)
+
+    def loss(self) -> torch.Tensor:
+        moved = [(layer.weight - start).square().sum() for layer, start in zip(self.layers, self.start)]
+        return moved[1] + self.heavier * moved[2]
+
+
+@pytest.mark.parametrize("heavier", [1.5, 1000.0])
+def test_measured_bits_differ_only_where_the_loss_rises_less_than_with_uniform_ones(heavier: float) -> None:
+    torch.manual_seed(0)
+    model = TwoLayers(heavier)
+    bits = quant.auto_bits(model, model.loss, 4.0, example_input=torch.randn(2, 16))
+    if heavier < 2:
+        assert bits == {"layers.1": 4, "layers.2": 4}
+    else:
+        assert bits == {"layers.1": 2, "layers.2": 6}
+        uniform = dict.fromkeys(bits, 4)
+        assert quant.rise(model, model.loss, bits) < 0.8 * quant.rise(model, model.loss, uniform)
 
 
 def brute(costs: dict, prices: dict, budget: float) -> float:
