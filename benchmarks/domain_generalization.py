@@ -11,7 +11,8 @@ docs/results/domain_generalization.md. `--collect` makes them from the runs that
 Targets (``--check`` exits 1 where one is missed), on the held-out style, paired by seed and style: float SAGM above
 float ERM by more than two standard errors, also when ERM gets as many passes, and so float SAM; at every bit width
 LSQ under SAGM above plain LSQ (from ERM) by more than two standard errors, and GAQAT and the best variant of
-`gaqat_variants` above naive LSQ+SAGM by more than one; at 4 and 3 effective bits LSQ with bits: auto not below LSQ with 4 and 3 bits everywhere.
+`gaqat_variants` above naive LSQ+SAGM by more than one; at 4 and 3 effective bits LSQ with bits: auto not below LSQ
+with 4 and 3 bits everywhere.
 """
 
 from __future__ import annotations
