@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -30,8 +31,10 @@ def main(argv: list[str] | None = None) -> int:
     failed = []
     for name in options.only:
         print(f"\n== {name} {' '.join(flags)}", flush=True)
+        start = time.monotonic()
         if subprocess.run([sys.executable, "-m", f"benchmarks.{name}", *flags], cwd=HERE.parent).returncode:
             failed.append(name)
+        print(f"== {name}: {time.monotonic() - start:.0f} s", flush=True)
     if failed:
         print(f"\nfailed or missed: {', '.join(failed)}")
     return 1 if failed else 0

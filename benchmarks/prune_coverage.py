@@ -219,7 +219,8 @@ def main() -> int:
     if arguments.only is None:
         RESULTS.parent.mkdir(exist_ok=True)
         payload = {"quick": arguments.quick, "torch": torch.__version__, "rows": [asdict(row) for row in rows]}
-        RESULTS.write_text(json.dumps(payload, indent=1) + "\n", encoding="utf-8")
+        path = RESULTS.with_stem(f"{RESULTS.stem}-quick") if arguments.quick else RESULTS
+        path.write_text(json.dumps(payload, indent=1) + "\n", encoding="utf-8")
     failures = missed(rows)
     for line in failures:
         print(f"MISSED {line}", file=sys.stderr)
