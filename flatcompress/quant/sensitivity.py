@@ -76,8 +76,7 @@ def hessian_traces(
 
 def _gradients(loss: Loss, weights: list[Any], names: list[str], create_graph: bool) -> tuple[Tensor, ...]:
     value = loss()
-    if not bool(torch.isfinite(value)):
-        raise UserError("the loss that sensitivities are measured on is not finite.")
+    _finite(value)
     if not value.requires_grad:
         raise UserError("the loss that sensitivities are measured on does not depend on the model's weights.")
     found = torch.autograd.grad(value, weights, create_graph=create_graph, allow_unused=True)
@@ -85,6 +84,12 @@ def _gradients(loss: Loss, weights: list[Any], names: list[str], create_graph: b
         if gradient is None:
             raise UserError(f"the loss that sensitivities are measured on does not depend on layer {name!r}.")
     return found  # type: ignore[return-value]
+
+
+def _finite(value: Tensor) -> float:
+    if not bool(torch.isfinite(value)):
+        raise UserError("the loss that sensitivities are measured on is not finite.")
+    return float(value)
 
 
 @torch.no_grad()
@@ -105,15 +110,19 @@ def rounding_error(weight: Tensor, bits: int) -> Tensor:
 
 @torch.no_grad()
 def rise(model: nn.Module, loss: Loss, bits: Mapping[str, int]) -> float:
-    """By how much ``loss()`` rises, in eval mode, when the named layers' weights are rounded to ``bits``."""
+    """By how much ``loss()`` rises, in eval mode, when the named layers' weights are rounded to ``bits``.
+
+    inf where rounding breaks the loss; UserError when it is not finite to begin with.
+    """
     weights = {name: layer.weight for name, layer in float_layers(model, bits).items()}
     before: dict[str, Any] = {name: weight.detach().clone() for name, weight in weights.items()}  # type: ignore[operator]
     with _frozen_statistics(model):
-        start = float(loss())
+        start = _finite(loss())
         try:
             for name, weight in weights.items():
                 weight += rounding_error(before[name], bits[name])  # type: ignore[operator]
-            return float(loss()) - start
+            risen = float(loss()) - start
+            return risen if math.isfinite(risen) else math.inf
         finally:
             for name, weight in weights.items():
                 weight.copy_(before[name])  # type: ignore[operator]

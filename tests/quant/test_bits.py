@@ -200,3 +200,5 @@ def test_bad_requests() -> None:
         quant.hessian_traces(model, lambda: torch.zeros(()))
     with pytest.raises(UserError, match="finite"):
         quant.hessian_traces(model, lambda: model(X).sum() * float("nan"))
+    with pytest.raises(UserError, match="not finite"):
+        quant.sensitivities(model, lambda: model(X).sum() * float("nan"))
