@@ -7,6 +7,7 @@ holds, with the paired difference and its standard error, so a negative result s
 from __future__ import annotations
 
 import argparse
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
@@ -75,7 +76,8 @@ def judge(finished: Sequence[Finished], claims: Sequence[Claim]) -> list[Verdict
     for claim in claims:
         pair = by_method.get(claim.method, []), by_method.get(claim.other, [])
         gain = sweep_table.paired(*pair, claim.metric)
-        holds = gain is not None and gain.mean >= claim.least and (gain.mean > 0 or (claim.or_equal and gain.mean == 0))
+        above = operator.ge if claim.or_equal else operator.gt
+        holds = gain is not None and above(gain.mean, 0) and gain.mean >= claim.least
         if gain is not None and claim.standard_errors:
             error = standard_error(gain)
             holds = holds and (error is None or gain.mean > claim.standard_errors * error)

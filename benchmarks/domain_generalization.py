@@ -32,12 +32,13 @@ K = 20  # steps a window: a run has 168
 RHO = 0.4  # of float flat training: the best of 0.1, 0.2 and 0.4 by validation on the source styles, seed 0
 QAT_RHO = 0.2  # of flat low-bit training, where it is not tuned
 QAT_RHOS = [0.1, 0.2, 0.4]
+AUTO = (4, 3)  # effective bits at which bits: auto has rows
 INTRO = """
 Accuracy in percent on 12 drawn classes; three styles are trained on, the fourth (the column) is only tested on. All
 methods of a block see the same number of epochs; a flat method takes two passes a step, which the column *passes*
 shows. QAT starts from the float network that its name says (SAGM unless it says ERM). *bits: auto* gives layers
-different bits only where the loss, measured, rises clearly less for it; on this network that is nowhere, so its runs
-are those of uniform bits.
+different bits only where the loss, measured, rises clearly less for it; where that is nowhere, its runs are those of
+uniform bits.
 """
 
 
@@ -93,7 +94,7 @@ def _quantized(b: int, epochs: int, erm: Any, sagm: Any, quick: bool) -> list[di
         {"name": f"W{b}A32 QT-DoG", "stages": [erm, quantize("qt_dog", b, epochs, activation_bits=None)]},
     ]
     auto: dict[str, Any] = {"bits": "auto", "effective_bits": float(b)}
-    if b in (3, 4):
+    if b in AUTO:
         rows += [
             row("LSQ, bits: auto", "lsq", **auto),
             row("LSQ, bits: auto by gradient", "lsq", sensitivity="gradient", **auto),
@@ -119,7 +120,7 @@ def claims(bits: Sequence[int]) -> list[Claim]:
             Claim(f"W{b}A{b} GAQAT", f"W{b}A{b} LSQ+SAGM", standard_errors=1),
             Claim(f"W{b}A{b} LSQ+SAGM, distilled", f"W{b}A{b} LSQ+SAGM", standard_errors=1),
         ]
-    for b in set(bits) & {3, 4}:
+    for b in [b for b in bits if b in AUTO]:
         found += [
             Claim(f"W{b}A{b} LSQ, bits: auto", f"W{b}A{b} LSQ", or_equal=True),
             Claim(f"W{b}A{b} LSQ, bits: auto by gradient", f"W{b}A{b} LSQ", or_equal=True),

@@ -5,9 +5,8 @@
 ResNet-8, ResNet-20, MobileNetV2 and ResNet-18 with W8, W4, W3 and W2 weights (first and last layer 8 bits) and A8
 activations, dense, 2:4 and 80 % sparse (magnitude masks), BatchNorms as training leaves them, written with profile
 packed. ``limit``: per layer bits x weights, or one mask bit per weight plus bits x non-zeros, whichever is smaller.
-``channels``: the bytes of one float32
-scale and one int32 bias per output channel, which integer kernels take besides the weights. ``int8``: the same network
-in plain int8 containers; ``float32``: the float network.
+``channels``: the bytes of one float32 scale and one int32 bias per output channel, which integer kernels take besides
+the weights. ``int8``: the same network in plain int8 containers; ``float32``: the float network.
 
 Targets
   1. file <= 1.10 x limit + 25 kB, every cell.

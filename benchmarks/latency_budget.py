@@ -23,7 +23,6 @@ kernel, if half of its MACs left where they are slowest, a kernel's time shrank 
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import statistics
 import sys
@@ -41,7 +40,7 @@ from torch import nn
 
 from benchmarks._common import arguments, finish
 from flatcompress import models, prune, quant
-from flatcompress.onnx_export import export, latency
+from flatcompress.onnx_export import export, kernel_time, latency
 from flatcompress.stages.latency_table import LatencyTable
 
 WITHIN = 0.10
@@ -160,23 +159,14 @@ def missed(row: dict[str, Any]) -> list[str]:
 
 def most(path: Path) -> float:
     """How many times as fast a float file can be without half of its MACs (see above)."""
-    options = ort.SessionOptions()
-    options.intra_op_num_threads, options.enable_profiling = 1, True
-    options.profile_file_prefix = str(path.with_suffix(".profile"))
-    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    entry = session.get_inputs()[0]
-    for _ in range(30):
-        session.run(None, {entry.name: torch.randn(1, *entry.shape[1:]).numpy()})
     times, macs = defaultdict(list), {}
-    for event in json.loads(Path(session.end_profiling()).read_text()):
-        details, name = event.get("args", {}), event["name"]
-        if not name.endswith("_kernel_time"):
-            continue
+    for event in kernel_time.kernel_events(path):
+        details, name = event["args"], event["name"]
         times[name].append(event["dur"])
         if details["op_name"] == "Conv":
             (weight,), (output,) = details["input_type_shape"][1].values(), details["output_type_shape"][0].values()
             macs[name] = math.prod(output) * math.prod(weight[1:])
-    took = {name: statistics.median(seen[5:]) for name, seen in times.items()}
+    took = {name: statistics.median(seen[kernel_time.WARM_UP :]) for name, seen in times.items()}
     kept, room = 0.0, 0.5 * sum(macs.values())
     for name in sorted(macs, key=lambda name: took[name] / macs[name]):  # the fastest MACs stay
         share = min(1.0, room / macs[name])

@@ -68,17 +68,14 @@ def _parts(shape: Shape, widths: Sequence[Width]) -> list[list[Width]]:
     return parts
 
 
-def _profiled(model: bytes, threads: int) -> dict[Width, list[float]]:
-    """Microseconds of every kernel in every run."""
-    options = ort.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    options.log_severity_level = sessions.QUIET
-    options.enable_profiling = True
+def kernel_events(model: str | Path | bytes, threads: int = 1) -> list[dict[str, Any]]:
+    """onnxruntime's profile of every kernel in every run of a model, one sample at a time: {"name", "dur" (in
+    microseconds), "args"}. The first ``WARM_UP`` of a name are of runs that warm up."""
     with tempfile.TemporaryDirectory() as folder:
-        options.profile_file_prefix = str(Path(folder) / "profile")
-        handle = ort.InferenceSession(model, options, providers=sessions.PROVIDERS)
+        handle = sessions.session(model, threads=threads, profile_to=Path(folder) / "profile")
         random = np.random.default_rng(1)
-        feed = {entry.name: random.random(entry.shape, dtype=np.float32) for entry in handle.get_inputs()}
+        shapes = {e.name: [d if isinstance(d, int) else 1 for d in e.shape] for e in handle.get_inputs()}
+        feed = {name: random.random(shape, dtype=np.float32) for name, shape in shapes.items()}
         fetch = [handle.get_outputs()[0].name]  # all are computed, one is copied
         for _ in range(WARM_UP):
             start = time.process_time()
@@ -87,8 +84,13 @@ def _profiled(model: bytes, threads: int) -> dict[Width, list[float]]:
         for _ in range(min(MOST_RUNS, max(FEWEST_RUNS, round(SECONDS / max(once, 1e-6))))):
             handle.run(fetch, feed)
         events = json.loads(Path(handle.end_profiling()).read_text())
+    return [event for event in events if event["name"].endswith("_kernel_time")]
+
+
+def _profiled(model: bytes, threads: int) -> dict[Width, list[float]]:
+    """Microseconds of every kernel in every run."""
     times: dict[Width, list[float]] = defaultdict(list)
-    for event in events:
+    for event in kernel_events(model, threads):
         match = _KERNEL.fullmatch(event["name"])
         if match:
             times[int(match[1]), int(match[2])].append(event["dur"])

@@ -37,10 +37,12 @@ def session(
     threads: int = 1,
     save_to: Path | None = None,
     idle: bool = False,
+    profile_to: Path | None = None,
 ) -> ort.InferenceSession:
     """A CPU session with default options but for the thread count. UserError when onnxruntime refuses the file.
 
-    idle: its threads sleep between two calls instead of spinning, for several sessions that take turns.
+    idle: its threads sleep between two calls instead of spinning, for several sessions that take turns. profile_to:
+    what the names of onnxruntime's profiles begin with.
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -48,6 +50,8 @@ def session(
     options.log_severity_level = QUIET
     if idle:
         options.add_session_config_entry("session.force_spinning_stop", "1")
+    if profile_to is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile_to)
     if not optimized:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     if save_to is not None:

@@ -28,7 +28,7 @@ from flatcompress.quant.methods import QUANTIZERS
 from flatcompress.quant.oscillation import OscillationTracker, anneal, dampening_loss
 from flatcompress.quant.rounding import set_bias_rounding
 from flatcompress.quant.saq import QuantizedPoint
-from flatcompress.quant.sensitivity import flatness_map, hessian_traces, rise, sensitivities
+from flatcompress.quant.sensitivity import flatness_map, hessian_traces, rounded_loss, sensitivities
 
 __all__ = [
     "QUANTIZERS",
@@ -52,7 +52,7 @@ __all__ = [
     "quantize",
     "quantized_layers",
     "reestimate_batchnorm",
-    "rise",
+    "rounded_loss",
     "scale_names",
     "scale_parameters",
     "sensitivities",

@@ -17,7 +17,7 @@ from torch import nn
 from flatcompress.errors import UserError, unknown
 from flatcompress.graph import macs, trace
 from flatcompress.quant.placement import Settings, place
-from flatcompress.quant.sensitivity import CHOICES, Loss, rise, sensitivities
+from flatcompress.quant.sensitivity import CHOICES, Loss, rounded_loss, sensitivities
 
 UNITS = ("effective_bits", "bytes", "bops")
 WORTHWHILE = 0.8
@@ -175,10 +175,11 @@ def auto_bits(
         lowest = least / total if unit == "effective_bits" else least + fixed
         raise UserError(f"a budget of {budget:g} {unit} is too low: the fewest bits everywhere take {lowest:g}.")
     found = allocate(sensitivities(model, loss, free, choices, kind, seed), prices, limit)
-    uniform = _uniform(prices, limit)
-    if kind == "measured" and uniform and rise(model, loss, found) > WORTHWHILE * rise(model, loss, uniform):
-        return uniform
-    return found
+    uniform = _uniform(prices, limit) if kind == "measured" else {}
+    if not uniform or found == uniform:
+        return found
+    start, different, alike = (rounded_loss(model, loss, bits) for bits in ({}, found, uniform))
+    return uniform if different - start > WORTHWHILE * (alike - start) else found
 
 
 def _uniform(prices: Table, limit: float) -> dict[str, int]:

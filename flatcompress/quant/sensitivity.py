@@ -1,6 +1,6 @@
 """How much each layer minds being rounded, before anything is quantized.
 
-`rise` measures it: the loss with weights on their grids, less the loss without. `hessian_traces` is what HAWQ-V2 uses
+`rounded_loss` measures it: the loss with weights on their grids. `hessian_traces` is what HAWQ-V2 uses
 instead (arXiv 1911.03852): tr(H) of the loss in one layer's weights, by Hutchinson's estimate. `sensitivities` turns
 one of them, or one backward pass, into a cost per layer and bit width. `flatness_map` puts
 side by side how far a layer may move and how far its grid moves it.
@@ -89,7 +89,7 @@ def _gradients(loss: Loss, weights: list[Any], names: list[str], create_graph: b
 def _finite(value: Tensor) -> float:
     if not bool(torch.isfinite(value)):
         raise UserError("the loss that sensitivities are measured on is not finite.")
-    return float(value)
+    return float(value.detach())
 
 
 @torch.no_grad()
@@ -109,23 +109,24 @@ def rounding_error(weight: Tensor, bits: int) -> Tensor:
 
 
 @torch.no_grad()
-def rise(model: nn.Module, loss: Loss, bits: Mapping[str, int]) -> float:
-    """By how much ``loss()`` rises, in eval mode, when the named layers' weights are rounded to ``bits``.
+def rounded_loss(model: nn.Module, loss: Loss, bits: Mapping[str, int]) -> float:
+    """``loss()``, in eval mode, with the named layers' weights rounded to ``bits``; inf where that breaks it.
 
-    inf where rounding breaks the loss; UserError when it is not finite to begin with.
+    Without ``bits`` the loss as it is, and a UserError when it is not finite.
     """
-    weights = {name: layer.weight for name, layer in float_layers(model, bits).items()}
-    before: dict[str, Any] = {name: weight.detach().clone() for name, weight in weights.items()}  # type: ignore[operator]
+    weights: dict[str, Any] = {name: layer.weight for name, layer in float_layers(model, bits).items()}
+    before = {name: weight.clone() for name, weight in weights.items()}
     with _frozen_statistics(model):
-        start = _finite(loss())
+        if not bits:
+            return _finite(loss())
         try:
             for name, weight in weights.items():
-                weight += rounding_error(before[name], bits[name])  # type: ignore[operator]
-            risen = float(loss()) - start
-            return risen if math.isfinite(risen) else math.inf
+                weight += rounding_error(before[name], bits[name])
+            found = float(loss())
+            return found if math.isfinite(found) else math.inf
         finally:
             for name, weight in weights.items():
-                weight.copy_(before[name])  # type: ignore[operator]
+                weight.copy_(before[name])
 
 
 def sensitivities(
@@ -138,8 +139,8 @@ def sensitivities(
 ) -> dict[str, dict[int, float]]:
     """Expected cost of giving a layer b bits, by layer and b; never rising in b.
 
-    ``measured``: the `rise` of the loss with this layer alone rounded, a forward pass per layer and bit width; a fall
-    counts as much, being luck that training does not keep.
+    ``measured``: by how much the loss changes with this layer alone rounded, a forward pass per layer and bit width; a
+    fall counts as much as a rise, being luck that training does not keep.
     ``hessian``: tr(H)/n * ||Q_b(w) - w||^2 (HAWQ-V2, eq. 6). A trace that is not positive is noise or a saddle and
     would make a layer free; it counts as the least positive curvature found.
     ``gradient``: sum g^2 (Q_b(w) - w)^2 with g from one backward pass (the diagonal of the empirical Fisher matrix
@@ -149,7 +150,8 @@ def sensitivities(
         raise unknown("sensitivity", kind, KINDS)
     layers = float_layers(model, names)
     if kind == "measured":
-        return {n: _falling({b: abs(rise(model, loss, {n: b})) for b in choices}) for n in layers}
+        start = rounded_loss(model, loss, {})
+        return {n: _falling({b: abs(rounded_loss(model, loss, {n: b}) - start) for b in choices}) for n in layers}
     if kind == "hessian":
         traces = hessian_traces(model, loss, layers, seed=seed)
         curvature = {n: t / layers[n].weight.numel() for n, t in traces.items()}  # type: ignore[operator]
