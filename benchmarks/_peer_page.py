@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks import _common, _negative, _pareto, _peer_envs, _sweeps
 from benchmarks._peer_rows import HEADLINE, OURS, Peer, lines
-from flatcompress.sweep_table import Value
+from flatcompress.sweep.table import Value
 
 SAME = 1.03  # latencies up to 3 % apart are equal
 CHANCE = 1 / 12

@@ -25,7 +25,7 @@ from benchmarks._peer_rows import START, START_EPOCHS, Peer
 from benchmarks.robust_pruning import DATA
 from flatcompress import data
 from flatcompress.data import DataBundle
-from flatcompress.onnx_export import latency
+from flatcompress.onnx_export.runtime import latency
 
 ROOT = Path(__file__).parent.parent
 GRADED = ("val", "test", "held_out", "corrupted")

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import _common, _negative
-from flatcompress import sweep_run, sweep_table
-from flatcompress.sweep import Sweep, parse_sweep
-from flatcompress.sweep_run import Finished
-from flatcompress.sweep_table import Value
+from flatcompress.sweep import pool, table
+from flatcompress.sweep.pool import Finished
+from flatcompress.sweep.spec import Sweep, parse_sweep
+from flatcompress.sweep.table import Value
 
 DOCS = Path(__file__).parent.parent / "docs" / "results"
 
@@ -75,7 +75,7 @@ def judge(finished: Sequence[Finished], claims: Sequence[Claim]) -> list[Verdict
     verdicts = []
     for claim in claims:
         pair = by_method.get(claim.method, []), by_method.get(claim.other, [])
-        gain = sweep_table.paired(*pair, claim.metric)
+        gain = table.paired(*pair, claim.metric)
         above = operator.ge if claim.or_equal else operator.gt
         holds = gain is not None and above(gain.mean, 0) and gain.mean >= claim.least
         if gain is not None and claim.standard_errors:
@@ -112,12 +112,12 @@ def run(name: str, spec: Mapping[str, Any], options: argparse.Namespace) -> list
         sweep.held_out = options.held_out
     if options.only:
         sweep.methods = [m for m in sweep.methods if any(fnmatch(m.name, pattern) for pattern in options.only)]
-    return collect(sweep) if options.collect else sweep_run.run_sweep(sweep, sweep_run.stderr)
+    return collect(sweep) if options.collect else pool.run_sweep(sweep, pool.stderr)
 
 
 def collect(sweep: Sweep) -> list[Finished]:
     """The finished runs of a sweep, whatever is missing."""
-    return sweep_run.finished_runs(sweep)
+    return pool.finished_runs(sweep)
 
 
 def publish(
@@ -135,10 +135,10 @@ def publish(
     rows: list[dict[str, Any]] = []
     for heading, part in sections.items():
         if part:
-            found = sweep_table.table(part)
+            found = table.table(part)
             rows += [{"section": heading, **asdict(row)} for row in found]
-            lines += [f"## {heading}", "", sweep_table.markdown(found, ""), ""]
-    lines += ["## What holds", "", *[f"- {v.text()}" for v in verdicts], "", sweep_table.RULE, ""]
+            lines += [f"## {heading}", "", table.markdown(found, ""), ""]
+    lines += ["## What holds", "", *[f"- {v.text()}" for v in verdicts], "", table.RULE, ""]
     lines += [
         f"Made by `python -m benchmarks.{name}` on {_common.machine()['processor']}, one thread a run. *seconds* is",
         "wall time on a machine that did other work at the same time: compare *passes*.",

@@ -40,7 +40,8 @@ from torch import nn
 from benchmarks import export_size
 from benchmarks._common import arguments, finish
 from flatcompress import models, prune, quant
-from flatcompress.onnx_export import export, latency
+from flatcompress.onnx_export import export
+from flatcompress.onnx_export.runtime import latency
 
 MODELS = {"resnet20": (3, 32, 32), "mobilenet_v2": (3, 96, 96), "resnet18": (3, 224, 224)}
 THREADS = (1, 2)

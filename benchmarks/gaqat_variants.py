@@ -22,8 +22,8 @@ from typing import Any
 from benchmarks import _sweeps
 from benchmarks._sweeps import Claim
 from benchmarks.domain_generalization import DATA, MODEL, QAT_RHO, RHO, K, quantize, train
-from flatcompress import sweep_table
-from flatcompress.sweep_run import Finished
+from flatcompress.sweep import table
+from flatcompress.sweep.pool import Finished
 
 NAME = "gaqat_variants"
 STYLES = ["photo", "cartoon"]  # held out, sketch and art lie too near chance for differences between rows to show
@@ -139,7 +139,7 @@ def gains(finished: Sequence[Finished], bits: int) -> str:
         "|---|---|---|---|---|---|",
     ]
     for name, value in ranking(finished, bits).items():
-        gain, inside = (sweep_table.paired(rows[name], naive, metric) for metric in ("held_out", "test"))
+        gain, inside = (table.paired(rows[name], naive, metric) for metric in ("held_out", "test"))
         if gain is not None and inside is not None:
             error = _sweeps.standard_error(gain)
             figures = [value, gain.mean, error, inside.mean]

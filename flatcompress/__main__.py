@@ -1,5 +1,5 @@
 """``python -m flatcompress`` and ``accelerate launch -m flatcompress``: the command line."""
 
-from flatcompress.cli import main
+from flatcompress.cli.app import main
 
 main()

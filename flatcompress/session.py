@@ -23,17 +23,18 @@ from flatcompress.errors import Interrupted, RunError, UserError
 from flatcompress.plan import apply_plan, load_weights
 from flatcompress.recipe import Recipe
 from flatcompress.stages.workpiece import Workpiece
-from flatcompress.training import changes, checkpoint, memory
+from flatcompress.storage import write_bytes_atomic, write_error
+from flatcompress.store import checkpoint
+from flatcompress.store.runfolder import RunFolder
+from flatcompress.store.runlog import RunLog
+from flatcompress.store.trackers import open_tracker
+from flatcompress.training import changes, memory
 from flatcompress.training.divergence import describe
-from flatcompress.training.runfolder import RunFolder
-from flatcompress.training.runlog import RunLog
 from flatcompress.training.signals import StopRequest
-from flatcompress.training.storage import write_bytes_atomic, write_error
-from flatcompress.training.trackers import open_tracker
 from flatcompress.yaml_source import parse_yaml
 
 if TYPE_CHECKING:
-    from flatcompress.training.checkpoint import Checkpoint
+    from flatcompress.store.checkpoint import Checkpoint
 
 
 class Session:

@@ -44,7 +44,7 @@ stages:
   - export:   {profile: packed, latency: false}
 """
 PRELOADED = (
-    *("flatcompress.pipeline", "flatcompress.verbs", "flatcompress.session", "flatcompress.report"),
+    *("flatcompress.pipeline", "flatcompress.cli.commands", "flatcompress.session", "flatcompress.report"),
     *("sklearn.datasets", "onnxruntime", "brevitas.nn", "torch_pruning", "torch.export", "torch._dynamo"),
 )
 # What a clock says differs from run to run; the hash of a file that holds such figures differs with them.
@@ -60,7 +60,7 @@ def attempt(recipe: Path, folder: Path, kill_after: float | None, output: Path) 
             with open(output, "ab") as file:
                 os.dup2(file.fileno(), 1)
                 os.dup2(file.fileno(), 2)
-            from flatcompress.cli import _guarded
+            from flatcompress.cli.app import _guarded
 
             code = _guarded(["run", str(recipe), "-o", str(folder), "--quiet"])
         except BaseException:

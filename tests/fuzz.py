@@ -213,8 +213,8 @@ def sound_run(folder: Path) -> Path:
     """A finished run folder with a checkpoint in the middle of a stage beside the finished ones."""
     import torch
 
-    from flatcompress.cli import _guarded
-    from flatcompress.training import checkpoint
+    from flatcompress.cli.app import _guarded
+    from flatcompress.store import checkpoint
     from flatcompress.training.rng import capture_rng
     from tests.faults import RECIPE
     from tests.tiny_net import build

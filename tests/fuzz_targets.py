@@ -52,7 +52,7 @@ class Failed(Exception):
 
 def command(*words: str) -> None:
     """Run a verb of the command line in this process; only the exit codes 0, 2 and 3 are answers."""
-    from flatcompress.cli import _guarded
+    from flatcompress.cli.app import _guarded
 
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -85,7 +85,7 @@ class Bench:
             (self.run / name).write_bytes((self.sound / name).read_bytes())
 
     def recipe(self, rng: Rng) -> None:
-        from flatcompress.starters import STARTERS
+        from flatcompress.cli.templates import STARTERS
 
         texts = [(self.sound / "recipe.yaml").read_text(), *STARTERS.values()]
         text = rng.choice(texts)
@@ -150,7 +150,7 @@ class Bench:
             self.back(name)
 
     def checkpoint(self, rng: Rng) -> None:
-        from flatcompress.training import checkpoint
+        from flatcompress.store import checkpoint
 
         stage = rng.choice(["0-train", "2-quantize", "middle"])
         stage = next(p.name for p in self.sound.glob("checkpoints/*@*")) if stage == "middle" else stage

@@ -13,7 +13,7 @@ import yaml
 from PIL import Image
 from tiny import recipe, write
 
-from flatcompress.cli import _guarded
+from flatcompress.cli.app import _guarded
 
 
 @pytest.fixture
@@ -225,7 +225,7 @@ def test_verbs_on_folders_that_are_no_runs_exit_2(cli, tmp_path):
 
 def test_help_and_version_do_not_import_torch():
     probe = (
-        "import sys; from flatcompress.cli import _guarded; _guarded(['--version']); _guarded(['run', '--help']);"
+        "import sys; from flatcompress.cli.app import _guarded; _guarded(['--version']); _guarded(['run', '--help']);"
         "sys.exit('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=False)
@@ -234,7 +234,7 @@ def test_help_and_version_do_not_import_torch():
 
 
 def test_starters_are_yaml_with_comments():
-    from flatcompress.starters import STARTERS
+    from flatcompress.cli.templates import STARTERS
 
     for text in STARTERS.values():
         assert yaml.safe_load(text)["stages"]

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 
 from flatcompress import Pipeline, models
 from flatcompress.recipe import load_recipe
-from flatcompress.sweep import load_sweep
-from flatcompress.sweep_run import check_all
+from flatcompress.sweep.pool import check_all
+from flatcompress.sweep.spec import load_sweep
 from flatcompress.training.loop import epoch_batches, loader
 
 CONFIGS = Path(__file__).parent.parent / "configs"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flatcompress.cli import _guarded
+from flatcompress.cli.app import _guarded
 from flatcompress.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -16,12 +16,13 @@ import torch
 from onnx import TensorProto, helper
 from tiny_net import build
 
-from flatcompress import cli, onnx_export
+from flatcompress import onnx_export
+from flatcompress.cli import app as cli
 from flatcompress.errors import UserError
 from flatcompress.plan import Plan, apply_plan
-from flatcompress.training import checkpoint
-from flatcompress.training.runfolder import RunFolder
-from flatcompress.training.runlog import RunLog
+from flatcompress.store import checkpoint
+from flatcompress.store.runfolder import RunFolder
+from flatcompress.store.runlog import RunLog
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = "<script>alert(1)</script>"

@@ -15,12 +15,13 @@ from onnx import TensorProto, helper, numpy_helper
 from test_session_runs import on, signalled
 from tiny_net import build
 
-from flatcompress import cli, data
+from flatcompress import data
+from flatcompress.cli import app as cli
 from flatcompress.errors import Interrupted, UserError
-from flatcompress.onnx_export import inspect_file
+from flatcompress.onnx_export.proof import inspect_file
 from flatcompress.plan import Plan
-from flatcompress.training import checkpoint
-from flatcompress.training.runfolder import read_ledger
+from flatcompress.store import checkpoint
+from flatcompress.store.runfolder import read_ledger
 from flatcompress.yaml_source import MAX_BYTES
 
 
@@ -69,9 +70,9 @@ def test_an_onnx_file_over_the_size_limit_is_refused(tmp_path, capsys):
 
 
 def test_a_gzip_bomb_is_refused(tmp_path, monkeypatch):
-    from flatcompress.data import binaries
+    from flatcompress.data.images import cifar_mnist
 
-    monkeypatch.setattr(binaries, "_MOST", 100_000)
+    monkeypatch.setattr(cifar_mnist, "_MOST", 100_000)
     bomb = gzip.compress(bytes(10_000_000))
     assert len(bomb) < 100_000
     (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(bomb)

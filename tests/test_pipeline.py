@@ -15,7 +15,7 @@ from torch import nn
 from flatcompress import Pipeline, apply_plan
 from flatcompress.errors import RunError, UserError
 from flatcompress.stages.configs import ExportConfig, QuantizeConfig, TrainConfig
-from flatcompress.training import checkpoint
+from flatcompress.store import checkpoint
 
 
 def digest(path) -> str:

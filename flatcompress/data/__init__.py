@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from flatcompress.data.bundle import DataBundle, ImageSet, collate
 from flatcompress.data.corruptions import CORRUPTIONS
+from flatcompress.data.in_memory import bundle
 from flatcompress.data.loading import DATASETS, load
-from flatcompress.data.own import bundle
 
 __all__ = ["CORRUPTIONS", "DATASETS", "DataBundle", "ImageSet", "bundle", "collate", "load"]

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from flatcompress.data.augment import Augment
-from flatcompress.data.pixels import Pixels, Shape
+from flatcompress.data.images.pixels import Pixels, Shape
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 
 from flatcompress.data import augment as augmentation
-from flatcompress.data.binaries import cifar10, mnist
 from flatcompress.data.bundle import DataBundle, ImageSet, Part
 from flatcompress.data.corruptions import corrupted_parts
-from flatcompress.data.folders import domains, folder
-from flatcompress.data.raw import RawData
-from flatcompress.data.rotated_digits import rotated_digits
+from flatcompress.data.embedded.rotated_digits import rotated_digits
+from flatcompress.data.embedded.styled_shapes import styled_shapes
+from flatcompress.data.images.cifar_mnist import cifar10, mnist
+from flatcompress.data.images.folders import domains, folder
+from flatcompress.data.raw_data import RawData
 from flatcompress.data.seeds import generator
-from flatcompress.data.styled_shapes import styled_shapes
 from flatcompress.errors import UserError, unknown
 from flatcompress.registry import Entry, Registry
 

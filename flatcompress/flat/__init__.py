@@ -6,13 +6,30 @@ are the rows of `METHODS`; stages plug into the slots ``compose``, ``radius`` an
 
 from __future__ import annotations
 
-from flatcompress.flat import averaging, curvature, guards, landscape, masked, radius, sharpness, terms, trust, when
-from flatcompress.flat.ball import Ball
-from flatcompress.flat.context import HERE, Probe, Program, Result, Step
-from flatcompress.flat.create import create
-from flatcompress.flat.engine import FlatOptimizer
-from flatcompress.flat.method import Method
-from flatcompress.flat.methods import COMBINATIONS, METHODS
+from flatcompress.flat import (
+    averaging,
+)
+from flatcompress.flat.engine import (
+    guards,
+    radius,
+    when,
+)
+from flatcompress.flat.engine.ball import Ball
+from flatcompress.flat.engine.context import HERE, Probe, Program, Result, Step
+from flatcompress.flat.engine.engine import FlatOptimizer
+from flatcompress.flat.factory import create
+from flatcompress.flat.measures import (
+    curvature,
+    landscape,
+    sharpness,
+)
+from flatcompress.flat.methods import (
+    masked,
+    terms,
+    trust,
+)
+from flatcompress.flat.methods.family import COMBINATIONS, METHODS
+from flatcompress.flat.methods.method import Method
 
 __all__ = [
     "COMBINATIONS",

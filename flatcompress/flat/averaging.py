@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from flatcompress.errors import UserError
-from flatcompress.flat import vectors
-from flatcompress.flat.hyper import share
-from flatcompress.flat.vectors import Vector
+from flatcompress.flat.engine import vectors
+from flatcompress.flat.engine.hyper import share
+from flatcompress.flat.engine.vectors import Vector
 
 
 class Average:

@@ -7,11 +7,11 @@ quantizers only the two methods in `flatcompress.graph.lowering_spec`.
 
 from __future__ import annotations
 
-from flatcompress.onnx_export.catalogue import PROFILES
-from flatcompress.onnx_export.certificate import certify
+from flatcompress.onnx_export.emit.catalogue import PROFILES
 from flatcompress.onnx_export.exporting import Exported, export
-from flatcompress.onnx_export.latency import bench
-from flatcompress.onnx_export.lowering import lower
-from flatcompress.onnx_export.verify import Verification, verify
+from flatcompress.onnx_export.lower.lowering import lower
+from flatcompress.onnx_export.proof.certificate import certify
+from flatcompress.onnx_export.proof.verification import Verification, verify
+from flatcompress.onnx_export.runtime.latency import bench
 
 __all__ = ["PROFILES", "Exported", "Verification", "bench", "certify", "export", "lower", "verify"]

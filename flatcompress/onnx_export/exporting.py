@@ -13,11 +13,11 @@ from torch import fx, nn
 
 import flatcompress
 from flatcompress.errors import UserError
-from flatcompress.onnx_export.catalogue import PROFILES, emitters
+from flatcompress.onnx_export.emit.catalogue import PROFILES, emitters
+from flatcompress.onnx_export.emit.profiles import Profile
+from flatcompress.onnx_export.emit.writer import WEIGHTED, Writer
 from flatcompress.onnx_export.files import write_whole
-from flatcompress.onnx_export.lowering import lower
-from flatcompress.onnx_export.profiles import Profile
-from flatcompress.onnx_export.writer import WEIGHTED, Writer
+from flatcompress.onnx_export.lower.lowering import lower
 
 
 @dataclass

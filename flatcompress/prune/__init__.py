@@ -7,17 +7,17 @@ goes on and `shrink` cuts them for good; `prune` does it all at once. `masks` is
 
 from __future__ import annotations
 
-from flatcompress.prune.budget import Budget, choose
-from flatcompress.prune.cost import CostModel, Width
+from flatcompress.prune.budgets.choice import Budget, choose
+from flatcompress.prune.budgets.cost import CostModel, Width
+from flatcompress.prune.dependency.groups import Group, Member, Survey
+from flatcompress.prune.dependency.survey import find_groups, survey
 from flatcompress.prune.gradual import ChannelSchedule, WeightSchedule
-from flatcompress.prune.groups import Group, Member, Survey
 from flatcompress.prune.importance import IMPORTANCES, NEEDS_GRADIENTS, RunningScore, score
 from flatcompress.prune.oneshot import prune
 from flatcompress.prune.radius import adaptive_radius, relative_sizes
 from flatcompress.prune.ranking import RANKINGS, Limits
 from flatcompress.prune.schedule import SCHEDULES
 from flatcompress.prune.soft import SoftMask, shrink
-from flatcompress.prune.survey import find_groups, survey
 
 __all__ = [
     "IMPORTANCES",

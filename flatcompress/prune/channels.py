@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from flatcompress.errors import UserError
 from flatcompress.plan import Plan, Step
-from flatcompress.prune import axes
-from flatcompress.prune.groups import Group
+from flatcompress.prune.dependency import axes
+from flatcompress.prune.dependency.groups import Group
 
 Keep = dict[tuple[str, str], Tensor]  # (layer, axis) -> bool [channels]
 

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from flatcompress.errors import UserError
 from flatcompress.plan import Plan
-from flatcompress.prune.budget import Budget, choose
-from flatcompress.prune.cost import CostModel
+from flatcompress.prune.budgets.choice import Budget, choose
+from flatcompress.prune.budgets.cost import CostModel
+from flatcompress.prune.dependency.survey import survey
 from flatcompress.prune.importance import IMPORTANCES, NEEDS_GRADIENTS, RunningScore, score
 from flatcompress.prune.masks import WeightMasks, enforce_, parse_pattern
 from flatcompress.prune.oneshot import nothing_pruned, require_groups
@@ -20,7 +21,6 @@ from flatcompress.prune.radius import Radius, adaptive_radius
 from flatcompress.prune.ranking import Limits
 from flatcompress.prune.schedule import left_after
 from flatcompress.prune.soft import SoftMask, shrink
-from flatcompress.prune.survey import survey
 
 
 class ChannelSchedule:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from flatcompress.errors import UserError, unknown
-from flatcompress.prune import axes
-from flatcompress.prune.groups import Group, Member
+from flatcompress.prune.dependency import axes
+from flatcompress.prune.dependency.groups import Group, Member
 from flatcompress.registry import Registry
 
 IMPORTANCES = Registry("importance")

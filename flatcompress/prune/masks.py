@@ -16,8 +16,8 @@ from torch.nn.modules.conv import _ConvNd
 
 from flatcompress.errors import UserError, unknown
 from flatcompress.plan import Plan, Step
-from flatcompress.prune import axes
-from flatcompress.prune.survey import match
+from flatcompress.prune.dependency import axes
+from flatcompress.prune.dependency.survey import match
 
 NAME = "weight_mask"
 _PATTERN = re.compile(r"(\d+):(\d+)")

@@ -11,14 +11,14 @@ from torch.nn import functional
 
 from flatcompress.errors import UserError
 from flatcompress.plan import Plan
-from flatcompress.prune.budget import Budget, choose
-from flatcompress.prune.cost import CostModel
-from flatcompress.prune.coupling import evaluating
-from flatcompress.prune.groups import Group, Survey
+from flatcompress.prune.budgets.choice import Budget, choose
+from flatcompress.prune.budgets.cost import CostModel
+from flatcompress.prune.dependency.coupling import evaluating
+from flatcompress.prune.dependency.groups import Group, Survey
+from flatcompress.prune.dependency.survey import survey
 from flatcompress.prune.importance import IMPORTANCES, NEEDS_GRADIENTS, RunningScore, score
 from flatcompress.prune.ranking import Limits
 from flatcompress.prune.soft import shrink
-from flatcompress.prune.survey import survey
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 Loss = Callable[[Tensor, Tensor], Tensor]

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from flatcompress.errors import UserError, unknown
-from flatcompress.prune import axes
-from flatcompress.prune.groups import Group
+from flatcompress.prune.dependency import axes
+from flatcompress.prune.dependency.groups import Group
 
 Radius = float | Tensor
 

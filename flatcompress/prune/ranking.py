@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flatcompress.errors import UserError
-from flatcompress.prune.groups import Group
+from flatcompress.prune.dependency.groups import Group
 from flatcompress.registry import Registry
 
 RANKINGS = Registry("ranking")

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from flatcompress.errors import RunError, UserError
 from flatcompress.plan import Plan
-from flatcompress.prune import axes
 from flatcompress.prune.channels import Surgery, channel_count, head_counts, keep_channels, plan_of
-from flatcompress.prune.groups import Group
-from flatcompress.prune.survey import cut_equals_mask
+from flatcompress.prune.dependency import axes
+from flatcompress.prune.dependency.groups import Group
+from flatcompress.prune.dependency.survey import cut_equals_mask
 
 
 class SoftMask:

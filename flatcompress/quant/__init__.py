@@ -9,9 +9,6 @@ from __future__ import annotations
 
 from flatcompress.quant.batchnorm import reestimate_batchnorm
 from flatcompress.quant.bits import allocate, auto_bits
-from flatcompress.quant.compose import Alternation, ScaleBloop
-from flatcompress.quant.conflict import ScaleConflict
-from flatcompress.quant.distill import distillation_loss
 from flatcompress.quant.layers import (
     activation_quantizers,
     apply,
@@ -24,10 +21,13 @@ from flatcompress.quant.layers import (
     scale_parameters,
     tensor_quantizers,
 )
-from flatcompress.quant.methods import QUANTIZERS
-from flatcompress.quant.oscillation import OscillationTracker, anneal, dampening_loss
-from flatcompress.quant.rounding import set_bias_rounding
-from flatcompress.quant.saq import QuantizedPoint
+from flatcompress.quant.qat.compose import Alternation, ScaleBloop
+from flatcompress.quant.qat.conflict import ScaleConflict
+from flatcompress.quant.qat.distill import distillation_loss
+from flatcompress.quant.qat.oscillation import OscillationTracker, anneal, dampening_loss
+from flatcompress.quant.qat.rounding import set_bias_rounding
+from flatcompress.quant.qat.saq import QuantizedPoint
+from flatcompress.quant.quantizers.table import QUANTIZERS
 from flatcompress.quant.sensitivity import flatness_map, hessian_traces, rounded_loss, sensitivities
 
 __all__ = [

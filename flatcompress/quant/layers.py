@@ -13,10 +13,10 @@ from flatcompress.errors import UserError
 from flatcompress.graph import install, installed_graph, trace
 from flatcompress.plan import Plan, Step
 from flatcompress.quant import operators, placement
-from flatcompress.quant.lsq import Observer, StepQuantizer
-from flatcompress.quant.methods import QUANTIZERS, float_dtype
-from flatcompress.quant.modules import ActivationQuantizer, QuantizedLayer, quantize_layer
-from flatcompress.quant.rounding import with_rounding
+from flatcompress.quant.qat.rounding import with_rounding
+from flatcompress.quant.quantizers.lsq import Observer, StepQuantizer
+from flatcompress.quant.quantizers.modules import ActivationQuantizer, QuantizedLayer, quantize_layer
+from flatcompress.quant.quantizers.table import QUANTIZERS, float_dtype
 
 HOLDER = "quantizers"
 

@@ -18,7 +18,6 @@ from torch import fx, nn
 
 from flatcompress.errors import UserError, nearest
 from flatcompress.graph.cost import MATMULS
-from flatcompress.quant.lsq import grid
 from flatcompress.quant.operators import (
     FREE_LAYERS,
     MEANS,
@@ -29,6 +28,7 @@ from flatcompress.quant.operators import (
     first,
     passes,
 )
+from flatcompress.quant.quantizers.lsq import grid
 
 aten = torch.ops.aten
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Linear)

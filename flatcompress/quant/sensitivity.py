@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from flatcompress.errors import UserError, unknown
-from flatcompress.quant.lsq import grid
 from flatcompress.quant.placement import LAYERS
+from flatcompress.quant.quantizers.lsq import grid
 
 Loss = Callable[[], Tensor]
 KINDS = ("measured", "hessian", "gradient")

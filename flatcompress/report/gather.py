@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from flatcompress import storage
 from flatcompress.errors import UserError
 from flatcompress.report.numbers import mapping, number, records, text
-from flatcompress.training import storage
-from flatcompress.training.runfolder import RunFolder
-from flatcompress.training.runlog import read_events
+from flatcompress.store.runfolder import RunFolder
+from flatcompress.store.runlog import read_events
 from flatcompress.yaml_source import parse_yaml
 
 MAX_PREVIEW = 4 << 20

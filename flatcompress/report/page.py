@@ -26,7 +26,7 @@ from flatcompress.report.numbers import (
     size,
     text,
 )
-from flatcompress.training.storage import write_text_atomic
+from flatcompress.storage import write_text_atomic
 
 TEMPLATES = Path(__file__).parent / "templates"
 

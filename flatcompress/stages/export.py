@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from flatcompress import onnx_export
-from flatcompress.onnx_export import latency, sessions
+from flatcompress.onnx_export.runtime import latency, sessions
 from flatcompress.stages.configs import ExportConfig
 from flatcompress.stages.measure import accuracies
 from flatcompress.stages.workpiece import Workpiece
+from flatcompress.storage import write_json_atomic
 from flatcompress.training.loop import loader
-from flatcompress.training.storage import write_json_atomic
 
 BATCH = 256
 

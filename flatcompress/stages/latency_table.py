@@ -34,10 +34,10 @@ from torch.nn.modules.conv import _ConvNd
 
 from flatcompress import onnx_export, prune, quant
 from flatcompress.errors import UserError
-from flatcompress.onnx_export import latency, sessions
-from flatcompress.onnx_export.kernel_time import kernel_ms
-from flatcompress.prune.cost import Cost
-from flatcompress.training.storage import write_json_atomic
+from flatcompress.onnx_export.runtime import latency, sessions
+from flatcompress.onnx_export.runtime.kernel_time import kernel_ms
+from flatcompress.prune.budgets.cost import Cost
+from flatcompress.storage import write_json_atomic
 
 METHOD = 2  # of measuring: figures of another one are not used
 EVENLY = (0.75, 0.5, 0.2)  # networks timed as a whole, beside the dense one: shares of every layer's channels,

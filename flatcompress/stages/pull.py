@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from flatcompress.prune import Group, sparse
+from flatcompress.prune import Group, regularizers
 
 
 class Pull:
@@ -48,14 +48,14 @@ class Pull:
 
     def _pull(self) -> None:
         if self.kind == "group_norm":
-            sparse.group_norm_(self.groups, self.strength)
+            regularizers.group_norm_(self.groups, self.strength)
             return
         assert self.keep is not None
         if self.kind == "mask":
-            sparse.mask_sparsity_(self.groups, self.keep, self.strength)
+            regularizers.mask_sparsity_(self.groups, self.keep, self.strength)
         else:
-            grown = sparse.growing_strength(self.steps - self.start - 1, self.strength)
-            sparse.growing_(self.groups, self.keep, grown)
+            grown = regularizers.growing_strength(self.steps - self.start - 1, self.strength)
+            regularizers.growing_(self.groups, self.keep, grown)
 
     def state_dict(self) -> dict[str, Any]:
         """Steps taken and the chosen units."""

@@ -151,7 +151,7 @@ def test_unreadable_file_is_named(tmp_path):
 
 
 def test_decompression_bomb_is_refused(tmp_path, monkeypatch):
-    from flatcompress.data import decoding
+    from flatcompress.data.images import decoding
 
     monkeypatch.setattr(decoding, "MOST_PIXELS", 100)
     with pytest.raises(UserError, match="12 x 10 pixels"):
@@ -186,7 +186,7 @@ def test_bad_images_can_be_skipped_and_are_counted(tmp_path):
 
 
 def test_sets_too_large_for_memory_are_decoded_as_they_are_read(tmp_path, monkeypatch):
-    from flatcompress.data import decoding
+    from flatcompress.data.images import decoding
 
     kept = data.load("folder", path=str(fill(tmp_path)), size=8, corruptions="none")
     monkeypatch.setattr(decoding, "MOST_BYTES", 100)

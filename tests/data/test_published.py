@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from flatcompress import data
-from flatcompress.data import published
+from flatcompress.data.images import published_tests
 from flatcompress.errors import UserError
 
 CLASSES = ("n01", "n02", "n03")
@@ -104,7 +104,7 @@ def test_cifar_10_c_arrays_become_corruptions_by_severity(tmp_path):
     assert sorted(bundle.corrupted) == [f"fog/{s}" for s in range(1, 6)]
     part = bundle.corrupted["fog/3"]
     assert part.labels.tolist() == [0, 1, 2, 3]
-    assert published.cifar_c(str(root), 3)["fog/3"].labels.tolist() == [0, 1, 2]
+    assert published_tests.cifar_c(str(root), 3)["fog/3"].labels.tolist() == [0, 1, 2]
     assert (part.pixels([0])[0, 0] == 2).all() and (part.pixels([0])[0, 2] == 200).all()
 
 

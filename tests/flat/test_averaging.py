@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from flatcompress import flat
 from flatcompress.flat.averaging import EMA, SWA, SWAD, update_bn
-from flatcompress.flat.terms import MESA, SAF, trust_region
+from flatcompress.flat.methods.terms import MESA, SAF, trust_region
 
 CASES = load("swad-lossvalley.json")["cases"]
 

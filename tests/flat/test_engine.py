@@ -23,7 +23,7 @@ from flat_problem import (
 from torch import nn
 
 from flatcompress import flat
-from flatcompress.flat.freeze import Buffers
+from flatcompress.flat.engine.snapshot import Buffers
 
 
 def _classify(model, x, y):

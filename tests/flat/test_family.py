@@ -37,7 +37,7 @@ from flat_problem import adamw, closure_of, problem, sgd, values
 from torch import nn
 
 from flatcompress import flat
-from flatcompress.flat.context import normal
+from flatcompress.flat.engine.context import normal
 
 
 def fixed_masks(model):

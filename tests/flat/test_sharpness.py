@@ -8,7 +8,7 @@ from family_rules import fixed_noise
 from flat_problem import Stateful, load, problem, same, stateful_batch, values
 from torch import nn
 
-from flatcompress.flat import curvature, landscape, sharpness
+from flatcompress.flat.measures import curvature, landscape, sharpness
 
 RECORD = load("sharpness-mlp.json")
 LOSS = problem.loss_fn

@@ -17,8 +17,8 @@ from flatcompress import models
 from flatcompress.errors import UserError
 from flatcompress.onnx_export import bench, certify, export, verify
 from flatcompress.onnx_export import verify as verify_function
-from flatcompress.onnx_export.diverging import first_diverging_layer
-from flatcompress.onnx_export.evidence import sha256
+from flatcompress.onnx_export.proof.diverging import first_diverging_layer
+from flatcompress.onnx_export.proof.evidence import sha256
 
 
 def _inputs(count: int = 48) -> torch.Tensor:
@@ -237,7 +237,7 @@ def test_evidence_is_capped_and_spread(made, tmp_path):
     exported = made[1]
     certificate = certify(exported, [_inputs()], latency_runs=0, evidence_bytes=10 * 144 * 4, write=False)
     assert certificate["holds"]
-    from flatcompress.onnx_export.evidence import Evidence
+    from flatcompress.onnx_export.proof.evidence import Evidence
 
     kept = Evidence(np.arange(100, dtype=np.float32).reshape(100, 1), np.zeros((100, 2), np.float32)).capped(40)
     assert kept.input.reshape(-1).tolist() == [0, 11, 22, 33, 44, 55, 66, 77, 88, 99]

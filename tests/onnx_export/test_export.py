@@ -13,8 +13,9 @@ from torch import nn
 
 from flatcompress import models, prune, quant
 from flatcompress.errors import UserError
-from flatcompress.onnx_export import PROFILES, export, parity
-from flatcompress.onnx_export.sessions import INTEGER_KERNELS, kernels, run, session
+from flatcompress.onnx_export import PROFILES, export
+from flatcompress.onnx_export.proof import parity
+from flatcompress.onnx_export.runtime.sessions import INTEGER_KERNELS, kernels, run, session
 
 SMALL = {"mobilenet_v2": {"width": 0.35}, "resnet18": {"width": 8}, "resnet50": {"width": 8}, "vit_tiny": {"depth": 2}}
 BUILT_IN = sorted(models.MODELS)

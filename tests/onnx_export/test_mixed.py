@@ -11,8 +11,9 @@ from torch import nn
 from flatcompress import graph, models, quant
 from flatcompress.errors import UserError
 from flatcompress.graph import ActivationSpec
-from flatcompress.onnx_export import export, parity
-from flatcompress.onnx_export.sessions import kernels, run, session
+from flatcompress.onnx_export import export
+from flatcompress.onnx_export.proof import parity
+from flatcompress.onnx_export.runtime.sessions import kernels, run, session
 
 
 def inputs(count: int = 32, channels: int = 1) -> torch.Tensor:

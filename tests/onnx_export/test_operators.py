@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from flatcompress.errors import UserError
 from flatcompress.onnx_export import export
-from flatcompress.onnx_export.sessions import run, session
+from flatcompress.onnx_export.runtime.sessions import run, session
 
 CASES = {
     "relu": lambda x: F.relu(x),

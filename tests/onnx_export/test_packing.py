@@ -12,8 +12,8 @@ from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
 from flatcompress.errors import UserError
-from flatcompress.onnx_export import digits, packing, unpack
-from flatcompress.onnx_export.builder import GraphBuilder
+from flatcompress.onnx_export.emit.builder import GraphBuilder
+from flatcompress.onnx_export.pack import digits, packing, unpack
 
 ort.set_default_logger_severity(3)
 

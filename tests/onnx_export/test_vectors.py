@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
-from flatcompress.onnx_export.builder import GraphBuilder
-from flatcompress.onnx_export.vectors import bits_of, store_floats, store_integers, stored_bits
+from flatcompress.onnx_export.emit.builder import GraphBuilder
+from flatcompress.onnx_export.pack.vectors import bits_of, store_floats, store_integers, stored_bits
 
 ort.set_default_logger_severity(3)
 

@@ -15,7 +15,7 @@ from torch import nn
 from flatcompress import models
 from flatcompress.errors import UserError
 from flatcompress.prune import Budget, CostModel, Limits, choose, find_groups, prune, score
-from flatcompress.prune.knapsack import best_choice
+from flatcompress.prune.budgets.knapsack import best_choice
 from flatcompress.prune.ranking import isomorphic_scope
 
 

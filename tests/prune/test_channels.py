@@ -17,7 +17,19 @@ from torch import Tensor, nn
 from flatcompress import models
 from flatcompress.errors import RunError, UserError
 from flatcompress.plan import Plan, Step, apply_plan, check_state, load_weights
-from flatcompress.prune import Budget, Limits, SoftMask, axes, choose, find_groups, prune, score, shrink
+from flatcompress.prune import (
+    Budget,
+    Limits,
+    SoftMask,
+    choose,
+    find_groups,
+    prune,
+    score,
+    shrink,
+)
+from flatcompress.prune.dependency import (
+    axes,
+)
 
 RATIOS = (0.25, 0.5, 0.75)
 BUILT_IN = sorted(models.MODELS)

@@ -10,7 +10,7 @@ from torch import nn
 from flatcompress.errors import UserError
 from flatcompress.prune import find_groups
 from flatcompress.prune.importance import group_l2
-from flatcompress.prune.sparse import group_norm_, growing_, growing_strength, mask_sparsity_
+from flatcompress.prune.regularizers import group_norm_, growing_, growing_strength, mask_sparsity_
 
 
 def with_gradients(name: str = "plain") -> tuple[nn.Module, list, dict[str, torch.Tensor]]:

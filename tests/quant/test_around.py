@@ -11,9 +11,9 @@ from torch import nn
 
 from flatcompress import graph, quant
 from flatcompress.errors import UserError
-from flatcompress.onnx_export import fold as writer
+from flatcompress.onnx_export.lower import fold as writer
 from flatcompress.plan import Plan, Step, apply_plan
-from flatcompress.quant.rounding import BiasRounding
+from flatcompress.quant.qat.rounding import BiasRounding
 
 torch.set_num_threads(1)
 X = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(7))

@@ -223,7 +223,7 @@ def test_bad_switches(options: dict, message: str) -> None:
 
 def test_hand_made_scale_conflict_of_the_card() -> None:
     """One weight, b = 3, s = 0.5, L = (Q - 1)^2 / 2: the residual flips sign although Q does not change."""
-    from flatcompress.quant.lsq import StepQuantizer
+    from flatcompress.quant.quantizers.lsq import StepQuantizer
 
     def slope(w: float) -> float:
         quantizer = StepQuantizer(3, True).double()

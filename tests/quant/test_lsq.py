@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from flatcompress.errors import RunError, UserError
-from flatcompress.quant.lsq import StepQuantizer, grid, initial_scale
-from flatcompress.quant.variants import ClipQuantizer, OffsetQuantizer, three_sigma
+from flatcompress.quant.quantizers.lsq import StepQuantizer, grid, initial_scale
+from flatcompress.quant.quantizers.variants import ClipQuantizer, OffsetQuantizer, three_sigma
 
 
 def made(bits: int, signed: bool, scale: float | torch.Tensor, dtype: torch.dtype = torch.float32) -> StepQuantizer:

@@ -16,9 +16,9 @@ from fabricated_run import write_run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from flatcompress import storage
 from flatcompress.errors import RunError, UserError
 from flatcompress.report import build
-from flatcompress.training import storage
 
 ATTACK = "<script>alert('x')</script>\"'><img src=x onerror=alert(1)>"
 VOID = {"meta", "img", "link", "br", "hr", "input"}

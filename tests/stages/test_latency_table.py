@@ -13,7 +13,7 @@ from torch import nn
 
 from flatcompress import models
 from flatcompress.errors import RunError, UserError
-from flatcompress.onnx_export import kernel_time, sessions
+from flatcompress.onnx_export.runtime import kernel_time, sessions
 from flatcompress.prune import CostModel, Limits, Width
 from flatcompress.stages import latency_table, prune
 from flatcompress.stages.latency_table import Curve, LatencyTable, LayerCost, grid, pairs

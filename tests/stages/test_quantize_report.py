@@ -7,7 +7,7 @@ from tiny import recipe, write
 
 from flatcompress import Pipeline
 from flatcompress.report import build
-from flatcompress.training.runlog import read_events
+from flatcompress.store.runlog import read_events
 
 
 @pytest.fixture(scope="module")

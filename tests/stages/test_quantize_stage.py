@@ -13,7 +13,7 @@ from flatcompress.stages import quantize
 from flatcompress.stages.configs import QuantizeConfig
 from flatcompress.stages.methods import QAT_METHODS
 from flatcompress.stages.qat_plugs import Plugs
-from flatcompress.sweep import key_of
+from flatcompress.sweep.spec import key_of
 
 
 @pytest.mark.parametrize("method", QAT_METHODS)

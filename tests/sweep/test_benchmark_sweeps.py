@@ -17,9 +17,10 @@ from benchmarks import (
     robust_pruning,
 )
 from benchmarks._sweeps import Claim, judge
-from flatcompress import flat, sweep_run
-from flatcompress.sweep import parse_sweep, runs_of
-from flatcompress.sweep_run import Finished
+from flatcompress import flat
+from flatcompress.sweep import pool
+from flatcompress.sweep.pool import Finished
+from flatcompress.sweep.spec import parse_sweep, runs_of
 
 RECIPE = {"data": {"name": "styled-shapes"}, "model": {"name": "resnet8"}, "stages": [{"train": {}}]}
 METHODS = {
@@ -34,7 +35,7 @@ METHODS = {
 @pytest.mark.parametrize("name", METHODS)
 def test_every_run_of_a_benchmark_is_a_valid_recipe(name):
     sweep = parse_sweep({"recipe": RECIPE, "methods": METHODS[name], "seeds": [0], "held_out": ["sketch"]})
-    assert len(sweep_run.check_all(sweep)) >= len(METHODS[name])
+    assert len(pool.check_all(sweep)) >= len(METHODS[name])
 
 
 def test_benchmarks_claim_only_what_they_run():

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from benchmarks import gaqat_variants as g
-from flatcompress import sweep_run
-from flatcompress.sweep import Sweep, parse_sweep, runs_of
-from flatcompress.sweep_run import Finished
+from flatcompress.sweep import pool
+from flatcompress.sweep.pool import Finished
+from flatcompress.sweep.spec import Sweep, parse_sweep, runs_of
 
 ROWS = g.methods([3], (12, 6), False)
 
@@ -38,7 +38,7 @@ RUNS = finished({
 
 
 def test_every_row_is_a_valid_recipe_of_its_own() -> None:
-    runs = sweep_run.check_all(sweep())
+    runs = pool.check_all(sweep())
     assert len({run.key for run in runs}) == len(runs) == 4 * len(ROWS)
 
 

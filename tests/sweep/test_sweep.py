@@ -12,10 +12,11 @@ import time
 
 import pytest
 
-from flatcompress import cli, sweep_run, sweep_table
+from flatcompress.cli import app as cli
 from flatcompress.errors import RunError, UserError
-from flatcompress.sweep import load_sweep, parse_sweep, runs_of, tasks_of
-from flatcompress.sweep_run import Finished
+from flatcompress.sweep import pool, table
+from flatcompress.sweep.pool import Finished
+from flatcompress.sweep.spec import load_sweep, parse_sweep, runs_of, tasks_of
 
 RECIPE = {
     "device": "cpu",
@@ -90,34 +91,34 @@ def test_setting_is_chosen_by_validation_and_never_by_the_held_out_domain():
     low, high = sweep.methods[2].settings()
     done = [result("SAM", s, d, 0.9, 0.50, low) for s in (0, 1) for d in ("0", "75")]
     done += [result("SAM", s, d, 0.1, 0.51, high) for s in (0, 1) for d in ("0", "75")]
-    assert sweep_run._best(sweep, sweep.methods[2], done) == high
+    assert pool._best(sweep, sweep.methods[2], done) == high
 
 
 def test_table_averages_domains_within_a_seed_then_seeds():
     done = [result("LSQ", 0, "0", 0.4), result("LSQ", 0, "75", 0.6), result("LSQ", 1, "0", 0.6),
             result("LSQ", 1, "75", 0.8)]  # fmt: skip
-    row = sweep_table.table(done)[0]
+    row = table.table(done)[0]
     assert row.held_out.mean == pytest.approx(0.6)
     assert row.held_out.std == pytest.approx(0.1414, abs=1e-4)
     assert row.by_domain["0"].mean == pytest.approx(0.5)
-    text = sweep_table.markdown([row])
+    text = table.markdown([row])
     assert "60.0 ± 14.1" in text and "chosen by validation" in text and "corrupted |" not in text
 
 
 def test_one_held_out_domain_is_shown_once():
-    text = sweep_table.markdown(sweep_table.table([result("LSQ", 0, "0", 0.4)]))
+    text = table.markdown(table.table([result("LSQ", 0, "0", 0.4)]))
     assert "held out (0)" in text and text.count("40.0") == 1
 
 
 def test_paired_difference_cancels_what_seeds_share():
     a = [result("LSQ", 0, "0", 0.5), result("LSQ", 1, "0", 0.9)]
     b = [result("float", 0, "0", 0.4), result("float", 1, "0", 0.8), result("float", 2, "0", 0.1)]
-    gain = sweep_table.paired(a, b)
+    gain = table.paired(a, b)
     assert gain.mean == pytest.approx(0.1) and gain.std == pytest.approx(0.0, abs=1e-12) and gain.n == 2
 
 
 def test_page_escapes_names():
-    page = sweep_table.page("<b>", sweep_table.table([result("LSQ", 0, "0", 0.4)]))
+    page = table.page("<b>", table.table([result("LSQ", 0, "0", 0.4)]))
     assert "<b>" not in page and "&lt;b&gt;" in page and "<svg" in page
 
 
@@ -134,7 +135,7 @@ def test_wrong_sweeps_are_refused(keys, message):
 def test_wrong_override_names_the_method_before_anything_runs(tmp_path):
     sweep = spec(output_dir=str(tmp_path), methods=[{"name": "odd", "set": {"stages.1.quantize.method": "lsqq"}}])
     with pytest.raises(UserError, match=r"(?s)odd.*lsqq"):
-        sweep_run.run_sweep(sweep)
+        pool.run_sweep(sweep)
     assert not list(tmp_path.iterdir())
 
 
@@ -148,7 +149,7 @@ def test_file_finds_its_recipe_beside_it(tmp_path):
 
 
 def test_plan_writes_recipes_that_any_queue_can_run(tmp_path):
-    commands = sweep_run.plan(spec(output_dir=str(tmp_path), seeds=[0]))
+    commands = pool.plan(spec(output_dir=str(tmp_path), seeds=[0]))
     assert len(commands) == 8 and all("flatcompress run" in c for c in commands)
 
 
@@ -156,20 +157,20 @@ def test_plan_writes_recipes_that_any_queue_can_run(tmp_path):
 def test_sweep_runs_shares_resumes_and_reports_failures(tmp_path):
     keys = {"output_dir": str(tmp_path), "seeds": [0], "held_out": ["75"]}
     sweep = spec(**keys, methods=METHODS[:2])
-    finished = sweep_run.run_sweep(sweep)
+    finished = pool.run_sweep(sweep)
     assert [len(f.rows) for f in finished] == [1, 2]
     floats, quantized = finished
     assert quantized.rows[0] == floats.rows[0]  # the very same stage, measured once
     stamps = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("ledger.json")}
     lines = []
-    again = sweep_run.run_sweep(sweep, lines.append)
+    again = pool.run_sweep(sweep, lines.append)
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("ledger.json")} == stamps and "0 to do" in lines[0]
-    text, data = sweep_table.write(sweep, again)
+    text, data = table.write(sweep, again)
     assert {p.name for p in sweep.folder.glob("table.*")} == {"table.md", "table.json", "table.html"}
     assert len(data["runs"]) == 2 and "LSQ" in text
     broken = spec(**keys, methods=[{"name": "hot", "set": {"stages.0.train.optimizer.lr": 1e30}}])
     with pytest.raises(RunError, match="hot"):
-        sweep_run.run_sweep(broken)
+        pool.run_sweep(broken)
 
 
 def test_verb_plans_a_sweep_and_names_what_is_wrong_with_one(tmp_path, capsys):

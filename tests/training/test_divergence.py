@@ -42,7 +42,7 @@ class Kept:
         return step % self.every == 0
 
     def save(self, step, state):
-        from flatcompress.training.codec import decode, encode
+        from flatcompress.store.codec import decode, encode
 
         self.states.append(decode(*encode(state)))
 

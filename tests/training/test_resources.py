@@ -15,9 +15,18 @@ import torch
 from faulty_os import FaultyOs, PowerCut
 from torch import nn
 
-from flatcompress import flat
+from flatcompress import (
+    flat,
+    storage,
+)
 from flatcompress.errors import Interrupted, RunError, UserError
-from flatcompress.training import checkpoint, memory, runlog, storage
+from flatcompress.store import (
+    checkpoint,
+    runlog,
+)
+from flatcompress.training import (
+    memory,
+)
 from flatcompress.training.loop import Job, fit, make_accelerator
 
 ROOT = Path(__file__).parents[2]

@@ -11,8 +11,8 @@ from faulty_os import FaultyOs, PowerCut, outcome
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flatcompress import storage
 from flatcompress.errors import RunError, UserError
-from flatcompress.training import storage
 
 
 def _calls_of_one_write(tmp_path, monkeypatch) -> int:

@@ -13,10 +13,11 @@ from faulty_os import FaultyOs, PowerCut, outcome
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flatcompress import storage
 from flatcompress.errors import RunError, UserError
 from flatcompress.plan import Plan, Step
-from flatcompress.training import checkpoint, storage
-from flatcompress.training.checkpoint import load, load_latest, recover, rewind, save_progress, save_stage
+from flatcompress.store import checkpoint
+from flatcompress.store.checkpoint import load, load_latest, recover, rewind, save_progress, save_stage
 from flatcompress.training.rng import capture_rng, restore_rng
 
 PLAN = Plan([Step("channels", {"kept": [0, 2]})])

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flatcompress.errors import UserError
-from flatcompress.training.codec import decode, encode, unshared
+from flatcompress.store.codec import decode, encode, unshared
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int8, torch.uint8, torch.int64, torch.bool]
 tensors = st.builds(

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flatcompress import storage
 from flatcompress.errors import UserError
-from flatcompress.training import runfolder, storage
-from flatcompress.training.runfolder import RunFolder, read_ledger
+from flatcompress.store import runfolder
+from flatcompress.store.runfolder import RunFolder, read_ledger
 
 ROWS = [{"stage": "train", "accuracy": {"test": 0.9, "held_out": None}, "bytes": 10**12}, {"stage": "export"}]
 

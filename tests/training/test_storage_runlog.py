@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flatcompress.errors import RunError, UserError
-from flatcompress.training import runlog, trackers
-from flatcompress.training.runlog import RunLog, read_events
+from flatcompress.store import runlog, trackers
+from flatcompress.store.runlog import RunLog, read_events
 
 
 def test_events_come_back_in_order_with_a_time(tmp_path):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from flatcompress.training.runlog import RunLog, read_events
-from flatcompress.training.trackers import open_tracker, scalars
+from flatcompress.store.runlog import RunLog, read_events
+from flatcompress.store.trackers import open_tracker, scalars
 
 EPOCHS = [{"epoch": 1, "loss": 0.5, "gap": None}, {"epoch": 2, "loss": 0.25, "gap": 0.125}]
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flatcompress.data.bundle import Part
 from flatcompress.data.corruptions import blur, digital, noise, weather
-from flatcompress.data.pixels import ChunkedPixels
+from flatcompress.data.images.pixels import ChunkedPixels
 from flatcompress.data.seeds import generator
 from flatcompress.errors import UserError, unknown
 from flatcompress.registry import Registry

@@ -1,0 +1,7 @@
+"""The command line. Only argument passing and printing: what a command does is in the module that it calls."""
+
+from __future__ import annotations
+
+from flatcompress.cli.app import app, main
+
+__all__ = ["app", "main"]

@@ -1,0 +1,259 @@
+"""The verbs. Argument passing only: what a verb does is in the module it calls, loaded when it is called.
+
+Results go to stdout (``--json`` for machines), progress to stderr. Exit codes: 0 done, 2 the input is wrong,
+3 the run failed or a certificate does not hold, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from flatcompress import __version__
+from flatcompress.errors import Interrupted, RunError, UserError, unknown
+
+app = typer.Typer(
+    name="flatcompress",
+    help="Train flat, cut, quantize, ship: one recipe from a PyTorch model to a verified low-bit sparse ONNX file.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RecipePath = Annotated[Path, typer.Argument(help="the recipe, a YAML file", show_default=False)]
+Setting = Annotated[list[str] | None, typer.Option("--set", help="override a key: stages.1.prune.ratio=0.7")]
+Json = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
+
+
+def show(value: Any, as_json: bool, text: str) -> None:
+    """Print a result: JSON for machines, else text."""
+    typer.echo(json.dumps(value, indent=1) if as_json else text)
+
+
+@app.command()
+def run(
+    recipe: RecipePath,
+    settings: Setting = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="the run folder itself")] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="begin afresh and remove the earlier results")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress on stderr")] = False,
+    as_json: Json = False,
+) -> None:
+    """Run a recipe; the same command again goes on where it stopped."""
+    from flatcompress.cli import output
+    from flatcompress.cli.commands import run_recipe
+
+    with output.display(quiet=quiet) as shown:
+        result = run_recipe(recipe, settings or [], output, restart, shown)
+    if int(os.environ.get("RANK", "0")) != 0:
+        return  # one process of several speaks
+    if as_json:
+        show(result.summary(), True, "")
+    else:
+        output.print_result(result.summary())
+
+
+@app.command()
+def sweep(
+    file: Annotated[Path, typer.Argument(help="the sweep, a YAML file", show_default=False)],
+    jobs: Annotated[int | None, typer.Option(min=1, max=256, help="runs at the same time")] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="write every run's recipe and print its command")] = False,
+    as_json: Json = False,
+) -> None:
+    """Run methods x seeds x held-out domains and write one table; the same command again goes on."""
+    from flatcompress.cli.commands import plan_sweep, run_sweep_file
+
+    if plan:
+        commands = plan_sweep(file)
+        show(commands, as_json, "\n".join(commands))
+        return
+    text, data = run_sweep_file(file, jobs)
+    show(data, as_json, text)
+
+
+@app.command()
+def validate(
+    recipe: RecipePath,
+    settings: Setting = None,
+    syntax_only: Annotated[bool, typer.Option("--syntax-only", help="do not touch data, weights or models")] = False,
+    as_json: Json = False,
+) -> None:
+    """Check a recipe without running it: keys, data, model, and whether every stage can do its surgery."""
+    from flatcompress.cli.commands import check_recipe
+
+    summary = check_recipe(recipe, settings or [], syntax_only)
+    show(summary, as_json, f"{recipe}: valid. {summary['text']}")
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(help="where to write the recipe")] = Path("recipe.yaml"),
+    template: Annotated[str, typer.Option("--template", help="quickstart | domains | folder | cifar10")] = "quickstart",
+    force: Annotated[bool, typer.Option("--force", help="overwrite an existing file")] = False,
+) -> None:
+    """Write a starter recipe, every key with a comment."""
+    from flatcompress.cli.commands import write_starter
+
+    typer.echo(f"wrote {write_starter(path, template, force)}. Next: flatcompress run {path}")
+
+
+@app.command("list")
+def list_(
+    kind: Annotated[str | None, typer.Argument(help="methods, models, data ... (default: all)")] = None,
+    as_json: Json = False,
+) -> None:
+    """List what can be named in a recipe: methods, models, data sets, importances, quantizers, profiles."""
+    from flatcompress.cli import output
+    from flatcompress.cli.commands import catalogue
+
+    tables = catalogue()
+    if kind is not None and kind not in tables:
+        raise unknown("list", kind, tables)
+    chosen = tables if kind is None else {kind: tables[kind]}
+    if as_json:
+        show(chosen, True, "")
+    else:
+        output.print_catalogue(chosen)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of a recipe, for editors."""
+    from flatcompress.recipe import json_schema
+
+    typer.echo(json.dumps(json_schema(), indent=1))
+
+
+@app.command()
+def verify(
+    target: Annotated[Path, typer.Argument(help="a run folder, or an ONNX file beside its certificate")],
+    as_json: Json = False,
+) -> None:
+    """Repeat a certificate's proof on this machine; exit code 3 when it does not hold."""
+    from flatcompress.cli import output
+    from flatcompress.cli.commands import verify_target
+
+    outcome = verify_target(target)
+    if as_json:
+        show(outcome, True, "")
+    else:
+        output.print_verification(outcome)
+    if not outcome["holds"]:
+        raise typer.Exit(3)
+
+
+@app.command()
+def bench(
+    file: Annotated[Path, typer.Argument(help="an ONNX file")],
+    threads: Annotated[int, typer.Option(min=1, max=256, help="onnxruntime threads")] = 1,
+    runs: Annotated[int, typer.Option(min=3, max=100_000, help="timed runs")] = 50,
+    as_json: Json = False,
+) -> None:
+    """Measure latency, load time and size of an ONNX file on this machine."""
+    from flatcompress.cli import output
+    from flatcompress.cli.commands import bench_file
+
+    outcome = bench_file(file, threads, runs)
+    if as_json:
+        show(outcome, True, "")
+    else:
+        output.print_bench(outcome)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="a run folder")],
+    as_json: Json = False,
+) -> None:
+    """Rebuild report.html from a run folder's files."""
+    from flatcompress.cli.commands import rebuild_report
+
+    path = rebuild_report(folder)
+    show({"report": str(path)}, as_json, f"wrote {path}")
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="a run folder with a finished stage")],
+    profile: Annotated[str, typer.Option(help="file format; see `flatcompress list profiles`")] = "packed",
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="the ONNX file to write")] = None,
+    opset: Annotated[int | None, typer.Option(min=13, max=28, help="ONNX opset")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a finished checkpoint as ONNX in another profile, with its own certificate."""
+    from flatcompress.cli import output
+    from flatcompress.cli.commands import export_checkpoint
+
+    outcome = export_checkpoint(folder, profile, output, opset)
+    if as_json:
+        show(outcome, True, "")
+    else:
+        output.print_verification(outcome)
+    if not outcome["holds"]:
+        raise typer.Exit(3)
+
+
+@app.command()
+def sharpness(
+    folder: Annotated[Path, typer.Argument(help="a run folder with a finished stage")],
+    stage: Annotated[str | None, typer.Option(help="which checkpoint, like 0-train (default: the latest)")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="training samples to measure on")] = 512,
+    as_json: Json = False,
+) -> None:
+    """Measure how flat a finished checkpoint's minimum is."""
+    from flatcompress.cli import output
+    from flatcompress.cli.commands import measure_sharpness
+
+    outcome = measure_sharpness(folder, stage, samples)
+    if as_json:
+        show(outcome, True, "")
+    else:
+        output.print_mapping(outcome)
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="print the version and exit", is_eager=True)] = False,
+) -> None:
+    if version:
+        typer.echo(f"flatcompress {__version__}")
+        raise typer.Exit
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Entry point: run a verb and exit with its code; a user's mistake is one message, never a traceback."""
+    sys.exit(_guarded(arguments))
+
+
+def _guarded(arguments: list[str] | None) -> int:
+    try:
+        code = app(args=arguments, standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except (UserError, RunError, Interrupted) as error:
+        typer.echo(f"flatcompress: {error}", err=True)
+        return error.exit_code
+    except KeyboardInterrupt:
+        typer.echo("flatcompress: stopped at once; what was saved before is kept. The same command goes on.", err=True)
+        return 130
+    except BrokenPipeError:
+        return 0
+    except Exception as error:
+        if _is_usage(error):
+            error.show()  # type: ignore[attr-defined]
+            return 2
+        raise
+
+
+def _is_usage(error: Exception) -> bool:
+    """Typer vendors or imports click depending on its version, so usage errors are told by their shape."""
+    return hasattr(error, "show") and hasattr(error, "exit_code")
+
+
+if __name__ == "__main__":
+    main()

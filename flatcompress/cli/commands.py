@@ -1,0 +1,219 @@
+"""What the verbs of the command line do, as functions that return plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from flatcompress import data, flat, models, onnx_export, prune, quant
+from flatcompress.errors import UserError, nearest, unknown
+from flatcompress.pipeline import Pipeline, Result
+from flatcompress.recipe import Recipe, load_recipe, parse_recipe
+from flatcompress.registry import Registry
+from flatcompress.stages.methods import PRUNE_METHODS, QAT_METHODS
+from flatcompress.store import checkpoint
+from flatcompress.store.runfolder import RunFolder
+from flatcompress.yaml_source import parse_yaml
+
+CATALOGUE: dict[str, Registry] = {
+    "methods": flat.METHODS,
+    "prune-methods": PRUNE_METHODS,
+    "qat-methods": QAT_METHODS,
+    "importances": prune.IMPORTANCES,
+    "quantizers": quant.QUANTIZERS,
+    "models": models.MODELS,
+    "data": data.DATASETS,
+    "profiles": onnx_export.PROFILES,
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished run as the command line shows it."""
+
+    folder: str
+    onnx: str | None
+    report: str | None
+    ledger: list[dict[str, Any]]
+    certificate: dict[str, Any] | None
+
+    def summary(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+
+def run_recipe(
+    path: Path,
+    settings: list[str],
+    output: Path | None,
+    restart: bool,
+    display: Callable[[dict[str, Any]], None] | None,
+) -> Outcome:
+    """Run a recipe file. UserError, RunError or Interrupted say what went wrong and how to go on."""
+    pipeline = Pipeline.from_recipe(load_recipe(path, settings))
+    result: Result = pipeline.run(output, restart=restart, display=display)
+    return Outcome(
+        folder=str(result.folder),
+        onnx=str(result.onnx) if result.onnx else None,
+        report=str(result.report) if result.report else None,
+        ledger=result.ledger,
+        certificate=result.certificate,
+    )
+
+
+def run_sweep_file(path: Path, jobs: int | None) -> tuple[str, dict[str, Any]]:
+    """Run a sweep file and write its table; returns the Markdown and the data."""
+    from flatcompress.sweep import pool, table
+    from flatcompress.sweep.spec import load_sweep
+
+    sweep = load_sweep(path)
+    sweep.jobs = jobs or sweep.jobs
+    return table.write(sweep, pool.run_sweep(sweep, pool.stderr))
+
+
+def plan_sweep(path: Path) -> list[str]:
+    """Write the recipes of a sweep's runs and return the commands that run them."""
+    from flatcompress.sweep import pool
+    from flatcompress.sweep.spec import load_sweep
+
+    return pool.plan(load_sweep(path))
+
+
+def check_recipe(path: Path, settings: list[str], syntax_only: bool) -> dict[str, Any]:
+    """Check a recipe file; without ``syntax_only`` also load its data and model and rehearse the stages."""
+    recipe = load_recipe(path, settings)
+    kinds = [entry.kind for entry in recipe.stages]
+    summary: dict[str, Any] = {"valid": True, "name": recipe.name, "stages": kinds, "text": " -> ".join(kinds)}
+    if not syntax_only:
+        work = Pipeline.from_recipe(recipe).prepare()
+        bundle = work.data
+        summary["samples"] = {"train": len(bundle.train), "val": len(bundle.val), "test": len(bundle.test)}
+        summary["parameters"] = sum(p.numel() for p in work.model.parameters())
+        summary["text"] += f"; {summary['samples']['train']} training samples, {summary['parameters']:,} parameters"
+    return summary
+
+
+def catalogue() -> dict[str, list[dict[str, Any]]]:
+    """Every registry as rows of name, summary, paper and defaults."""
+    return {
+        kind: [
+            {"name": e.name, "summary": e.summary, "paper": e.paper, "defaults": _plain(e.defaults)}
+            for e in registry.values()
+        ]
+        for kind, registry in CATALOGUE.items()
+    }
+
+
+def _plain(defaults: dict[str, Any]) -> dict[str, Any]:
+    simple = (str, int, float, bool, type(None))
+    return {k: v if isinstance(v, simple) else repr(v) for k, v in defaults.items()}
+
+
+def verify_target(target: Path) -> dict[str, Any]:
+    """Repeat the certificate of a run folder or of an ONNX file on this machine."""
+    if not target.exists():
+        raise UserError(f"{target}: not found. Give a run folder or an ONNX file that has its certificate beside it.")
+    return onnx_export.verify(target).to_dict()
+
+
+def bench_file(file: Path, threads: int, runs: int) -> dict[str, Any]:
+    """Latency, load time and size of an ONNX file, here."""
+    if not file.is_file():
+        raise UserError(f"{file}: not a file. Give an ONNX file, for example runs/quickstart/model.onnx.")
+    return onnx_export.bench(file, threads=[threads], runs=runs)
+
+
+def rebuild_report(folder: Path) -> Path:
+    """Write report.html again from what is in the run folder."""
+    from flatcompress import report
+
+    if not folder.is_dir():
+        raise UserError(f"{folder}: not a run folder.")
+    if not any((folder / name).exists() for name in ("recipe.yaml", "ledger.json", "log.jsonl")):
+        raise UserError(f"{folder}: holds no recipe.yaml, ledger.json or log.jsonl, so it is no run folder.")
+    return report.build(folder)
+
+
+def write_starter(path: Path, template: str, force: bool) -> Path:
+    """Write a commented starter recipe. UserError when the file exists and ``force`` is not set."""
+    from flatcompress.cli.templates import STARTERS
+
+    if template not in STARTERS:
+        raise unknown("template", template, STARTERS)
+    if path.exists() and not force:
+        raise UserError(f"{path} exists. Use --force to overwrite it, or give another name.")
+    from flatcompress.storage import write_text_atomic
+
+    if not path.parent.is_dir():
+        raise UserError(f"{path.parent}: no such folder.")
+    write_text_atomic(path, STARTERS[template])
+    return path
+
+
+def open_run(folder: Path) -> tuple[Recipe, Pipeline]:
+    """The recipe and the pipeline of an existing run folder. UserError when there is none, or it was made in Python."""
+    text = RunFolder(folder).read_recipe() if folder.is_dir() else None
+    if text is None:
+        raise UserError(f"{folder}: no recipe.yaml there, so it is no run folder.")
+    recipe = parse_recipe(parse_yaml(text, str(folder / "recipe.yaml"))[0], str(folder / "recipe.yaml"))
+    return recipe, Pipeline.from_recipe(recipe)
+
+
+def load_workpiece(folder: Path, stage: str | None = None) -> Any:
+    """The workpiece as a finished stage left it, rebuilt from the run folder alone."""
+    from flatcompress.plan import apply_plan, load_weights
+
+    _, pipeline = open_run(folder)
+    found = _finished(folder, stage)
+    work = pipeline.prepare(rehearsed=False)
+    work.model = apply_plan(work.model.cpu(), found.plan, work.example().cpu())
+    load_weights(work.model, found.state_dict)
+    work.model.to(work.device)
+    work.plan, work.ledger, work.folder = found.plan, list(found.extra["ledger"]), folder
+    return work
+
+
+def _finished(folder: Path, stage: str | None) -> checkpoint.Checkpoint:
+    path = folder / "checkpoints"
+    names = sorted(p.name for p in path.iterdir() if p.is_dir() and "@" not in p.name) if path.is_dir() else []
+    names = [n for n in names if n[:1].isdigit()]
+    if not names:
+        raise UserError(f"{folder}: no stage is finished yet.")
+    if stage is None:
+        names.sort(key=lambda n: int(n.split("-")[0]))
+        return checkpoint.load(path / names[-1])
+    if stage not in names:
+        guess = nearest(stage, names)
+        hint = f" Did you mean {guess!r}?" if guess else ""
+        raise UserError(f"{folder}: no finished stage {stage!r}.{hint} There are: {', '.join(names)}.")
+    return checkpoint.load(path / stage)
+
+
+def export_checkpoint(folder: Path, profile: str, output: Path | None, opset: int | None) -> dict[str, Any]:
+    """Write the newest finished checkpoint of ``folder`` in another profile, with a certificate of its own."""
+    from flatcompress.stages import export as export_stage
+    from flatcompress.stages.configs import ExportConfig
+
+    if profile not in onnx_export.PROFILES:
+        raise unknown("profile", profile, onnx_export.PROFILES)
+    work = load_workpiece(folder)
+    quantized = bool(work.plan.of_kind("quantizers"))
+    if quantized == profile.startswith("float"):
+        kind = "quantized" if quantized else "float"
+        raise UserError(f"profile {profile!r} does not fit: the checkpoint is {kind}.")
+    path = output or folder / profile / "model.onnx"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path.parent}: cannot be written ({error.strerror}).") from None
+    _, certificate = export_stage.write(work, ExportConfig(profile=profile, opset=opset), path)
+    return {"onnx": str(path), **certificate}
+
+
+def measure_sharpness(folder: Path, stage: str | None, samples: int) -> dict[str, Any]:
+    """Sharpness measures of a finished checkpoint on its training split."""
+    from flatcompress.stages.measure import sharpness_report
+
+    return sharpness_report(load_workpiece(folder, stage), samples)

@@ -1,0 +1,1 @@
+"""The user's own images: folders, files, decoding, published test sets."""

@@ -1,0 +1,1 @@
+"""The exact engine under every flat-minima method: probes, perturbations, passes, processes, gradient hooks."""

@@ -1,0 +1,1 @@
+"""How flat a minimum is: sharpness, curvature, landscapes, worst-case attacks. Measures only; nothing trains here."""

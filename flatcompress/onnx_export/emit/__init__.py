@@ -1,0 +1,1 @@
+"""From the lowered graph to ONNX nodes, per profile."""

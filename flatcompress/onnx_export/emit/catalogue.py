@@ -1,0 +1,58 @@
+"""The registry of export profiles, and which emitters each is written with."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from flatcompress.onnx_export.emit.layers import MODULES
+from flatcompress.onnx_export.emit.operators import FUNCTIONS
+from flatcompress.onnx_export.emit.profiles import Profile, store_int4, store_int8, store_packed
+from flatcompress.onnx_export.emit.qonnx import QONNX_MODULES, quant_function
+from flatcompress.onnx_export.emit.qonnx import store as store_nothing
+from flatcompress.onnx_export.emit.writer import Emitters
+from flatcompress.registry import Registry
+
+PROFILES = Registry("export profile")
+
+
+def emitters(profile: Profile) -> Emitters:
+    """Module and function emitters of a profile."""
+    return (QONNX_MODULES if profile.name == "qonnx" else MODULES), FUNCTIONS
+
+
+def packed() -> Profile:
+    """Every weight tensor at its own bits, or as mask or N:M indices and values where that is smaller."""
+    return Profile("packed", store_packed, pack_vectors=True)
+
+
+def int8() -> Profile:
+    """Plain int8 weights for tools that want no unpacking."""
+    return Profile("int8", store_int8)
+
+
+def int4() -> Profile:
+    """ONNX INT4 and INT2 tensors with a cast: opset 21, and 25 for INT2."""
+    return Profile("int4", store_int4, opset=21, fold_weight_only=False)
+
+
+def qonnx() -> Profile:
+    """Real tensors between QONNX's Quant nodes."""
+    return Profile("qonnx", store_nothing, integer_kernels=False, functions=(quant_function,))
+
+
+def float32() -> Profile:
+    """A float model as it is, BatchNorms folded."""
+    return Profile("float32", store_int8, integer=False)
+
+
+def float16() -> Profile:
+    """A float model with half-precision weights and arithmetic; input and output stay float32."""
+    return Profile("float16", store_int8, integer=False, floats=np.float16)
+
+
+PROFILES.add("packed", packed, "weights at their own bits or sparse, unpacked when the file is loaded (default)")
+PROFILES.add("int8", int8, "plain int8 weights, for TensorRT, QNN, ST Edge AI")
+PROFILES.add("int4", int4, "ONNX INT4 / INT2 weights, opset 21 / 25")
+PROFILES.add("qonnx", qonnx, "Quant nodes for FINN, hls4ml and qonnx; runs in onnxruntime too, on floats")
+PROFILES.add("float32", float32, "a float model, for comparison")
+PROFILES.add("float16", float16, "a float model in half precision, for comparison")

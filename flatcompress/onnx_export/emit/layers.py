@@ -1,0 +1,266 @@
+"""One emitter per kind of module in a lowered graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx, nn
+
+from flatcompress.errors import UserError
+from flatcompress.onnx_export.emit.builder import FLOAT
+from flatcompress.onnx_export.emit.writer import ModuleEmitter, Writer, array, as_matrix
+from flatcompress.onnx_export.lower import integer
+from flatcompress.onnx_export.lower.prepare import PADS
+
+
+def _quantize(w: Writer, node: fx.Node, module: integer.Quantize) -> str:
+    return w.codes_of(w.tensor(node.args[0]), module.grid)
+
+
+def _dequantize(w: Writer, node: fx.Node, module: integer.Dequantize) -> str:
+    axis = _axis(node) if any(_feeds_float_layer(w, user) for user in node.users) else None
+    return w.real_of(w.tensor(node.args[0]), module.grid, axis)
+
+
+def _feeds_float_layer(w: Writer, user: fx.Node) -> bool:
+    """A float layer, or a padding before one: onnxruntime merges that into the layer first."""
+    if user.op == "call_function" and user.target in PADS:
+        return any(_feeds_float_layer(w, after) for after in user.users)
+    module = w.gm.get_submodule(str(user.target)) if user.op == "call_module" else None
+    return isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear)
+
+
+def _axis(node: fx.Node) -> tuple[int, int] | None:
+    """Any axis but the batch that is longer than one.
+
+    onnxruntime quantizes the weights of a float Conv or Gemm that stands between DequantizeLinear and
+    QuantizeLinear, per tensor and without a word. It leaves alone what follows a DequantizeLinear with one scale
+    per channel, so a layer that is meant to stay float gets its input through one.
+    """
+    shape = node.meta["shape"]
+    return next(((axis, size) for axis, size in enumerate(shape) if axis and size > 1), None)
+
+
+def _clamp(w: Writer, node: fx.Node, module: integer.ClampCodes) -> str:
+    return w.clip_codes(w.tensor(node.args[0]), module.grid)
+
+
+def _integer_layer(w: Writer, node: fx.Node, module: integer.IntegerLayer) -> str:
+    """Conv or Gemm between DequantizeLinear and QuantizeLinear; see `_tokens` for [B, T, C]."""
+    w.note_layer(node, module)
+    if module.kind == "linear" and not as_matrix(node):
+        return _tokens(w, node, module)
+    x = w.real_of(w.tensor(node.args[0]), module.in_grid)
+    result = _product(w, node, module, [x, *_integer_inputs(w, node, module)], turned=False)
+    return result if module.out_grid is None else w.codes_of(result, module.out_grid)
+
+
+def _tokens(w: Writer, node: fx.Node, module: integer.IntegerLayer) -> str:
+    """A linear layer on [B, T, C].
+
+    With a quantized result as Gemm on [B * T, C], because a MatMul and an Add would keep the bias out of the integer
+    kernel. With a real result as MatMul and Add all the same: OpenVINO 2026.4 fuses a Gemm, the Reshape behind it and
+    a residual addition to something wrong by more than the values themselves.
+    """
+    b, codes = w.builder, w.tensor(node.args[0])
+    if module.out_grid is None:
+        weight, *bias = _integer_inputs(w, node, module, turned=True)
+        product = b.op("MatMul", [w.real_of(codes, module.in_grid), weight], name=node.meta["path"])
+        return b.op("Add", [product, *bias]) if bias else product
+    rows = b.op("Reshape", [codes, b.ints([-1, module.weight.shape[1]])])
+    inputs = [w.real_of(rows, module.in_grid), *_integer_inputs(w, node, module)]
+    result = w.codes_of(_product(w, node, module, inputs, turned=False), module.out_grid)
+    return b.op("Reshape", [result, b.ints([-1, *node.meta["shape"][1:]])])
+
+
+def _integer_inputs(w: Writer, node: fx.Node, module: integer.IntegerLayer, turned: bool = False) -> list[str]:
+    """Real weight and bias out of int8 and int32. ``s_x * s_w`` is multiplied out by the runtime: a node is smaller
+    than a vector of scales. A matrix's zero point is written out, or it would not run on integers.
+    """
+    b, stored, scale = w.builder, w.stored[node.name].tensor, array(module.scale)
+    name = w.scale_of(node, module)
+    step = b.op("Mul", [b.floats(module.in_grid.scale), name]) if module.bias is not None else ""
+    if module.kind == "conv" and module.out_grid is None:
+        # No integer kernel gives a real result here, and a DequantizeLinear of the weight would run at every call;
+        # Cast and Mul are folded when the file is loaded.
+        column = b.floats(scale.reshape([-1] + [1] * (module.weight.dim() - 1)))
+        weight = b.op("Mul", [b.cast(stored, FLOAT), column])
+        if module.bias is None:
+            return [weight]
+        return [weight, b.op("Mul", [b.cast(w.bias_of(node, module), FLOAT), step])]
+    if turned:
+        stored = b.op("Transpose", [stored], perm=[1, 0])
+    zero = [] if module.kind == "conv" else [b.constant(np.zeros(scale.size, np.int8))]
+    inputs = [b.op("DequantizeLinear", [stored, name, *zero], axis=int(turned))]
+    if module.bias is not None:
+        inputs.append(b.op("DequantizeLinear", [w.bias_of(node, module), step], axis=0))
+    return inputs
+
+
+def _product(w: Writer, node: fx.Node, module: Any, inputs: list[str], turned: bool) -> str:
+    """Conv, Gemm, or MatMul and Add, named by the module path."""
+    path = node.meta["path"]
+    if module.kind == "conv":
+        return conv(w, inputs, module.attributes, tuple(module.weight.shape[2:]), path)
+    if not turned:
+        return w.builder.op("Gemm", inputs, name=path, transB=1)
+    product = w.builder.op("MatMul", inputs[:2], name=path)
+    return w.builder.op("Add", [product, inputs[2]]) if len(inputs) > 2 else product
+
+
+def conv(w: Writer, inputs: list[str], attributes: dict[str, Any], kernel: tuple[int, ...], name: str) -> str:
+    """A Conv with torch's attributes; those at their default are left out."""
+    rank = len(kernel)
+    given = {key: _tuple(attributes[key], rank) for key in ("stride", "dilation")}
+    written: dict[str, Any] = {"kernel_shape": kernel}
+    if any(s != 1 for s in given["stride"]):
+        written["strides"] = given["stride"]
+    if any(d != 1 for d in given["dilation"]):
+        written["dilations"] = given["dilation"]
+    pads = _pads(attributes["padding"], kernel, given["dilation"])
+    extra = list(attributes.get("pads", []))
+    for index, amount in enumerate(extra):  # torch: begin and end of the last dimension, then of the one before
+        pads[rank - 1 - index // 2 + rank * (index % 2)] += amount
+    if any(pads):
+        written["pads"] = pads
+    if attributes["groups"] != 1:
+        written["group"] = attributes["groups"]
+    return w.builder.op("Conv", inputs, name=name, **written)
+
+
+def _tuple(value: Any, rank: int) -> tuple[int, ...]:
+    return tuple(value) * (rank // len(value)) if isinstance(value, list | tuple) else (value,) * rank
+
+
+def _pads(padding: Any, kernel: tuple[int, ...], dilation: tuple[int, ...]) -> list[int]:
+    """Begins, then ends. "same" puts the odd pixel at the end, as torch does."""
+    if padding == "valid":
+        return [0] * (2 * len(kernel))
+    if padding == "same":
+        total = [d * (k - 1) for d, k in zip(dilation, kernel)]
+        begins = [t // 2 for t in total]
+        return begins + [t - begin for t, begin in zip(total, begins)]
+    return list(_tuple(padding, len(kernel))) * 2
+
+
+def _weight_only(w: Writer, node: fx.Node, module: integer.WeightOnlyLayer) -> str:
+    """Integer weights on real inputs.
+
+    packed and int8 multiply the scale in with Cast and Mul, which the runtime folds into float weights when it loads
+    the file: exact, at float speed. int4 writes DequantizeLinear into MatMul, which becomes MatMulNBits.
+    """
+    w.note_layer(node, module)
+    b = w.builder
+    turned = module.kind == "linear" and not (as_matrix(node) and w.profile.fold_weight_only)
+    stored = w.stored[node.name].tensor
+    if turned and as_matrix(node):
+        stored = b.op("Transpose", [stored], perm=[1, 0])
+    if w.profile.fold_weight_only:
+        shape = (-1,) if turned else (-1,) + (1,) * (module.weight.dim() - 1)
+        weight = b.op("Mul", [b.cast(stored, FLOAT), b.floats(array(module.scale).reshape(shape))])
+    else:
+        zero = b.constant(np.zeros(module.scale.numel(), np.int8))
+        inputs = [stored, b.floats(array(module.scale)), zero]
+        weight = b.op("DequantizeLinear", inputs, axis=1 if turned else 0)
+    bias = [w.constant(module.bias)] if module.bias is not None else []
+    return _product(w, node, module, [w.tensor(node.args[0]), weight, *bias], turned)
+
+
+def _add(w: Writer, node: fx.Node, module: integer.IntegerAdd) -> str:
+    a, b = (w.tensor(n) for n in node.args)
+    total = w.builder.op("Add", [w.real_of(a, module.first), w.real_of(b, module.second)], name=node.meta["path"])
+    return w.codes_of(total, module.out_grid)
+
+
+def _pool(w: Writer, node: fx.Node, module: integer.IntegerPool) -> str:
+    x = w.real_of(w.tensor(node.args[0]), module.in_grid)
+    return w.codes_of(w.builder.op("GlobalAveragePool", [x], name=node.meta["path"]), module.out_grid)
+
+
+def _matmul(w: Writer, node: fx.Node, module: integer.IntegerMatMul) -> str:
+    a, b = (w.tensor(n) for n in node.args)
+    product = w.builder.op("MatMul", [w.real_of(a, module.first), w.real_of(b, module.second)], name=node.meta["path"])
+    return product if module.out_grid is None else w.codes_of(product, module.out_grid)
+
+
+def _float_conv(w: Writer, node: fx.Node, module: Any) -> str:
+    w.note_layer(node, module)
+    inputs = [w.tensor(node.args[0]), w.constant(module.weight)]
+    if module.bias is not None:
+        inputs.append(w.constant(module.bias))
+    given = {key: getattr(module, key) for key in ("stride", "padding", "dilation", "groups")}
+    return conv(w, inputs, given, tuple(module.kernel_size), node.meta["path"])
+
+
+def _float_linear(w: Writer, node: fx.Node, module: nn.Linear) -> str:
+    w.note_layer(node, module)
+    b, x = w.builder, w.tensor(node.args[0])
+    bias = [w.constant(module.bias)] if module.bias is not None else []
+    if as_matrix(node):
+        return b.op("Gemm", [x, w.constant(module.weight), *bias], name=node.meta["path"], transB=1)
+    product = b.op("MatMul", [x, w.constant(module.weight.T.contiguous())], name=node.meta["path"])
+    return b.op("Add", [product, *bias]) if bias else product
+
+
+def _batch_norm(w: Writer, node: fx.Node, module: Any) -> str:
+    if module.running_mean is None:
+        raise UserError(f"module {node.meta['path']!r}: a BatchNorm without running statistics.")
+    channels = module.num_features
+    weight = module.weight if module.affine else torch.ones(channels)
+    bias = module.bias if module.affine else torch.zeros(channels)
+    inputs = [w.constant(t) for t in (weight, bias, module.running_mean, module.running_var)]
+    x = w.tensor(node.args[0])
+    return w.builder.op("BatchNormalization", [x, *inputs], name=node.meta["path"], epsilon=float(module.eps))
+
+
+def _layer_norm(w: Writer, node: fx.Node, module: nn.LayerNorm) -> str:
+    shape = module.normalized_shape
+    weight = module.weight if module.weight is not None else torch.ones(shape)
+    inputs = [w.tensor(node.args[0]), w.constant(weight)]
+    if module.bias is not None:
+        inputs.append(w.constant(module.bias))
+    return w.builder.op(
+        "LayerNormalization", inputs, name=node.meta["path"], axis=-len(shape), epsilon=float(module.eps)
+    )
+
+
+def _group_norm(w: Writer, node: fx.Node, module: nn.GroupNorm) -> str:
+    """InstanceNormalization over the groups, then weight and bias per channel."""
+    b, x, shape = w.builder, w.tensor(node.args[0]), node.args[0].meta["shape"]  # type: ignore[union-attr]
+    groups = module.num_groups
+    grouped = b.op("Reshape", [x, b.ints([0, groups, -1])])
+    ones, zeros = w.number([1.0] * groups), w.number([0.0] * groups)
+    normal = b.op("InstanceNormalization", [grouped, ones, zeros], name=node.meta["path"], epsilon=float(module.eps))
+    back = b.op("Reshape", [normal, b.ints([0, *shape[1:]])])
+    if not module.affine:
+        return back
+    per_channel = [-1] + [1] * (len(shape) - 2)
+    scaled = b.op("Mul", [back, w.constant(module.weight.reshape(per_channel))])
+    return b.op("Add", [scaled, w.constant(module.bias.reshape(per_channel))])
+
+
+def _embedding(w: Writer, node: fx.Node, module: nn.Embedding) -> str:
+    return w.builder.op("Gather", [w.constant(module.weight), w.tensor(node.args[0])], name=node.meta["path"])
+
+
+MODULES: dict[type[nn.Module], ModuleEmitter] = {
+    integer.Quantize: _quantize,
+    integer.Dequantize: _dequantize,
+    integer.ClampCodes: _clamp,
+    integer.IntegerLayer: _integer_layer,
+    integer.WeightOnlyLayer: _weight_only,
+    integer.IntegerAdd: _add,
+    integer.IntegerPool: _pool,
+    integer.IntegerMatMul: _matmul,
+    nn.Conv1d: _float_conv,
+    nn.Conv2d: _float_conv,
+    nn.Conv3d: _float_conv,
+    nn.Linear: _float_linear,
+    nn.BatchNorm1d: _batch_norm,
+    nn.BatchNorm2d: _batch_norm,
+    nn.LayerNorm: _layer_norm,
+    nn.GroupNorm: _group_norm,
+    nn.Embedding: _embedding,
+}

@@ -1,0 +1,214 @@
+"""The lowered graph as ONNX, node by node.
+
+What makes onnxruntime run a layer on integers, and what this writer therefore does (measured with 1.31): a matrix's
+DequantizeLinear carries an explicit zero point (a Conv's need not); the bias is int32 with its own DequantizeLinear; a
+matrix layer is a Gemm on [B, C]; one QuantizeLinear per tensor; limits below 8 bits are a Clip on the uint8 tensor
+behind it; operators that only move values work on the uint8 tensor itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+from torch import fx, nn
+
+from flatcompress.errors import UserError
+from flatcompress.onnx_export.emit.builder import GraphBuilder
+from flatcompress.onnx_export.emit.profiles import Integers, Profile, Stored
+from flatcompress.onnx_export.lower import integer
+from flatcompress.onnx_export.lower.integer import Grid
+from flatcompress.onnx_export.pack.packing import theoretical_bytes
+from flatcompress.onnx_export.pack.vectors import store_floats, store_integers
+
+ModuleEmitter = Callable[["Writer", fx.Node, Any], str]
+FunctionEmitter = Callable[..., Any]
+Emitters = tuple[dict[type[nn.Module], ModuleEmitter], dict[Any, FunctionEmitter]]
+
+WEIGHTED = (integer.IntegerLayer, integer.WeightOnlyLayer)
+FLOAT_WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+
+
+def array(tensor: torch.Tensor) -> NDArray[Any]:
+    """A tensor's values as numpy."""
+    return tensor.detach().cpu().numpy()
+
+
+def as_matrix(node: fx.Node) -> bool:
+    """Whether a linear layer sees [B, C] (Gemm) rather than something longer (MatMul)."""
+    return len(node.args[0].meta["shape"]) == 2  # type: ignore[union-attr]
+
+
+class Writer:
+    """Writes one lowered graph with one profile. `write` gives the model; `layers` says how each was stored."""
+
+    def __init__(self, gm: fx.GraphModule, profile: Profile, opset: int, emitters: Emitters) -> None:
+        self.gm, self.profile = gm, profile
+        self.modules, self.functions = emitters
+        self.builder = GraphBuilder(opset)
+        self.env: dict[fx.Node, Any] = {}
+        self.layers: list[dict[str, Any]] = []
+        self.stored: dict[str, Stored] = {}
+        self.biases: dict[str, str] = {}
+        self.scales: dict[str, str] = {}
+        self._real: dict[tuple[str, bool], str] = {}
+
+    # --- the walk ---------------------------------------------------------------------------------------------
+
+    def write(self, metadata: dict[str, str], version: str) -> onnx.ModelProto:
+        """The finished model."""
+        self.stored = self.profile.store(self.builder, self._integers())
+        if self.profile.pack_vectors:
+            self._store_vectors()
+        outputs: list[str] = []
+        for node in self.gm.graph.nodes:
+            if node.op == "output":
+                outputs.append(self._finish(node))
+            else:
+                self.env[node] = getattr(self, f"_{node.op}")(node)
+        source = next(n for n in self.gm.graph.nodes if n.op == "placeholder")
+        result = next(n for n in self.gm.graph.nodes if n.op == "output").args[0]
+        return self.builder.model(
+            [_value_info("input", source.meta["shape"])],
+            [_value_info("output", result.meta["shape"])],
+            metadata=metadata,
+            producer=("flatcompress", version),
+            functions=[make(self.builder.opset) for make in self.profile.functions],
+        )
+
+    def _integers(self) -> dict[str, Integers]:
+        found = {}
+        for node in self.gm.graph.nodes:
+            module = self.gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+            if isinstance(module, WEIGHTED):
+                values = array(module.weight)
+                if isinstance(module, integer.WeightOnlyLayer) and module.kind == "linear" and not as_matrix(node):
+                    values = np.ascontiguousarray(values.T)
+                found[node.name] = Integers(values, module.weight_bits, getattr(module, "headroom", 0))
+        return found
+
+    def _store_vectors(self) -> None:
+        """Scales and biases of all layers together, where the profile unpacks things when the file is loaded."""
+        modules = {n.name: self.gm.get_submodule(str(n.target)) for n in self.gm.graph.nodes if n.op == "call_module"}
+        layers = {name: module for name, module in modules.items() if isinstance(module, integer.IntegerLayer)}
+        biases = {name: array(layer.bias) for name, layer in layers.items() if layer.bias is not None}
+        self.biases = store_integers(self.builder, biases)
+        # A convolution with a real result takes its scales in another shape.
+        shared = {n: layer for n, layer in layers.items() if layer.kind == "linear" or layer.out_grid is not None}
+        self.scales = store_floats(self.builder, {name: array(layer.scale) for name, layer in shared.items()})
+
+    def bias_of(self, node: fx.Node, module: integer.IntegerLayer) -> str:
+        """The int32 bias of a layer."""
+        return self.biases.get(node.name) or self.constant(module.bias)  # type: ignore[arg-type]
+
+    def scale_of(self, node: fx.Node, module: integer.IntegerLayer) -> str:
+        """The float32 scales [C] of a layer's weights."""
+        return self.scales.get(node.name) or self.builder.floats(array(module.scale))
+
+    def _placeholder(self, node: fx.Node) -> str:
+        return "input" if self.profile.floats is np.float32 else self.builder.cast("input", TensorProto.FLOAT16)
+
+    def _get_attr(self, node: fx.Node) -> str:
+        return self.constant(getattr(self.gm, str(node.target)))
+
+    def _call_module(self, node: fx.Node) -> str:
+        module = self.gm.get_submodule(str(node.target))
+        emit = next((e for kind, e in self.modules.items() if isinstance(module, kind)), None)
+        if emit is None:
+            raise UserError(f"module {node.meta.get('path')!r}: a {type(module).__name__} cannot be written to ONNX.")
+        return emit(self, node, module)
+
+    def _call_function(self, node: fx.Node) -> Any:
+        emit = self.functions.get(node.target)
+        if emit is None:
+            where = node.meta.get("path") or "the model's forward"
+            raise UserError(f"module {where!r}: the operator {node.target} has no ONNX form here.")
+        try:
+            return emit(self, node, *node.args, **node.kwargs)
+        except UserError as error:
+            raise UserError(f"module {node.meta.get('path')!r}, operator {node.target}: {error}") from None
+
+    def _finish(self, node: fx.Node) -> str:
+        last = self.env[node.args[0]]  # type: ignore[index]
+        if self.profile.floats is not np.float32:
+            last = self.builder.cast(last, TensorProto.FLOAT)
+        if not any(last in n.output for n in self.builder.nodes):  # the input or a constant handed straight through
+            last = self.builder.op("Identity", [last])
+        self.builder.rename(last, "output")
+        return "output"
+
+    # --- values, for emitters ---------------------------------------------------------------------------------
+
+    def tensor(self, value: Any) -> str:
+        """The tensor name of a node, or of a Python number as a real constant."""
+        if isinstance(value, fx.Node):
+            return self.env[value]
+        return self.number(value)
+
+    def number(self, value: float | Sequence[float]) -> str:
+        """A real constant in the profile's type."""
+        return self.builder.constant(np.asarray(value, self.profile.floats))
+
+    def constant(self, tensor: torch.Tensor) -> str:
+        """A tensor as an initializer; real values in the profile's type."""
+        values = array(tensor)
+        return self.builder.constant(values.astype(self.profile.floats) if values.dtype.kind == "f" else values)
+
+    def real_of(self, codes: str, grid: Grid, axis_size: tuple[int, int] | None = None) -> str:
+        """DequantizeLinear of a uint8 tensor, one per tensor. ``axis_size``: per axis instead, see `layers`."""
+        key = (codes, axis_size is not None)
+        if key not in self._real:
+            b = self.builder
+            if axis_size is None:
+                inputs = [b.floats(grid.scale), b.constant(np.uint8(grid.zero_point))]
+                attributes: dict[str, Any] = {}
+            else:
+                axis, size = axis_size
+                zero = b.constant(np.full(size, grid.zero_point, np.uint8))
+                inputs, attributes = [b.floats([grid.scale] * size), zero], {"axis": axis}
+            self._real[key] = b.op("DequantizeLinear", [codes, *inputs], **attributes)
+        return self._real[key]
+
+    def codes_of(self, real: str, grid: Grid, name: str = "") -> str:
+        """QuantizeLinear, and a Clip where the grid is smaller than uint8."""
+        b = self.builder
+        zero = b.constant(np.uint8(grid.zero_point))
+        codes = b.op("QuantizeLinear", [real, b.floats(grid.scale), zero], name=name)
+        return self.clip_codes(codes, grid)
+
+    def clip_codes(self, codes: str, grid: Grid) -> str:
+        """A Clip of uint8 codes, left out where it does nothing."""
+        if (grid.low, grid.high) == (0, 255):
+            return codes
+        limits = [self.builder.constant(np.uint8(v)) for v in (grid.low, grid.high)]
+        return self.builder.op("Clip", [codes, *limits])
+
+    def note_layer(self, node: fx.Node, module: Any) -> None:
+        """Add a row about one weighted layer: what the report and the certificate show."""
+        stored, floats = self.stored.get(node.name), np.dtype(self.profile.floats).itemsize
+        values = array(module.weight)
+        quantized = isinstance(module, WEIGHTED)
+        bits = module.weight_bits if quantized else 8 * floats
+        grid = getattr(module, "in_grid", None)
+        self.layers.append(
+            {
+                "name": node.meta["path"],
+                "kind": "linear" if values.ndim == 2 else "conv",
+                "shape": list(values.shape),
+                "weight_bits": bits,
+                "activation_bits": grid.bits if grid else None,
+                "encoding": stored.encoding if stored else np.dtype(self.profile.floats).name,
+                "bytes": stored.bytes if stored else values.size * floats,
+                "theoretical_bytes": theoretical_bytes(values, bits) if quantized else values.size * floats,
+                "sparsity": float((values == 0).mean()),
+            }
+        )
+
+
+def _value_info(name: str, shape: tuple[int, ...]) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", *shape[1:]])

@@ -1,0 +1,267 @@
+"""`certify`: measure an exported file against its torch reference, and write down what was found.
+
+The certificate is JSON beside the model. It holds when
+
+- onnx's full check passes and a default onnxruntime session loads the file;
+- with optimizations on, no output is further from the reference than one output step (`parity.STEP`), and at least
+  99.9 % of samples have the same argmax; with optimizations off, at least 99 % (onnxruntime then convolves
+  dequantized floats, whose sums round differently, and a code that lies on a rounding boundary may change), or
+  nearly as many as for the trained model itself, which computes in floats too: a net at chance flips on a rounding;
+- every layer with integer weights and integer inputs runs as an integer kernel, but for the first and the last;
+- the task metric through onnxruntime differs by at most 0.1 points from the reference's.
+
+A sample of evidence (inputs, labels, reference outputs) is stored beside it, so that `verify` can repeat the
+comparison on another machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+import flatcompress
+from flatcompress.errors import UserError
+from flatcompress.onnx_export.emit.catalogue import PROFILES
+from flatcompress.onnx_export.exporting import Exported
+from flatcompress.onnx_export.files import write_whole
+from flatcompress.onnx_export.proof import (
+    inspect_file,
+    parity,
+)
+from flatcompress.onnx_export.proof.diverging import first_diverging_layer
+from flatcompress.onnx_export.proof.evidence import BYTES, Evidence, sha256
+from flatcompress.onnx_export.runtime import (
+    latency,
+)
+from flatcompress.onnx_export.runtime.sessions import INTEGER_KERNELS, Kernels, kernels, machine, run, session
+
+SCHEMA = 1
+LARGEST_STEPS = 1.0
+ARGMAX = 0.999
+ARGMAX_UNOPTIMIZED = 0.99
+METRIC = 0.001
+
+
+def certify(
+    exported: Exported,
+    batches: Sequence[Tensor],
+    labels: Sequence[Tensor] | Tensor | None = None,
+    *,
+    model: torch.nn.Module | None = None,
+    latency_runs: int = 30,
+    threads: Sequence[int] = (1,),
+    recipe: str | None = None,
+    evidence_bytes: int = BYTES,
+    write: bool = True,
+) -> dict[str, Any]:
+    """Measure ``exported`` on ``batches`` and return its certificate; see the module's docstring for when it holds.
+
+    batches: float inputs [B, C, H, W], the whole test set. labels: int64 [B] each, or one [N]; without them the task
+    metric is null. model: the trained model, to say how far the reference is from it. latency_runs: 0 leaves latency
+    out. recipe: its text, for a hash. write: put ``certificate.json`` and ``evidence.safetensors`` beside the file.
+    """
+    inputs = [batch.detach().cpu().float() for batch in batches]
+    if not inputs or not all(len(batch) for batch in inputs):
+        raise UserError("certify needs at least one non-empty batch of test inputs.")
+    truth = _labels(labels, sum(len(batch) for batch in inputs))
+    proto = inspect_file.load(exported.path)
+    onnx.checker.check_model(proto, full_check=True)
+    reference = parity.reference_outputs(exported.reference, inputs)
+    measured = _outputs(exported.path, inputs)
+    found = kernels(exported.path)
+    evidence = Evidence(np.concatenate([b.numpy() for b in inputs]), reference, truth).capped(evidence_bytes)
+    certificate = {
+        "schema": SCHEMA,
+        "holds": True,
+        "failures": [],
+        "file": _file(exported, proto),
+        "recipe_sha256": None if recipe is None else _text_hash(recipe),
+        "versions": versions(),
+        "machine": machine(),
+        "checker": "full",
+        "size": _size(exported),
+        "kernels": _kernels(found, exported),
+        "layers": [{**row, "kernel": found.of.get(row["name"])} for row in exported.layers],
+        "parity": _parity(reference, measured, exported, inputs),
+        "metric": _metric(reference, measured, truth, inputs, model),
+        "latency": _latency(exported.path, latency_runs, threads),
+    }
+    certificate["failures"] = failures(certificate)
+    certificate["holds"] = not certificate["failures"]
+    if write:
+        _store(exported.path, certificate, evidence)
+    return certificate
+
+
+def failures(certificate: dict[str, Any]) -> list[str]:
+    """Why a certificate does not hold: one sentence each."""
+    found = []
+    both = certificate["parity"]
+    steps, same = both["optimized"]["largest_error_steps"], both["optimized"]["equal_argmax"]
+    if steps is None or steps > LARGEST_STEPS:
+        found.append(f"an output is {steps} steps from the reference; at most {LARGEST_STEPS} is allowed.")
+    if same < ARGMAX:
+        found.append(f"argmax equals the reference's on {same:.4%} of samples; {ARGMAX:.1%} is required.")
+    same, floor = both["unoptimized"]["equal_argmax"], unoptimized_floor(certificate)
+    if same < floor:
+        found.append(f"without optimizations argmax is equal on {same:.4%}; {floor:.1%} is required.")
+    inner = certificate["kernels"]["not_integer_inside"]
+    if inner:
+        found.append(f"{len(inner)} layers between the first and the last do not run on integers: {', '.join(inner)}.")
+    difference = certificate["metric"]["difference"]
+    if difference is not None and abs(difference) > METRIC:
+        found.append(f"accuracy differs by {difference:+.4f} from the reference's; {METRIC} is allowed.")
+    return found
+
+
+def unoptimized_floor(certificate: dict[str, Any]) -> float:
+    """The least share of equal argmax without optimizations; see the module's docstring."""
+    trained = certificate["metric"].get("trained_agreement")
+    if not isinstance(trained, float) or not 0 <= trained <= 1:
+        return ARGMAX_UNOPTIMIZED
+    return min(ARGMAX_UNOPTIMIZED, trained - (1 - ARGMAX_UNOPTIMIZED))
+
+
+def _labels(labels: Sequence[Tensor] | Tensor | None, samples: int) -> NDArray[np.int64] | None:
+    if labels is None:
+        return None
+    joined = labels if isinstance(labels, Tensor) else torch.cat([label.reshape(-1) for label in labels])
+    if joined.numel() != samples:
+        raise UserError(f"{joined.numel()} labels for {samples} samples.")
+    return joined.reshape(-1).cpu().numpy().astype(np.int64)
+
+
+def _outputs(path: Path, inputs: list[Tensor]) -> dict[str, NDArray[np.float32]]:
+    batches = [batch.numpy() for batch in inputs]
+    return {
+        "optimized": run(session(path), batches),
+        "unoptimized": run(session(path, optimized=False), batches),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of everything that had a part in the figures."""
+    return {
+        "flatcompress": flatcompress.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "onnx": onnx.__version__,
+        "onnxruntime": ort.__version__,
+        "numpy": np.__version__,
+    }
+
+
+def _file(exported: Exported, proto: onnx.ModelProto) -> dict[str, Any]:
+    return {
+        "name": exported.path.name,
+        "sha256": sha256(exported.path),
+        "bytes": exported.path.stat().st_size,
+        "profile": exported.profile,
+        "opset": exported.opset,
+        "ir_version": proto.ir_version,
+    }
+
+
+def _text_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _size(exported: Exported) -> dict[str, Any]:
+    weights = sum(row["bytes"] for row in exported.layers)
+    return {
+        "bytes": exported.bytes,
+        "theoretical_bytes": exported.theoretical_bytes,
+        "theoretical": "bits per weight, or one mask bit per weight and bits per non-zero, the smaller per layer",
+        "weight_bytes": weights,
+        "graph_bytes": exported.bytes - weights,
+        "ratio": round(exported.bytes / exported.theoretical_bytes, 4) if exported.theoretical_bytes else None,
+    }
+
+
+def _kernels(found: Kernels, exported: Exported) -> dict[str, Any]:
+    layers, expected = exported.layers, PROFILES[exported.profile].make().integer_kernels
+    integer = [row["name"] for row in layers if found.of.get(row["name"]) in INTEGER_KERNELS]
+    quantized = [row["name"] for row in layers if row["activation_bits"] is not None]
+    floating = [row["name"] for row in layers if row["name"] not in integer]
+    return {
+        "counts": found.counts,
+        "integer_kernels": found.integer,
+        "layers": len(layers),
+        "integer_layers": len(integer),
+        "not_integer": floating,
+        "not_integer_inside": [name for name in quantized[1:-1] if expected and name in floating],
+    }
+
+
+def _parity(
+    reference: NDArray[np.float32],
+    measured: dict[str, NDArray[np.float32]],
+    exported: Exported,
+    inputs: list[Tensor],
+) -> dict[str, Any]:
+    step = parity.output_step(reference)
+    compared: dict[str, Any] = {name: parity.compare(reference, found, step) for name, found in measured.items()}
+    differing = None
+    codes = PROFILES[exported.profile].make().integer_kernels
+    if compared["optimized"]["bit_equal"] != 1.0 and codes:
+        differing = first_diverging_layer(exported, inputs[0])
+    return {"step": step, "step_definition": parity.STEP, **compared, "first_diverging_layer": differing}
+
+
+def _metric(
+    reference: NDArray[np.float32],
+    measured: dict[str, NDArray[np.float32]],
+    truth: NDArray[np.int64] | None,
+    inputs: list[Tensor],
+    model: torch.nn.Module | None,
+) -> dict[str, Any]:
+    trained = None if model is None else _in_eval(model, inputs)
+    agreement = None if trained is None else float((trained.argmax(-1) == reference.argmax(-1)).mean())
+    row: dict[str, Any] = {"name": "accuracy", "samples": len(reference), "trained_agreement": agreement}
+    if truth is None:
+        return {**row, "onnxruntime": None, "reference": None, "trained": None, "difference": None}
+    found = parity.accuracy(measured["optimized"], truth)
+    expected = parity.accuracy(reference, truth)
+    before = None if trained is None else parity.accuracy(trained, truth)
+    return {**row, "onnxruntime": found, "reference": expected, "trained": before, "difference": found - expected}
+
+
+def _in_eval(model: torch.nn.Module, inputs: list[Tensor]) -> NDArray[np.float32]:
+    training = model.training
+    try:
+        return parity.reference_outputs(model.eval(), inputs)
+    finally:
+        model.train(training)
+
+
+def _latency(path: Path, runs: int, threads: Sequence[int]) -> dict[str, Any] | None:
+    if not runs:
+        return None
+    figures = {str(n): latency.measure({"file": path}, threads=n, runs=runs)["file"] for n in threads}
+    return {"method": latency.METHOD, "runs": runs, "batch": 1, "threads": figures}
+
+
+def _store(path: Path, certificate: dict[str, Any], evidence: Evidence) -> None:
+    """Evidence first: a certificate that exists names files that exist."""
+    kept = path.with_name("evidence.safetensors")
+    write_whole(kept, evidence.to_bytes())
+    right = None if evidence.label is None else parity.accuracy(run(session(path), [evidence.input]), evidence.label)
+    certificate["evidence"] = {
+        "name": kept.name,
+        "sha256": sha256(kept),
+        "samples": len(evidence),
+        "accuracy": right,
+    }
+    text = json.dumps(certificate, indent=1, allow_nan=False)
+    write_whole(path.with_name("certificate.json"), text.encode())

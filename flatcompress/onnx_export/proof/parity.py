@@ -1,0 +1,77 @@
+"""Two sets of outputs compared in output quantization steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import fx
+
+from flatcompress.onnx_export.lower import integer
+
+STEP = (
+    "a 255th of the range of the reference outputs over all test samples, which is one step of an 8-bit output "
+    "quantizer: the file's own output is not quantized"
+)
+
+
+def output_step(reference: NDArray[np.float32]) -> float:
+    """One output step; see `STEP`."""
+    span = float(reference.max() - reference.min()) if reference.size else 0.0
+    return span / 255 if span > 0 else 1.0
+
+
+def compare(reference: NDArray[np.float32], found: NDArray[np.float32], step: float) -> dict[str, Any]:
+    """Largest error in steps, share of equal argmax, share of samples that are equal bit for bit."""
+    error = np.abs(reference.astype(np.float64) - found.astype(np.float64)) / step
+    rows = reference.shape[0]
+    return {
+        "samples": rows,
+        "largest_error_steps": _number(error.max()),
+        "mean_error_steps": _number(error.mean()),
+        "equal_argmax": float((reference.argmax(-1) == found.argmax(-1)).mean()),
+        "bit_equal": float((reference == found).reshape(rows, -1).all(1).mean()),
+    }
+
+
+def _number(value: Any) -> float | None:
+    """A float for JSON; null when it is none (an output that is not finite)."""
+    return float(value) if np.isfinite(value) else None
+
+
+def accuracy(outputs: NDArray[np.float32], labels: NDArray[np.int64]) -> float:
+    """Share of samples whose largest output is the label's."""
+    return float((outputs.argmax(-1) == labels).mean())
+
+
+class _Recorder(fx.Interpreter):
+    """Runs a reference and keeps the codes that each integer layer puts out."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        super().__init__(gm)
+        self.codes: dict[str, NDArray[np.uint8]] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if n.op == "call_module":
+            module = self.fetch_attr(str(n.target))
+            grid = getattr(module, "out_grid", None) or getattr(module, "grid", None)
+            if grid is not None and not isinstance(module, integer.Dequantize):
+                self.codes[n.name] = result.cpu().numpy().astype(np.uint8)
+        return result
+
+
+def reference_codes(reference: fx.GraphModule, batch: torch.Tensor) -> dict[str, NDArray[np.uint8]]:
+    """{node of the reference: codes} in order, for one batch."""
+    recorder = _Recorder(reference)
+    with torch.no_grad():
+        recorder.run(batch)
+    return recorder.codes
+
+
+def reference_outputs(reference: torch.nn.Module, batches: list[torch.Tensor]) -> NDArray[np.float32]:
+    """The reference's outputs for every batch, joined."""
+    with torch.no_grad():
+        return np.concatenate([reference(batch).cpu().numpy() for batch in batches])

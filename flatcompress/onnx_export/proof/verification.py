@@ -1,0 +1,206 @@
+"""`verify`: repeat a certificate's comparison here, on this machine, with this onnxruntime.
+
+The files are compared by hash, so one flipped bit is found, and the model is run again on the stored evidence with
+optimizations on and off. Nothing that a file names is imported or opened but the two files beside the certificate.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+
+from flatcompress.errors import UserError
+from flatcompress.onnx_export.proof import inspect_file, parity
+from flatcompress.onnx_export.proof.certificate import (
+    ARGMAX,
+    LARGEST_STEPS,
+    METRIC,
+    SCHEMA,
+    unoptimized_floor,
+    versions,
+)
+from flatcompress.onnx_export.proof.evidence import Evidence, read, sha256
+from flatcompress.onnx_export.runtime.sessions import kernels, machine, run, session
+
+_MOST_JSON = 32 << 20
+_NEEDED = {"holds": bool, "file": dict, "evidence": dict, "parity": dict, "metric": dict, "kernels": dict}
+
+
+@dataclass
+class Verification:
+    """``holds`` without ``failures``; ``notes`` say what is different here and does no harm."""
+
+    path: Path
+    certificate: dict[str, Any]
+    failures: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    measured: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def holds(self) -> bool:
+        return not self.failures
+
+    def to_dict(self) -> dict[str, Any]:
+        """For ``--json``."""
+        return {
+            "path": str(self.path),
+            "holds": self.holds,
+            "failures": self.failures,
+            "notes": self.notes,
+            "measured": self.measured,
+            "versions": versions(),
+            "machine": machine(),
+        }
+
+
+def verify(path: str | Path) -> Verification:
+    """Check a run folder, an ONNX file or a certificate against what it claims, here.
+
+    UserError when there is nothing to check: no such path, no certificate, or one that is no certificate. What does
+    not hold is in the result's ``failures``.
+    """
+    where = _certificate_of(Path(path))
+    certificate = _read_certificate(where)
+    result = Verification(where, certificate)
+    if not certificate["holds"]:
+        result.failures.append("the certificate itself says that it does not hold: " + _reasons(certificate))
+    model = _beside(result, certificate["file"], "model")
+    kept = _beside(result, certificate["evidence"], "evidence")
+    _note_versions(result)
+    if model is not None and kept is not None:
+        _replay(result, model, kept)
+    return result
+
+
+def _certificate_of(path: Path) -> Path:
+    if path.is_dir():
+        path = path / "certificate.json"
+    elif path.suffix == ".onnx":
+        if not path.is_file():
+            raise UserError(f"{path}: no such file.")
+        path = path.with_name("certificate.json")
+    if not path.is_file():
+        raise UserError(f"{path}: there is no certificate; an export stage writes one beside the model.")
+    return path
+
+
+def _read_certificate(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > _MOST_JSON:
+            raise UserError(f"{path}: too large for a certificate.")
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}).") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON, or cut off ({error}).") from None
+    if not isinstance(raw, dict) or raw.get("schema") != SCHEMA:
+        found = raw.get("schema") if isinstance(raw, dict) else type(raw).__name__
+        raise UserError(f"{path}: not a certificate of schema {SCHEMA} (found {found!r}).")
+    for key, kind in _NEEDED.items():
+        if not isinstance(raw.get(key), kind):
+            raise UserError(f"{path}: not a certificate: {key!r} is missing or no {kind.__name__}.")
+    return raw
+
+
+def _reasons(certificate: dict[str, Any]) -> str:
+    reasons = certificate.get("failures")
+    return " ".join(str(r)[:300] for r in reasons[:5]) if isinstance(reasons, list) and reasons else "no reason given."
+
+
+def _beside(result: Verification, claim: dict[str, Any], what: str) -> Path | None:
+    """The named file in the certificate's own folder, when its hash is the one claimed."""
+    name, digest = claim.get("name"), claim.get("sha256")
+    if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
+        result.failures.append(f"the {what}'s name {str(name)[:80]!r} is not a plain file name; it is not opened.")
+        return None
+    path = result.path.with_name(name)
+    if not path.is_file() or path.is_symlink():
+        result.failures.append(f"{path}: the {what} is missing (or a link).")
+        return None
+    found = sha256(path)
+    if found != digest:
+        result.failures.append(
+            f"{path}: the {what} is not the one that was certified (sha256 {found[:12]}..., certified "
+            f"{str(digest)[:12]}..., {path.stat().st_size} bytes, certified {claim.get('bytes', 'unknown')})."
+        )
+    return path
+
+
+def _note_versions(result: Verification) -> None:
+    claimed = result.certificate.get("versions")
+    there = claimed.get("onnxruntime") if isinstance(claimed, dict) else None
+    if there != ort.__version__:
+        result.notes.append(f"certified with onnxruntime {str(there)[:40]}, verified with {ort.__version__}.")
+
+
+def _replay(result: Verification, model: Path, kept: Path) -> None:
+    try:
+        proto = inspect_file.load(model)
+        evidence = read(kept)
+        onnx.checker.check_model(proto, full_check=True)
+        _check_shape(model, proto, evidence)
+        outputs = {
+            "optimized": _outputs(session(model), evidence),
+            "unoptimized": _outputs(session(model, optimized=False), evidence),
+        }
+    except UserError as error:
+        result.failures.append(str(error))
+        return
+    except Exception as error:  # the checker and a running model raise whatever they meet in a damaged file
+        result.failures.append(f"{model}: {type(error).__name__}: {str(error).splitlines()[0][:300]}")
+        return
+    _judge(result, evidence, outputs)
+    _judge_kernels(result, model)
+
+
+def _check_shape(path: Path, proto: onnx.ModelProto, evidence: Evidence) -> None:
+    fed = [value for value in proto.graph.input if value.name not in {t.name for t in proto.graph.initializer}]
+    if len(fed) != 1:
+        raise UserError(f"{path}: {len(fed)} inputs; one is expected.")
+    sizes = [dim.dim_value for dim in fed[0].type.tensor_type.shape.dim]
+    shape = evidence.input.shape
+    if len(sizes) != len(shape) or any(size not in (0, found) for size, found in zip(sizes[1:], shape[1:])):
+        raise UserError(f"{path}: its input shape {sizes} does not take the evidence's {list(shape)}.")
+
+
+def _outputs(handle: ort.InferenceSession, evidence: Evidence) -> np.ndarray:
+    return run(handle, [evidence.input[i : i + 64] for i in range(0, len(evidence), 64)])
+
+
+def _judge(result: Verification, evidence: Evidence, outputs: dict[str, np.ndarray]) -> None:
+    claimed = result.certificate["parity"].get("step")
+    step = (
+        claimed if isinstance(claimed, float) and 0 < claimed < float("inf") else parity.output_step(evidence.reference)
+    )
+    for name, least in (("optimized", ARGMAX), ("unoptimized", unoptimized_floor(result.certificate))):
+        found = outputs[name]
+        if found.shape != evidence.reference.shape:
+            result.failures.append(f"{name}: output shape {found.shape}, evidence {evidence.reference.shape}.")
+            continue
+        row = result.measured[name] = parity.compare(evidence.reference, found, step)
+        steps = row["largest_error_steps"]
+        if name == "optimized" and (steps is None or steps > LARGEST_STEPS):
+            result.failures.append(f"an output is {steps} steps from the reference; {LARGEST_STEPS} is allowed.")
+        if row["equal_argmax"] < least:
+            result.failures.append(f"{name}: argmax equal on {row['equal_argmax']:.4%} of samples, not {least:.1%}.")
+    if evidence.label is not None and "optimized" in result.measured:
+        here = parity.accuracy(outputs["optimized"], evidence.label)
+        there = parity.accuracy(evidence.reference, evidence.label)
+        result.measured["accuracy"] = {"samples": len(evidence), "onnxruntime": here, "reference": there}
+        if abs(here - there) > METRIC:
+            result.failures.append(f"accuracy on the evidence is {here:.4f}, the reference's {there:.4f}.")
+
+
+def _judge_kernels(result: Verification, model: Path) -> None:
+    here, there = kernels(model), result.certificate["kernels"].get("integer_kernels")
+    result.measured["integer_kernels"] = here.integer
+    if here.integer != there:
+        result.notes.append(
+            f"{here.integer} integer kernels after optimization here, {str(there)[:20]} when certified."
+        )

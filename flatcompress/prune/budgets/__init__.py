@@ -1,0 +1,1 @@
+"""What a cut costs and which channels to cut within a budget."""

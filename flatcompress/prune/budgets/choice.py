@@ -1,0 +1,160 @@
+"""Budgets, not knobs: how small, fast or light the model must become, and which units that costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from flatcompress.errors import UserError, unknown
+from flatcompress.prune.budgets.cost import Cost, CostModel
+from flatcompress.prune.budgets.knapsack import cheapest, solve
+from flatcompress.prune.dependency.groups import Group
+from flatcompress.prune.ranking import Ladder, Limits
+
+CostOf = Callable[[Sequence[int]], float]
+KINDS = ("ratio", "macs", "params", "bytes", "cost")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What must be met.
+
+    ``kind`` ratio: ``value`` is the share of prunable units to remove, in (0, 1). macs, params, bytes, cost: at most
+    ``value`` may be left; up to 1 as a share of the dense model, above 1 absolute. ``cost`` (kind cost) maps the
+    widths of all layers ({name: Width(inputs, outputs, groups)}) to a number, such as milliseconds from a latency
+    table; ``absolute`` says that ``value`` is absolute even below 1. ``weight_bits`` is for kind bytes. ``knapsack``:
+    weigh importance against cost (`knapsack.solve`) instead of going down the ranking; None does so for kind cost only.
+    ``called``: what messages call it, the kind by default.
+    """
+
+    kind: str = "ratio"
+    value: float = 0.5
+    cost: Cost | None = None
+    weight_bits: float = 8
+    absolute: bool = False
+    knapsack: bool | None = None
+    called: str = ""
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise unknown("pruning budget", self.kind, KINDS)
+        object.__setattr__(self, "called", self.called or self.kind)
+        if self.kind == "ratio" and not 0 < self.value < 1:
+            raise UserError(
+                f"ratio is the share of channels to remove, above 0 and below 1; found {self.value}"
+                + (" (that would empty every layer)." if self.value >= 1 else ".")
+            )
+        if self.value <= 0:
+            raise UserError(f"a {self.called} budget must be above 0, found {self.value}.")
+        if (self.kind == "cost") != (self.cost is not None):
+            raise UserError("a budget of kind 'cost' needs a cost function, and only that kind takes one.")
+
+    @property
+    def weighs(self) -> bool:
+        """Importance is weighed against cost."""
+        return self.kind != "ratio" and (self.kind == "cost" if self.knapsack is None else self.knapsack)
+
+    def measure(self, costs: CostModel) -> Cost:
+        """The function of the widths that the budget bounds."""
+        if self.kind == "bytes":
+            return lambda widths: costs.bytes(widths, self.weight_bits)
+        if self.kind == "cost":
+            assert self.cost is not None
+            return self.cost
+        return costs.macs if self.kind == "macs" else costs.params
+
+    def limit(self, dense: float) -> float:
+        """The absolute bound, given what the dense model costs."""
+        return self.value if self.absolute or self.value > 1 else self.value * dense
+
+
+def choose(
+    groups: Sequence[Group],
+    scores: Sequence[Tensor],
+    budget: Budget,
+    limits: Limits | None = None,
+    *,
+    costs: CostModel | None = None,
+    keep: Sequence[Tensor] | None = None,
+) -> list[Tensor]:
+    """Which units stay, bool [units] per group: the least important ones go until ``budget`` is met.
+
+    Uniform and isomorphic rankings are never weighed against cost.
+    ``costs`` is needed for every budget but a ratio. ``keep``: units removed before, which go first.
+    UserError: the budget cannot be met within ``limits`` (the message says the smallest that can).
+    """
+    limits = limits or Limits()
+    ladder = Ladder(groups, scores, limits, keep)
+    if budget.kind == "ratio":
+        gone = _for_ratio(ladder, budget.value)
+    elif budget.weighs and limits.ranking == "global":
+        gone = _knapsack(ladder, scores, limits, budget, costs, keep)
+    else:
+        gone = _for_cost(ladder, budget, costs)
+    chosen = ladder.keep(gone)
+    return chosen if keep is None else [now & before for now, before in zip(chosen, keep, strict=True)]
+
+
+def _for_ratio(ladder: Ladder, ratio: float) -> list[int]:
+    most = ladder.removed_share(ladder.first(len(ladder.rungs)))
+    if ratio > most + 1e-9:
+        raise UserError(
+            f"ratio {ratio:g} cannot be met: at most {most:.4g} of the channels may go within round_to, min_channels "
+            "and floor. Lower the ratio or loosen those."
+        )
+    return ladder.at_share(ratio)
+
+
+def _for_cost(ladder: Ladder, budget: Budget, costs: CostModel | None) -> list[int]:
+    cost_of, dense, limit = _bounded(ladder, budget, costs)
+    gone = ladder.smallest(lambda removed: cost_of(removed) <= limit)
+    if gone is None:
+        raise UserError(_too_small(budget, limit, dense, cost_of(ladder.first(len(ladder.rungs)))))
+    return gone
+
+
+def _bounded(ladder: Ladder, budget: Budget, costs: CostModel | None) -> tuple[CostOf, float, float]:
+    """The cost of removing so many units of every group, what the dense model costs, and the bound."""
+    if costs is None:
+        raise UserError(f"a {budget.kind} budget needs a CostModel.")
+    measure = budget.measure(costs)
+    dense = measure(costs.dense)
+    widths = costs.by_count(ladder.groups)
+    known: dict[tuple[int, ...], float] = {}
+
+    def cost_of(gone: Sequence[int]) -> float:
+        key = tuple(gone)
+        if key not in known:
+            known[key] = measure(widths(gone))
+        return known[key]
+
+    return cost_of, dense, budget.limit(dense)
+
+
+def _knapsack(
+    ladder: Ladder,
+    scores: Sequence[Tensor],
+    limits: Limits,
+    budget: Budget,
+    costs: CostModel | None,
+    keep: Sequence[Tensor] | None,
+) -> list[int]:
+    cost_of, dense, limit = _bounded(ladder, budget, costs)
+    already = [int((~k).sum()) for k in keep] if keep is not None else [0] * len(ladder.groups)
+    start = ladder.smallest(lambda removed: cost_of(removed) <= limit)
+    if start is None:
+        start = cheapest(ladder.groups, limits, cost_of, already)
+        if cost_of(start) > limit:
+            raise UserError(_too_small(budget, limit, dense, cost_of(start)))
+    return solve(ladder.groups, scores, limits, cost_of, limit, start, already)
+
+
+def _too_small(budget: Budget, limit: float, dense: float, least: float) -> str:
+    share = not budget.absolute and budget.value <= 1
+    asked, can = (f"{budget.value:g}", f"{least / dense:.4g}") if share else (f"{limit:g}", f"{least:.6g}")
+    return (
+        f"{budget.called} {asked} cannot be met: the smallest that can is {can} (dense: {dense:.6g}), with every layer "
+        "as narrow as helps. Raise the budget, or lower round_to, min_channels or floor."
+    )

@@ -1,0 +1,1 @@
+"""Which channels hang together: axes followed through the network, coupled into groups."""

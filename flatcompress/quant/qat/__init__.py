@@ -1,0 +1,1 @@
+"""What takes part in quantization-aware training: scale conflicts (GAQAT), SAQ, oscillation, rounding, distillation."""

@@ -1,0 +1,1 @@
+"""Quantizers: LSQ and its variants, and the Brevitas modules that carry them."""

@@ -1,0 +1,320 @@
+"""Running a sweep: a pool of processes on this machine, each run in its own folder; what is done is skipped.
+
+Where one machine is too small, ``plan`` writes every run's recipe and the command that runs it, so that any queue
+(Slurm job arrays, submitit, Ray) can do them; the sweep command then finds the finished folders and makes the table.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flatcompress.errors import Interrupted, RunError, UserError
+from flatcompress.recipe import Recipe, parse_recipe
+from flatcompress.storage import write_text_atomic
+from flatcompress.store import checkpoint
+from flatcompress.sweep.spec import MethodEntry, Run, Sweep, Task, folder_name, runs_of, tasks_of
+from flatcompress.yaml_source import parse_yaml
+
+Show = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a finished run has to say."""
+
+    run: Run
+    folder: Path
+    rows: list[dict[str, Any]]
+    val_accuracy: float | None
+
+
+def run_sweep(sweep: Sweep, show: Show = lambda line: None) -> list[Finished]:
+    """Run everything that is not done yet; returns the finished runs of every method's chosen setting.
+
+    A method with a grid is first run on the tuning seeds and domains, and the setting with the best mean validation
+    accuracy on the source domains goes on. UserError for a wrong sweep, before anything runs; RunError names the runs
+    that failed, after everything else is done; Interrupted after a signal.
+    """
+    chosen: dict[str, dict[str, Any]] = {m.name: m.settings()[0] for m in sweep.methods}
+    check_all(sweep)
+    tuned = [m for m in sweep.methods if len(m.settings()) > 1]
+    if tuned:
+        done = _execute(sweep, [r for m in tuned for s in m.settings() for r in _tuning_runs(sweep, m, s)], show)
+        for method in tuned:
+            chosen[method.name] = _best(sweep, method, done)
+            show(f"{method.name}: chosen {chosen[method.name]}")
+    return _execute(sweep, _chosen_runs(sweep, chosen), show)
+
+
+def finished_runs(sweep: Sweep) -> list[Finished]:
+    """What is finished of a sweep, without running anything; a setting is chosen among the finished ones."""
+    chosen: dict[str, dict[str, Any]] = {}
+    for method in sweep.methods:
+        done = [
+            f for setting in method.settings() for f in _there(sweep, _tuning_runs(sweep, method, setting))
+        ]  # fmt: skip
+        chosen[method.name] = _best(sweep, method, done) if done else method.settings()[0]
+    return _there(sweep, _chosen_runs(sweep, chosen))
+
+
+def _chosen_runs(sweep: Sweep, chosen: dict[str, dict[str, Any]]) -> list[Run]:
+    return [r for m in sweep.methods for r in runs_of(sweep, m, chosen[m.name], sweep.seeds, sweep.held_out)]
+
+
+def _there(sweep: Sweep, runs: list[Run]) -> list[Finished]:
+    """The finished ones of ``runs``."""
+    found = []
+    for run in runs:
+        folder = sweep.folder / folder_name(run.recipe)
+        if is_done(folder, run.recipe):
+            found.append(_finished(run, folder))
+    return found
+
+
+def check_all(sweep: Sweep) -> list[Run]:
+    """Every run of every setting, checked but not run. UserError for the first that is wrong."""
+    every = [r for m in sweep.methods for s in m.settings() for r in runs_of(sweep, m, s, sweep.seeds, sweep.held_out)]
+    for method in sweep.methods:
+        for setting in method.settings():
+            _tuning_runs(sweep, method, setting)
+    return every
+
+
+def plan(sweep: Sweep) -> list[str]:
+    """Write the recipe of every run into its folder and return the commands that would run them."""
+    commands = []
+    for task in tasks_of(check_all(sweep)).values():
+        if task.wanted:
+            folder = sweep.folder / task.name
+            folder.mkdir(parents=True, exist_ok=True)
+            write_text_atomic(folder / "plan.yaml", task.recipe.to_yaml())
+            commands.append(f"flatcompress run {folder / 'plan.yaml'} --output {folder}")
+    return commands
+
+
+def _tuning_runs(sweep: Sweep, method: MethodEntry, setting: dict[str, Any]) -> list[Run]:
+    return runs_of(sweep, method, setting, sweep.tune_seeds or sweep.seeds, sweep.tune_held_out or sweep.held_out)
+
+
+def _best(sweep: Sweep, method: MethodEntry, done: list[Finished]) -> dict[str, Any]:
+    """The setting with the best mean validation accuracy; the first of equal ones."""
+    values = {f.run.key: f.val_accuracy for f in done}
+
+    def mean(setting: dict[str, Any]) -> float:
+        found = [values.get(run.key) for run in _tuning_runs(sweep, method, setting)]
+        known = [v for v in found if v is not None]
+        return sum(known) / len(known) if known else float("-inf")
+
+    return max(method.settings(), key=mean)
+
+
+def _execute(sweep: Sweep, runs: list[Run], show: Show) -> list[Finished]:
+    # Seed by seed: a sweep that is stopped early has every method under the first seeds.
+    tasks = tasks_of(sorted(runs, key=lambda run: sweep.seeds.index(run.seed) if run.seed in sweep.seeds else -1))
+    root = sweep.folder
+    todo = {key: task for key, task in tasks.items() if not is_done(root / task.name, task.recipe)}
+    todo = {key: task for key, task in todo.items() if not _only_for_others(key, task, tasks, todo)}
+    show(f"{len(tasks)} runs, {len(tasks) - len(todo)} done or not needed, {len(todo)} to do")
+    failed = _Pool(root, tasks, todo, sweep.jobs, show).work() if todo else {}
+    finished = [_finished(run, root / tasks[run.key].name) for run in runs if run.key not in failed]
+    if failed:
+        lines = "\n".join(f"  {tasks[key].name}: {reason}" for key, reason in failed.items())
+        raise RunError(
+            f"{len(failed)} runs failed; the others are kept, and the same command does these again:\n{lines}"
+        )
+    return finished
+
+
+def _only_for_others(key: str, task: Task, tasks: dict[str, Task], todo: dict[str, Task]) -> bool:
+    """A shared beginning whose users are all done already."""
+    return not task.wanted and not any(_rests_on(t, key, tasks) for t in todo.values() if t is not task)
+
+
+def _rests_on(task: Task, key: str, tasks: dict[str, Task]) -> bool:
+    base = task.base
+    while base is not None:
+        if base == key:
+            return True
+        base = tasks[base].base
+    return False
+
+
+class _Pool:
+    """Tasks whose base is done go to free processes, in order."""
+
+    def __init__(self, root: Path, tasks: dict[str, Task], todo: dict[str, Task], jobs: int, show: Show) -> None:
+        self.root, self.tasks, self.waiting, self.jobs, self.show = root, tasks, dict(todo), jobs, show
+        self.total, self.count = len(todo), 0
+        self.failed: dict[str, str] = {}
+
+    def work(self) -> dict[str, str]:
+        """Run everything; returns the failures by key."""
+        context = multiprocessing.get_context("spawn")
+        with _terminable(), ProcessPoolExecutor(self.jobs, context, _worker_start) as pool:
+            running: dict[Future[str | None], Task] = {}
+            try:
+                while self.waiting or running:
+                    self._start_ready(pool, running)
+                    self._collect(running)
+            except BrokenProcessPool:
+                raise RunError(
+                    "a process of the sweep was killed (out of memory?). The same command goes on."
+                ) from None
+            except KeyboardInterrupt as stop:
+                # A terminal interrupts the workers itself; a second signal would stop them before they have saved.
+                if isinstance(stop, _Terminated):
+                    for worker in multiprocessing.active_children():
+                        worker.terminate()
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise Interrupted("the sweep was stopped; every run is saved, and the same command goes on") from None
+        return self.failed
+
+    def _start_ready(self, pool: ProcessPoolExecutor, running: dict[Future[str | None], Task]) -> None:
+        busy = {task.key for task in running.values()}
+        for key, task in list(self.waiting.items()):
+            if len(running) >= self.jobs:
+                return
+            if task.base in self.waiting or task.base in busy:
+                continue
+            del self.waiting[key]
+            if task.base in self.failed:
+                self.failed[key] = f"it begins with {self.tasks[task.base].name}, which failed"
+                continue
+            base = None if task.base is None else self.tasks[task.base]
+            beginning = None if base is None else str(self.root / base.name)
+            running[pool.submit(execute, task.recipe.to_dict(), str(self.root / task.name), beginning)] = task
+
+    def _collect(self, running: dict[Future[str | None], Task]) -> None:
+        if not running:
+            return
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            task = running.pop(future)
+            problem = future.result()
+            self.count += 1
+            if problem is not None:
+                self.failed[task.key] = problem
+            self.show(f"[{self.count}/{self.total}] {task.name}: {problem or 'done'}")
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which reached this process alone."""
+
+
+def _terminate(number: int, frame: Any) -> None:
+    raise _Terminated
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM stops the sweep as an interrupt of the terminal does; only the main thread can take signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    old = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, old)
+
+
+def _worker_start() -> None:
+    """A worker has one thread, and leaves an interrupt of the terminal to the run it is in."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_outlive_no_parent, daemon=True).start()
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def _outlive_no_parent() -> None:
+    """End this worker when the sweep was killed: at once if idle, after saving the present step if in a run."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _orphaned() -> bool:
+    parent = multiprocessing.parent_process()
+    return parent is not None and not parent.is_alive()
+
+
+def execute(recipe: dict[str, Any], folder: str, base: str | None) -> str | None:
+    """Do one run in this process; returns what went wrong, or None."""
+    from flatcompress.pipeline import Pipeline
+
+    try:
+        checked = parse_recipe(recipe, folder)
+        if base is not None:
+            adopt(Path(base), Path(folder), checked)
+        Pipeline.from_recipe(checked).run(folder)
+    except (UserError, RunError, Interrupted) as error:
+        return str(error)
+    except Exception as error:  # one broken run must not end the others; the text goes into the sweep's report
+        return f"{type(error).__name__}: {error}"
+    finally:
+        if _orphaned():
+            os._exit(1)
+    return None
+
+
+def adopt(base: Path, folder: Path, recipe: Recipe) -> None:
+    """Begin ``folder`` with the finished stages of the run in ``base``, unless it has begun already."""
+    from flatcompress.session import stage_id
+
+    target = folder / "checkpoints"
+    if target.is_dir() and any(target.iterdir()):
+        return
+    for index in range(len(recipe.stages) - 1):
+        source = base / "checkpoints" / stage_id(recipe, index)
+        if not source.is_dir():
+            return
+        found = checkpoint.load(source)
+        checkpoint.save_stage(target, found.stage, found.plan, found.state_dict, extra=found.extra)
+
+
+def is_done(folder: Path, recipe: Recipe) -> bool:
+    """Every stage of ``recipe`` has its row in the folder's ledger, and the folder is this recipe's."""
+    try:
+        rows = json.loads((folder / "ledger.json").read_text())["rows"]
+        saved, _ = parse_yaml((folder / "recipe.yaml").read_text(), str(folder))
+        same = parse_recipe(saved, str(folder)).stages == recipe.stages
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return same and len(rows) >= len(recipe.stages)
+
+
+def _finished(run: Run, folder: Path) -> Finished:
+    rows = json.loads((folder / "ledger.json").read_text())["rows"]
+    return Finished(run, folder, rows, _val_accuracy(folder / "log.jsonl"))
+
+
+def _val_accuracy(log: Path) -> float | None:
+    """Validation accuracy, on the source domains, of what the last training stage kept."""
+    found = None
+    for line in log.read_text(encoding="utf-8").splitlines():
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if event.get("event") in ("epoch", "selected"):  # "selected" follows the epochs where the best one is kept
+            found = event.get("val_accuracy")
+    return found
+
+
+def stderr(line: str) -> None:
+    """Progress as a line on stderr."""
+    print(line, file=sys.stderr, flush=True)
