@@ -46,17 +46,17 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Run a recipe; the same command again goes on where it stopped."""
-    from flatcompress.cli import output
+    from flatcompress.cli import printing
     from flatcompress.cli.commands import run_recipe
 
-    with output.display(quiet=quiet) as shown:
+    with printing.display(quiet=quiet) as shown:
         result = run_recipe(recipe, settings or [], output, restart, shown)
     if int(os.environ.get("RANK", "0")) != 0:
         return  # one process of several speaks
     if as_json:
         show(result.summary(), True, "")
     else:
-        output.print_result(result.summary())
+        printing.print_result(result.summary())
 
 
 @app.command()
@@ -109,7 +109,7 @@ def list_(
     as_json: Json = False,
 ) -> None:
     """List what can be named in a recipe: methods, models, data sets, importances, quantizers, profiles."""
-    from flatcompress.cli import output
+    from flatcompress.cli import printing
     from flatcompress.cli.commands import catalogue
 
     tables = catalogue()
@@ -119,7 +119,7 @@ def list_(
     if as_json:
         show(chosen, True, "")
     else:
-        output.print_catalogue(chosen)
+        printing.print_catalogue(chosen)
 
 
 @app.command()
@@ -136,14 +136,14 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Repeat a certificate's proof on this machine; exit code 3 when it does not hold."""
-    from flatcompress.cli import output
+    from flatcompress.cli import printing
     from flatcompress.cli.commands import verify_target
 
     outcome = verify_target(target)
     if as_json:
         show(outcome, True, "")
     else:
-        output.print_verification(outcome)
+        printing.print_verification(outcome)
     if not outcome["holds"]:
         raise typer.Exit(3)
 
@@ -156,14 +156,14 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Measure latency, load time and size of an ONNX file on this machine."""
-    from flatcompress.cli import output
+    from flatcompress.cli import printing
     from flatcompress.cli.commands import bench_file
 
     outcome = bench_file(file, threads, runs)
     if as_json:
         show(outcome, True, "")
     else:
-        output.print_bench(outcome)
+        printing.print_bench(outcome)
 
 
 @app.command()
@@ -187,14 +187,14 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write a finished checkpoint as ONNX in another profile, with its own certificate."""
-    from flatcompress.cli import output
+    from flatcompress.cli import printing
     from flatcompress.cli.commands import export_checkpoint
 
     outcome = export_checkpoint(folder, profile, output, opset)
     if as_json:
         show(outcome, True, "")
     else:
-        output.print_verification(outcome)
+        printing.print_verification(outcome)
     if not outcome["holds"]:
         raise typer.Exit(3)
 
@@ -207,14 +207,14 @@ def sharpness(
     as_json: Json = False,
 ) -> None:
     """Measure how flat a finished checkpoint's minimum is."""
-    from flatcompress.cli import output
+    from flatcompress.cli import printing
     from flatcompress.cli.commands import measure_sharpness
 
     outcome = measure_sharpness(folder, stage, samples)
     if as_json:
         show(outcome, True, "")
     else:
-        output.print_mapping(outcome)
+        printing.print_mapping(outcome)
 
 
 @app.callback(invoke_without_command=True)
