@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from flatcompress.cli.app import app, main
+from flatcompress.cli.app import main
 
-__all__ = ["app", "main"]
+__all__ = ["main"]
