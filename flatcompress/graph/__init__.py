@@ -9,17 +9,20 @@ This room knows nothing of quantizers: `ActivationSpec` and `WeightSpec` are the
 from __future__ import annotations
 
 from flatcompress.graph.cost import macs, total_macs, weighted
-from flatcompress.graph.lowering_spec import ActivationSpec, WeightSpec, headroom
+from flatcompress.graph.lowering_spec import ActivationSpec, WeightSpec, headroom, rows
+from flatcompress.graph.pointwise import function_of_one
 from flatcompress.graph.runtime import install, installed_graph, uninstall
 from flatcompress.graph.tracing import trace
 
 __all__ = [
     "ActivationSpec",
     "WeightSpec",
+    "function_of_one",
     "headroom",
     "install",
     "installed_graph",
     "macs",
+    "rows",
     "total_macs",
     "trace",
     "uninstall",

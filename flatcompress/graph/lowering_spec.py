@@ -2,6 +2,15 @@
 
 An activation quantizer is any module with ``activation_spec() -> ActivationSpec``; a quantized layer is any
 module with ``weight_spec() -> WeightSpec``. Whoever lowers a model looks for these two methods and nothing else.
+
+What stands between quantizers needs no class of its own:
+
+- convolutions in 1, 2 and 3 dimensions, depthwise ones too, linear layers and the projections of attention are layers
+  with a ``weight_spec`` (a MultiheadAttention's input projection becomes a linear layer ``in_proj``);
+- transposed convolutions are the same with ``axis`` 1 (`rows` gives the layout of a convolution);
+- quantizer - pointwise operators - quantizer is a function of one code (`pointwise.function_of_one`): a table;
+- ``mul`` of two quantized tensors, broadcast or not, followed by a quantizer is a gate, as ``add`` is a residual;
+- what only training does (dropout, stochastic depth) is a module that is an ``nn.Identity``.
 """
 
 from __future__ import annotations
@@ -40,12 +49,31 @@ class ActivationSpec:
 class WeightSpec:
     """Integer weights: ``real = values * scale``, no zero point.
 
-    values: int8, the shape of the layer's weight. scale: float32, [out] (one per output channel) or [1].
+    values: int8, the shape of the layer's weight. scale: float32, one per index of dimension ``axis`` or [1]. ``axis``
+    is 0, the output channels, and 1 in transposed convolutions, whose weight is [in, out / groups, *kernel].
     """
 
     values: torch.Tensor
     scale: torch.Tensor
     bits: int
+    axis: int = 0
+
+
+def rows(spec: WeightSpec, groups: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values as [out, in / groups, *kernel] and scale [out] or [1], also of a transposed convolution with ``groups``.
+
+    The kernel is not mirrored: value [o, i, k] is still what input channel i adds to output o at kernel position k.
+
+    >>> spec = WeightSpec(torch.zeros(4, 3, 5, dtype=torch.int8), torch.ones(3), bits=8, axis=1)
+    >>> [tuple(t.shape) for t in rows(spec, groups=2)]
+    [(6, 2, 5), (6,)]
+    """
+    if spec.axis == 0:
+        return spec.values, spec.scale
+    ins, outs, *kernel = spec.values.shape
+    values = spec.values.reshape(groups, ins // groups, outs, *kernel).transpose(1, 2)
+    scale = spec.scale if spec.scale.numel() == 1 else spec.scale.repeat(groups)
+    return values.reshape(groups * outs, ins // groups, *kernel), scale
 
 
 def headroom(values: torch.Tensor, bits: int) -> int:
