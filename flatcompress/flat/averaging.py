@@ -20,6 +20,7 @@ from flatcompress.errors import UserError
 from flatcompress.flat.engine import vectors
 from flatcompress.flat.engine.hyper import share
 from flatcompress.flat.engine.vectors import Vector
+from flatcompress.modules import estimate_batchnorm
 
 
 class Average:
@@ -269,30 +270,4 @@ class SWAD:
         self._smoothing = deque((segments[s["start_step"]] for s in state["_smoothing"]), maxlen=self.n_tolerance)
 
 
-@torch.no_grad()
-def update_bn(model: nn.Module, batches: Iterable[Any]) -> int:
-    """Estimate BatchNorm's running statistics anew at the present weights; returns the number of batches.
-
-    Every batch counts the same (momentum None; a momentum of 0 would leave the statistics as they are). A batch is an
-    input, or a tuple that begins with one. Other modules keep their mode.
-    """
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    if not norms:
-        return 0
-    before = [(m.momentum, m.training) for m in norms]
-    for m in norms:
-        m.reset_running_stats()
-        m.momentum = None
-        m.train()
-    device = next(model.parameters()).device
-    count = 0
-    try:
-        for batch in batches:
-            x = batch[0] if isinstance(batch, list | tuple) else batch
-            model(x.to(device))
-            count += 1
-    finally:
-        for m, (momentum, training) in zip(norms, before):
-            m.momentum = momentum
-            m.train(training)
-    return count
+update_bn = estimate_batchnorm

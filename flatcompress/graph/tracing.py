@@ -22,6 +22,7 @@ from torch import fx, nn
 from flatcompress.errors import UserError
 from flatcompress.graph import rewrite
 from flatcompress.graph.runtime import HOLDER, installed_graph
+from flatcompress.modules import modes_kept
 
 aten = torch.ops.aten
 
@@ -75,7 +76,7 @@ def trace(model: nn.Module, example_input: torch.Tensor) -> fx.GraphModule:
         return fx.GraphModule(model, copy.deepcopy(graph))  # a copy: the caller may rewrite it
     if example_input.shape[0] < 2:  # a batch of one would be baked in as a constant
         example_input = torch.cat([example_input, example_input])
-    with _modes_restored(model):
+    with modes_kept(model):
         gm = _traced(model, example_input, training=True)
         random = _random_nodes(gm)
         if random:
@@ -87,16 +88,6 @@ def trace(model: nn.Module, example_input: torch.Tensor) -> fx.GraphModule:
             gm = _traced(model, example_input, training=False)
         _check_same(model, gm, example_input)
     return gm
-
-
-@contextmanager
-def _modes_restored(model: nn.Module) -> Iterator[None]:
-    modes = {m: m.training for m in model.modules()}
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _traced(model: nn.Module, example_input: torch.Tensor, training: bool) -> fx.GraphModule:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from flatcompress.errors import UserError, unknown
 from flatcompress.models.blocks import Shape
+from flatcompress.modules import evaluating
 from flatcompress.registry import Registry
 
 
@@ -197,16 +198,13 @@ def checked(name: str, model: Any, num_classes: int, input_shape: Shape) -> nn.M
     """``model`` if one image gives logits [1, num_classes], else a UserError that says what came out."""
     if not isinstance(model, nn.Module):
         raise UserError(f"model {name!r} is a {type(model).__name__}, not a torch.nn.Module")
-    training = model.training
     try:
-        with torch.no_grad():
-            logits = model.eval()(torch.zeros(1, *input_shape))
+        with torch.no_grad(), evaluating(model):
+            logits = model(torch.zeros(1, *input_shape))
     except Exception as error:
         raise UserError(
             f"model {name!r} fails on an image of {input_shape}: {type(error).__name__}: {error}"
         ) from error
-    finally:
-        model.train(training)
     found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
     if found != (1, num_classes):
         raise UserError(f"model {name!r} must give logits of shape (1, {num_classes}) for one image, gave {found}")

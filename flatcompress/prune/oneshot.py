@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from flatcompress.errors import UserError
+from flatcompress.modules import evaluating
 from flatcompress.plan import Plan
 from flatcompress.prune.budgets.choice import Budget, choose
 from flatcompress.prune.budgets.cost import CostModel
-from flatcompress.prune.dependency.coupling import evaluating
 from flatcompress.prune.dependency.groups import Group, Survey
 from flatcompress.prune.dependency.survey import survey
 from flatcompress.prune.importance import IMPORTANCES, NEEDS_GRADIENTS, RunningScore, score

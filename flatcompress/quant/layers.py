@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from flatcompress.errors import UserError
 from flatcompress.graph import install, installed_graph, trace
+from flatcompress.modules import evaluating
 from flatcompress.plan import Plan, Step
 from flatcompress.quant import operators, placement
 from flatcompress.quant.qat.rounding import with_rounding
@@ -177,16 +178,11 @@ def _plausible_shapes(model: nn.Module) -> list[tuple[int, ...]]:
 
 
 def _accepts(model: nn.Module, example: torch.Tensor) -> bool:
-    modes = {m: m.training for m in model.modules()}
-    model.eval()  # running statistics must not see the guess
     try:
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(model):  # running statistics must not see the guess
             model(example)
     except (RuntimeError, ValueError, TypeError, IndexError):
         return False
-    finally:
-        for module, training in modes.items():
-            module.training = training
     return True
 
 
@@ -236,21 +232,18 @@ def calibrate(model: nn.Module, batches: Iterable[torch.Tensor]) -> None:
     """
     holder_of(model)
     chosen = {n: q for n, q in tensor_quantizers(model).items() if isinstance(q, StepQuantizer) and q.per_sample}
-    modes = {m: m.training for m in model.modules()}
     for name, quantizer in chosen.items():
         quantizer.observer = Observer(name)
     count = 0
     try:
-        model.eval()
-        for batch in batches:
-            model(batch[0] if isinstance(batch, tuple | list) else batch)
-            count += 1
+        with evaluating(model):
+            for batch in batches:
+                model(batch[0] if isinstance(batch, tuple | list) else batch)
+                count += 1
         observers = {name: q.observer for name, q in chosen.items()}
     finally:
         for quantizer in chosen.values():
             quantizer.observer = None
-        for module, mode in modes.items():
-            module.training = mode
     if not count:
         raise UserError("calibration needs at least one batch.")
     for name, quantizer in chosen.items():

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from flatcompress.errors import UserError, nearest
+from flatcompress.errors import UserError
 from flatcompress.graph.cost import MATMULS
+from flatcompress.modules import check_patterns, matches
 from flatcompress.quant.operators import (
     FREE_LAYERS,
     MEANS,
@@ -74,13 +75,6 @@ def place(
     return placement.layers(), placement.tensors(), placement.floats
 
 
-def matches(pattern: str, path: str) -> bool:
-    """``layer1`` matches itself and all below it; ``re:...`` is a regular expression over the whole name."""
-    if pattern.startswith("re:"):
-        return re.fullmatch(pattern[3:], path) is not None
-    return path == pattern or path.startswith(f"{pattern}.")
-
-
 class _Placement:
     def __init__(self, gm: fx.GraphModule, model: nn.Module, settings: Settings) -> None:
         self.gm, self.model, self.settings = gm, model, settings
@@ -91,8 +85,8 @@ class _Placement:
         self.floats: dict[str, str] = {}
         self._reach: dict[fx.Node, bool] = {}
         names = sorted(set(self.calls.values()))
-        _check_patterns(settings.ignore, names, self._paths(), "ignore")
-        _check_patterns(settings.bits, names, names, "bits")
+        check_patterns("ignore", settings.ignore, self._paths(), listed=names)
+        check_patterns("bits", settings.bits, names)
         self.quantized = {n: path for n, path in self.calls.items() if self._wanted(n, path)}
         self.first, self.last = self._ends()
         self._explain_floats()
@@ -319,18 +313,6 @@ def _checked_bits(key: str, value: Any) -> int:
     except UserError as error:
         raise UserError(f"{key}: {error}") from None
     return value
-
-
-def _check_patterns(patterns: Iterable[str], names: list[str], paths: list[str], key: str) -> None:
-    for pattern in patterns:
-        try:
-            hit = any(matches(pattern, path) for path in paths)
-        except re.error as error:
-            raise UserError(f"{key}: {pattern!r} is no regular expression ({error}).") from None
-        if not hit:
-            guess = nearest(pattern, names)
-            hint = f" Did you mean {guess!r}?" if guess else ""
-            raise UserError(f"{key}: {pattern!r} matches no layer.{hint} Layers: {', '.join(names)}.")
 
 
 def readers_of_quantizers(model: nn.Module, graph: fx.Graph, names: set[str]) -> dict[str, str]:

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from flatcompress.errors import UserError, unknown
+from flatcompress.modules import evaluating
 from flatcompress.quant.placement import LAYERS
 from flatcompress.quant.quantizers.lsq import grid
 
@@ -24,18 +24,6 @@ Loss = Callable[[], Tensor]
 KINDS = ("measured", "hessian", "gradient")
 CHOICES = (2, 3, 4, 6, 8)
 _SHARES = 60  # grid steps tried per row when the least squared error is looked for
-
-
-@contextmanager
-def _frozen_statistics(model: nn.Module) -> Any:
-    """Eval mode while a curvature is measured: BatchNorm by its statistics, no dropout."""
-    modes = {m: m.training for m in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def float_layers(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, nn.Module]:
@@ -62,7 +50,7 @@ def hessian_traces(
     weights: list[Any] = [m.weight for m in layers.values()]
     generator = torch.Generator().manual_seed(seed)
     totals = [0.0] * len(weights)
-    with _frozen_statistics(model), torch.enable_grad():
+    with evaluating(model), torch.enable_grad():  # BatchNorm by its statistics, no dropout
         gradients = _gradients(loss, weights, list(layers), create_graph=True)
         for sample in range(samples):
             z = [(torch.randint(0, 2, w.shape, generator=generator) * 2.0 - 1.0).to(w) for w in weights]
@@ -116,7 +104,7 @@ def rounded_loss(model: nn.Module, loss: Loss, bits: Mapping[str, int]) -> float
     """
     weights: dict[str, Any] = {name: layer.weight for name, layer in float_layers(model, bits).items()}
     before = {name: weight.clone() for name, weight in weights.items()}
-    with _frozen_statistics(model):
+    with evaluating(model):
         if not bits:
             return _finite(loss())
         try:
@@ -158,7 +146,7 @@ def sensitivities(
         floor = min((c for c in curvature.values() if c > 0), default=1.0)
         weight = {n: torch.tensor(max(c, floor)) for n, c in curvature.items()}
     else:
-        with _frozen_statistics(model), torch.enable_grad():
+        with evaluating(model), torch.enable_grad():
             found = _gradients(loss, [m.weight for m in layers.values()], list(layers), create_graph=False)
         weight = {n: g.detach().square() for n, g in zip(layers, found)}
     table: dict[str, dict[int, float]] = {}

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from flatcompress.flat.averaging import EMA, SWA, SWAD, Average, update_bn
+from flatcompress.modules import evaluating
 from flatcompress.stages.configs import QuantizeConfig, TrainConfig
 from flatcompress.stages.measure import train_batches
 from flatcompress.stages.train import in_turn
@@ -49,13 +50,14 @@ class Averaging:
         """SWAD watches the loss on the training domains' validation split."""
         assert isinstance(self.average, SWAD)
         model, val = self.job.model, self.work.data.val
-        model.eval()
         batches = [list(range(i, min(i + 512, len(val)))) for i in range(0, len(val), 512)]
-        losses = [
-            float(nn.functional.cross_entropy(model(x.to(self.work.device)), y.to(self.work.device), reduction="sum"))
-            for x, y in loader(val, batches)
-        ]
-        model.train()
+        with evaluating(model):
+            losses = [
+                float(
+                    nn.functional.cross_entropy(model(x.to(self.work.device)), y.to(self.work.device), reduction="sum")
+                )
+                for x, y in loader(val, batches)
+            ]
         self.average.evaluate(sum(losses) / len(val))
 
     def finish(self) -> None:

@@ -34,6 +34,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from flatcompress import onnx_export, prune, quant
 from flatcompress.errors import UserError
+from flatcompress.modules import evaluating
 from flatcompress.onnx_export.runtime import latency, sessions
 from flatcompress.onnx_export.runtime.kernel_time import kernel_ms
 from flatcompress.prune.budgets.cost import Cost
@@ -205,12 +206,10 @@ def layer_shapes(model: nn.Module, example: Tensor) -> dict[str, Shape]:
         for n, m in model.named_modules()
         if isinstance(m, (_ConvNd, nn.Linear))
     ]
-    was_training = model.training
     try:
-        with torch.no_grad():
-            model.eval()(example)
+        with torch.no_grad(), evaluating(model):
+            model(example)
     finally:
-        model.train(was_training)
         for hook in hooks:
             hook.remove()
     return found

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from flatcompress import quant
+from flatcompress.modules import evaluating
 from flatcompress.plan import Plan
 from flatcompress.stages.averaging import Averaging
 from flatcompress.stages.configs import QuantizeConfig
@@ -71,19 +72,17 @@ def choose_bits(work: Workpiece, config: QuantizeConfig) -> dict[str, Any] | Non
         return config.bits
     unit, budget = config.bits_budget
     x, y = train_batches(work, SENSITIVITY_SAMPLES, SENSITIVITY_SAMPLES)[0]
-    was_training = work.model.training
-    work.model.eval()
-    chosen = quant.auto_bits(
-        work.model,
-        lambda: nn.functional.cross_entropy(work.model(x), y),
-        budget,
-        unit,
-        example_input=work.example(),
-        kind=config.sensitivity,
-        seed=work.seed,
-        **placement(config),
-    )
-    work.model.train(was_training)
+    with evaluating(work.model):
+        chosen = quant.auto_bits(
+            work.model,
+            lambda: nn.functional.cross_entropy(work.model(x), y),
+            budget,
+            unit,
+            example_input=work.example(),
+            kind=config.sensitivity,
+            seed=work.seed,
+            **placement(config),
+        )
     work.emit("bits", unit=unit, budget=budget, bits=chosen)
     return chosen
 

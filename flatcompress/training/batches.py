@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from flatcompress.errors import RunError, UserError
+from flatcompress.modules import evaluating
 
 
 def epoch_batches(n: int, batch_size: int, seed: int, epoch: int, rank: int = 0, world: int = 1) -> list[list[int]]:
@@ -40,14 +41,12 @@ def _pair(batch: Any) -> Any:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, dataset: Any, device: torch.device | str = "cpu", batch_size: int = 512) -> float:
-    """Share of ``dataset`` that ``model`` classifies correctly, in eval mode; the model's mode is restored."""
-    was_training = model.training
-    model.eval()
+    """Share of ``dataset`` that ``model`` classifies correctly, in eval mode; every module's own mode is restored."""
     n = len(dataset)
     correct = 0
-    for x, y in loader(dataset, [list(range(i, min(i + batch_size, n))) for i in range(0, n, batch_size)]):
-        correct += int((model(x.to(device)).argmax(1) == y.to(device)).sum())
-    model.train(was_training)
+    with evaluating(model):
+        for x, y in loader(dataset, [list(range(i, min(i + batch_size, n))) for i in range(0, n, batch_size)]):
+            correct += int((model(x.to(device)).argmax(1) == y.to(device)).sum())
     return correct / n
 
 

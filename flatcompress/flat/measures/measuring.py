@@ -14,6 +14,7 @@ from flatcompress.flat.engine.context import Probe
 from flatcompress.flat.engine.passes import Points
 from flatcompress.flat.engine.snapshot import Buffers
 from flatcompress.flat.engine.vectors import Vector
+from flatcompress.modules import evaluating
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -64,14 +65,8 @@ def probed(
     chosen = [(n, p) for n, p in model.named_parameters() if p.requires_grad and (perturbed is None or perturbed(n, p))]
     if not chosen:
         raise UserError("no parameter to perturb: none requires a gradient, or `perturbed` chose none")
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with Buffers(model).frozen():
-            yield Probed(model, loss, [n for n, _ in chosen], [p for _, p in chosen], normalize_logits)
-    finally:
-        for module, training in modes:
-            module.training = training
+    with evaluating(model), Buffers(model).frozen():
+        yield Probed(model, loss, [n for n, _ in chosen], [p for _, p in chosen], normalize_logits)
 
 
 def listed(batches: Batches, model: nn.Module) -> list[tuple[Tensor, Tensor]]:

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from flatcompress import graph as graphs
 from flatcompress.errors import UserError
+from flatcompress.modules import modes_kept
 from flatcompress.onnx_export.lower import integer
 from flatcompress.onnx_export.lower.fold import fold, fold_float, integer_bias
 from flatcompress.onnx_export.lower.integer import Grid
@@ -48,10 +49,9 @@ def lower(model: nn.Module, example_input: Tensor) -> fx.GraphModule:
     UserError when the model cannot be traced, or holds a layer or quantizer that has no lowered form.
     """
     traced = graphs.trace(model, example_input)
-    training = model.training
-    prepare(traced)
-    lowered = _Lowering(traced).run()
-    model.train(training)
+    with modes_kept(model):
+        prepare(traced)
+        lowered = _Lowering(traced).run()
     _note_shapes(lowered, example_input)
     return lowered
 

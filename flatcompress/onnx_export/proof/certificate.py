@@ -32,6 +32,7 @@ from torch import Tensor
 
 import flatcompress
 from flatcompress.errors import UserError
+from flatcompress.modules import evaluating
 from flatcompress.onnx_export.emit.catalogue import PROFILES
 from flatcompress.onnx_export.exporting import Exported
 from flatcompress.onnx_export.files import write_whole
@@ -238,11 +239,8 @@ def _metric(
 
 
 def _in_eval(model: torch.nn.Module, inputs: list[Tensor]) -> NDArray[np.float32]:
-    training = model.training
-    try:
-        return parity.reference_outputs(model.eval(), inputs)
-    finally:
-        model.train(training)
+    with evaluating(model):
+        return parity.reference_outputs(model, inputs)
 
 
 def _latency(path: Path, runs: int, threads: Sequence[int]) -> dict[str, Any] | None:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from flatcompress.modules import evaluating
 from flatcompress.prune.channels import keep_channels
 from flatcompress.prune.dependency import axes
 from flatcompress.prune.dependency.attention import find_attention
-from flatcompress.prune.dependency.coupling import evaluating
 from flatcompress.prune.dependency.groups import Group
 
 

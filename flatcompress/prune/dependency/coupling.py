@@ -19,6 +19,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from flatcompress.errors import UserError
+from flatcompress.modules import evaluating
 from flatcompress.prune.dependency import axes
 from flatcompress.prune.dependency.attention import Attention
 
@@ -43,18 +44,6 @@ class Coupled(NamedTuple):
     root: str
     links: list[Link]
     through: tuple[str, ...]
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside, every module's own mode afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -11,11 +10,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from flatcompress.errors import UserError, nearest
+from flatcompress.errors import UserError
+from flatcompress.modules import check_patterns, evaluating, matches
 from flatcompress.prune.channels import Surgery, head_counts, keep_channels
 from flatcompress.prune.dependency import axes
 from flatcompress.prune.dependency.attention import find_attention
-from flatcompress.prune.dependency.coupling import call_counts, couple, evaluating
+from flatcompress.prune.dependency.coupling import call_counts, couple
 from flatcompress.prune.dependency.groups import Group, Survey
 from flatcompress.prune.dependency.units import channel_groups, head_groups
 
@@ -58,22 +58,8 @@ def survey(model: nn.Module, example_input: Tensor, ignore: Sequence[str] = ()) 
 def match(model: nn.Module, patterns: Sequence[str]) -> set[str]:
     """Names of layers that ``patterns`` select: exact names (with everything inside) or ``re:PATTERN``."""
     names = [name for name, _ in model.named_modules() if name]
-    selected: set[str] = set()
-    for pattern in patterns:
-        if pattern.startswith("re:"):
-            try:
-                compiled = re.compile(pattern[3:])
-            except re.error as error:
-                raise UserError(f"ignore pattern {pattern!r} is no regular expression: {error}") from None
-            found = {name for name in names if compiled.fullmatch(name)}
-        else:
-            found = {name for name in names if name == pattern or name.startswith(f"{pattern}.")}
-        if not found:
-            guess = nearest(pattern.removeprefix("re:"), names)
-            hint = f" Did you mean {guess!r}?" if guess else ""
-            raise UserError(f"ignore pattern {pattern!r} matches no layer of {type(model).__name__}.{hint}")
-        selected |= found
-    return selected
+    check_patterns("ignore", patterns, names)
+    return {name for name in names if any(matches(pattern, name) for pattern in patterns)}
 
 
 def _refuse_quantized(model: nn.Module) -> None:
