@@ -1,7 +1,7 @@
 # Fresh machine with Python 3.11+ and make: `make demo`, then `make test`.
 PYTHON ?= python3
 BIN := .venv/bin
-.PHONY: demo test test-slow lint format clean bench bench-quick
+.PHONY: demo test test-slow lint format docs clean bench bench-quick
 
 demo: .venv/.installed  ## install and run the quickstart recipe to a verified ONNX file
 	$(BIN)/flatcompress run configs/quickstart.yaml
@@ -22,6 +22,9 @@ format: .venv/.dev-installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: .venv/.docs-installed  ## the documentation site, into site/
+	$(BIN)/mkdocs build --strict
+
 bench-quick: .venv/.test-installed  ## every quick benchmark; prints tables, writes benchmarks/results/
 	$(BIN)/python -m benchmarks --quick
 
@@ -29,7 +32,7 @@ bench: .venv/.test-installed  ## every benchmark in full (hours), with every fig
 	$(BIN)/python -m benchmarks
 
 clean:
-	rm -rf .venv runs build dist *.egg-info
+	rm -rf .venv runs build dist site *.egg-info
 
 .venv/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -42,4 +45,8 @@ clean:
 
 .venv/.dev-installed: .venv/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[dev]"
+	touch $@
+
+.venv/.docs-installed: .venv/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[docs]"
 	touch $@

@@ -79,6 +79,7 @@ class FlatOptimizer(Optimizer):
     # the list of groups when a state is loaded, and a reference taken earlier would be left behind.
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The base optimizer's groups: schedulers set learning rates here."""
         return self.base.param_groups
 
     @param_groups.setter
@@ -88,6 +89,7 @@ class FlatOptimizer(Optimizer):
 
     @property
     def state(self) -> Any:  # type: ignore[override]
+        """The base optimizer's state per parameter."""
         return self.base.state
 
     @state.setter

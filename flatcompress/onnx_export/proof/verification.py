@@ -44,6 +44,7 @@ class Verification:
 
     @property
     def holds(self) -> bool:
+        """True when nothing failed."""
         return not self.failures
 
     def to_dict(self) -> dict[str, Any]:

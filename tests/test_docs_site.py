@@ -1,0 +1,75 @@
+"""The documentation: every code block runs, every public name is documented, every link leads somewhere."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import flatcompress
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted(p for p in DOCS.rglob("*.md") if p.parent.name != "results")
+LINKED = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.rglob("*.md")), ROOT / "export" / "README.md"]
+PACKAGES = ["flatcompress", *(f"flatcompress.{name}" for name in flatcompress._ROOMS)]
+# A block that cannot run by itself says why: <!-- not run: the reason -->
+BLOCK = re.compile(r"(?:<!-- not run: (?P<reason>[^>]+) -->\n)?```python\n(?P<code>.*?)```", flags=re.S)
+
+
+def blocks(page: Path) -> list[str]:
+    found = BLOCK.finditer(page.read_text(encoding="utf-8"))
+    return [m["code"] for m in found if m["reason"] is None]
+
+
+RUN = [p for p in PAGES if blocks(p) and p.name != "flat.md"]  # flat.md's are run by tests/flat/test_flat_docs.py
+
+
+@pytest.mark.parametrize("page", RUN, ids=lambda p: p.relative_to(DOCS).as_posix())
+def test_code_blocks_run_in_order(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {"__name__": "page"}
+    for number, code in enumerate(blocks(page)):
+        exec(compile(code, f"{page.name} block {number}", "exec"), names)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_public_name_is_documented(package):
+    module = importlib.import_module(package)
+    assert inspect.getdoc(module), f"{package} has no docstring"
+    for name in getattr(module, "__all__", ()):
+        found = getattr(module, name)
+        if inspect.isclass(found) or inspect.isroutine(found) or inspect.ismodule(found):
+            assert inspect.getdoc(found), f"{package}.{name} has no docstring"
+        if inspect.isclass(found):
+            for key, member in vars(found).items():
+                if not key.startswith("_") and (inspect.isroutine(member) or isinstance(member, property)):
+                    assert inspect.getdoc(member), f"{package}.{name}.{key} has no docstring"
+
+
+def links(page: Path) -> list[str]:
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
+    return [target.split("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", text)]
+
+
+@pytest.mark.parametrize("page", LINKED, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_links_to_files_lead_somewhere(page):
+    made = {"lists.md", "recipe.md", "command-line.md", "api.md"}  # written when the site is built
+    for target in links(page):
+        if not target or "://" in target or target.startswith("mailto:") or Path(target).name in made:
+            continue
+        assert (page.parent / target).exists(), f"{page.name}: {target} is not there"
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(tmp_path):
+    pytest.importorskip("mkdocs", reason="needs the extra docs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "site" / "reference" / "api.html").exists()
