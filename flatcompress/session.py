@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from flatcompress.environment import versions
 from flatcompress.errors import Interrupted, RunError, UserError
 from flatcompress.plan import apply_plan, load_weights
 from flatcompress.recipe import Recipe
@@ -370,15 +371,7 @@ def stage_id(recipe: Recipe, index: int) -> str:
 
 def environment(work: Workpiece) -> dict[str, Any]:
     """Versions and machine, for the log and the certificate."""
-    import importlib.metadata as metadata
-
     packages = ("flatcompress", "torch", "torch-pruning", "brevitas", "onnx", "onnxruntime", "accelerate", "numpy")
-    found = {}
-    for name in packages:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            warnings.warn(f"package {name} has no metadata; its version is not recorded", stacklevel=2)
     return {
         "python": platform.python_version(),
         "machine": platform.machine(),
@@ -386,7 +379,7 @@ def environment(work: Workpiece) -> dict[str, Any]:
         "device": str(work.device),
         "threads": torch.get_num_threads(),
         "processes": work.accelerator.num_processes,
-        "packages": found,
+        "packages": versions(*packages),
     }
 
 

@@ -22,6 +22,8 @@ from typing import Any
 from flatcompress.errors import RunError, UserError
 
 TEMPORARY_PREFIX = ".tmp-"
+CACHE_VARIABLE = "FLATCOMPRESS_CACHE"
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG}  # the machine's trouble, not what the user asked for
 _NO_FOLDER_FSYNC = {errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES, errno.EPERM}
 
 
@@ -43,14 +45,36 @@ def write_bytes_atomic(path: str | Path, data: bytes, kept: str = "") -> None:
     RunError when the disk is full, read-only or failing; the old file is then untouched.
     """
     path = Path(path)
+    try:
+        _replace(path, data)
+    except OSError as error:
+        raise write_error(path, error, kept) from error
+
+
+def write_output(path: str | Path, data: bytes) -> None:
+    """Write ``data``, whole or not at all, to a place that the user named; its folder is made.
+
+    UserError when that place cannot be written to, RunError when the disk is full or failing.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _replace(path, data)
+    except OSError as error:
+        if error.errno in _DISK:
+            raise write_error(path, error) from error
+        raise UserError(f"{path}: cannot be written ({error}).") from None
+
+
+def _replace(path: Path, data: bytes) -> None:
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{os.getpid()}-{threading.get_ident()}")
     try:
         write_bytes(temporary, data)
         os.replace(temporary, path)
         sync_folder(path.parent)
-    except OSError as error:
+    except OSError:
         _unlink_quietly(temporary)
-        raise write_error(path, error, kept) from error
+        raise
 
 
 def write_text_atomic(path: str | Path, text: str, kept: str = "") -> None:
@@ -163,6 +187,21 @@ def sha256_file(path: Path, limit: int | None = None) -> str:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}).") from None
     return digest.hexdigest()
+
+
+def cache_folder() -> Path:
+    """Where figures and images that can be computed again are kept: ``FLATCOMPRESS_CACHE``, else the platform's place.
+
+    UserError when the platform has none, as without a home folder.
+    """
+    if own := os.environ.get(CACHE_VARIABLE):
+        return Path(own)
+    import platformdirs  # here: the command line's help does not wait for it
+
+    found = platformdirs.user_cache_path("flatcompress", appauthor=False)
+    if not found.is_absolute():
+        raise UserError(f"no folder for caches ({found} is not absolute): set {CACHE_VARIABLE} to one.")
+    return found
 
 
 def to_json(value: Any, indent: int | None = None) -> str:

@@ -16,8 +16,8 @@ from flatcompress.errors import UserError
 from flatcompress.onnx_export.emit.catalogue import PROFILES, emitters
 from flatcompress.onnx_export.emit.profiles import Profile
 from flatcompress.onnx_export.emit.writer import WEIGHTED, Writer
-from flatcompress.onnx_export.files import write_whole
 from flatcompress.onnx_export.lower.lowering import lower
+from flatcompress.storage import write_output
 
 
 @dataclass
@@ -63,7 +63,7 @@ def export(
     onnx.checker.check_model(made, full_check=True)
     target = Path(path)
     data = made.SerializeToString()
-    write_whole(target, data)
+    write_output(target, data)
     theoretical = sum(row["theoretical_bytes"] for row in writer.layers)
     return Exported(
         target,

@@ -15,7 +15,6 @@ import copy
 import hashlib
 import json
 import math
-import os
 import tempfile
 import time
 from bisect import bisect_left
@@ -33,12 +32,13 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from flatcompress import onnx_export, prune, quant
+from flatcompress.environment import machine
 from flatcompress.errors import UserError
 from flatcompress.modules import evaluating
-from flatcompress.onnx_export.runtime import latency, sessions
+from flatcompress.onnx_export.runtime import latency
 from flatcompress.onnx_export.runtime.kernel_time import kernel_ms
 from flatcompress.prune.budgets.cost import Cost
-from flatcompress.storage import write_json_atomic
+from flatcompress.storage import cache_folder, write_json_atomic
 
 METHOD = 2  # of measuring: figures of another one are not used
 EVENLY = (0.75, 0.5, 0.2)  # networks timed as a whole, beside the dense one: shares of every layer's channels,
@@ -262,9 +262,9 @@ def networks_ms(
 
 
 def cache_file(threads: int = 1) -> Path:
-    """Where this machine's figures are kept: under XDG_CACHE_HOME or ~/.cache."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flatcompress"
-    text = json.dumps([METHOD, threads, sessions.machine(), ort.__version__, onnx.__version__], sort_keys=True)
+    """Where this machine's figures are kept: in the user's cache folder (`flatcompress.storage.cache_folder`)."""
+    root = cache_folder()
+    text = json.dumps([METHOD, threads, machine(), ort.__version__, onnx.__version__], sort_keys=True)
     root.mkdir(parents=True, exist_ok=True)
     return root / f"latency-{hashlib.sha256(text.encode()).hexdigest()[:12]}.json"
 

@@ -18,7 +18,7 @@ from flatcompress.errors import UserError
 from flatcompress.onnx_export import bench, certify, export, verify
 from flatcompress.onnx_export import verify as verify_function
 from flatcompress.onnx_export.proof.diverging import first_diverging_layer
-from flatcompress.onnx_export.proof.evidence import sha256
+from flatcompress.storage import sha256_file
 
 
 def _inputs(count: int = 48) -> torch.Tensor:
@@ -55,7 +55,7 @@ def rehash(folder: Path) -> None:
     """What somebody would do who changes a file and its certificate."""
     certificate = json.loads((folder / "certificate.json").read_text())
     for part in ("file", "evidence"):
-        certificate[part]["sha256"] = sha256(folder / certificate[part]["name"])
+        certificate[part]["sha256"] = sha256_file(folder / certificate[part]["name"])
     (folder / "certificate.json").write_text(json.dumps(certificate))
 
 

@@ -33,7 +33,7 @@ def work_ms(shape, widths, threads=1):
 @pytest.fixture
 def steady(tmp_path, monkeypatch):
     """A machine whose networks take twice their kernels' sum and 0.1 ms."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("FLATCOMPRESS_CACHE", str(tmp_path))
     monkeypatch.setattr(latency_table, "kernel_ms", work_ms)
 
     def networks_ms(models, example, threads=1):
@@ -173,7 +173,7 @@ def test_a_damaged_file_is_measured_anew(tmp_path, text):
 
 
 def test_the_file_is_per_machine_threads_and_version(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("FLATCOMPRESS_CACHE", str(tmp_path))
     one, two = latency_table.cache_file(1), latency_table.cache_file(2)
     monkeypatch.setattr(ort, "__version__", "0.0.1")
     older = latency_table.cache_file(1)

@@ -91,3 +91,25 @@ def test_folders_fifos_and_giants_are_refused_without_blocking(tmp_path):
             storage.read_bytes(tmp_path / name, limit=10)
     with pytest.raises(UserError, match="plain file"):
         storage.sha256_file(tmp_path / "fifo")
+
+
+@pytest.mark.parametrize(("code", "kind"), [(errno.ENOSPC, RunError), (errno.EIO, RunError), (errno.EACCES, UserError)])
+def test_an_output_that_cannot_be_written_is_the_users_or_the_disks_fault(tmp_path, monkeypatch, code, kind):
+    path = tmp_path / "new" / "folder" / "model.onnx"
+    storage.write_output(path, b"old")
+    shim = FaultyOs()
+    monkeypatch.setattr(storage, "os", shim)
+    storage.write_output(path, b"old")
+    for at in range(shim.calls):
+        monkeypatch.setattr(storage, "os", FaultyOs(at, code))
+        outcome(kind, storage.write_output, path, b"new")
+        assert path.read_bytes() in (b"old", b"new")
+        assert os.listdir(path.parent) == ["model.onnx"]
+
+
+def test_the_cache_folder_is_the_variables_or_the_platforms(tmp_path, monkeypatch):
+    monkeypatch.setenv("FLATCOMPRESS_CACHE", str(tmp_path))
+    assert storage.cache_folder() == tmp_path
+    monkeypatch.delenv("FLATCOMPRESS_CACHE")
+    found = storage.cache_folder()
+    assert found.is_absolute() and "flatcompress" in found.parts

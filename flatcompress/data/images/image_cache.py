@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import sys
-import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,20 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from flatcompress.errors import RunError, UserError
+from flatcompress.storage import cache_folder, write_bytes_atomic
+
 _DIGEST = hashlib.sha256().digest_size
-
-
-def folder() -> Path:
-    """The user's cache folder: ``FLATCOMPRESS_CACHE``, else the platform's own place."""
-    if own := os.environ.get("FLATCOMPRESS_CACHE"):
-        return Path(own)
-    if sys.platform == "win32":
-        root = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    elif sys.platform == "darwin":
-        root = Path.home() / "Library" / "Caches"
-    else:
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "flatcompress"
 
 
 def cached(name: str, shape: tuple[int, ...], make: Callable[[], Tensor]) -> Tensor:
@@ -35,16 +22,16 @@ def cached(name: str, shape: tuple[int, ...], make: Callable[[], Tensor]) -> Ten
     A cache that cannot be read or written costs time and a warning, never the run.
     """
     try:
-        path = folder() / name
+        path = cache_folder() / name
         if (images := _read(path, shape)) is not None:
             return images
-    except (OSError, RuntimeError) as error:  # RuntimeError: no home folder
+    except (OSError, UserError) as error:
         warnings.warn(f"image cache not used, the images are drawn each time: {error}", stacklevel=2)
         return make()
     images = make()
     try:
         _write(path, images)
-    except OSError as error:
+    except (OSError, RunError) as error:
         warnings.warn(f"image cache {path} not written, the images are drawn each time: {error}", stacklevel=2)
     return images
 
@@ -64,15 +51,6 @@ def _read(path: Path, shape: tuple[int, ...]) -> Tensor | None:
 
 
 def _write(path: Path, images: Tensor) -> None:
-    """Through a temporary file beside it: another process sees the whole file or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    body = images.contiguous().numpy()
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(hashlib.sha256(body.data).digest())
-            file.write(body.data)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    body = images.contiguous().numpy().data
+    write_bytes_atomic(path, b"".join((hashlib.sha256(body).digest(), body)))

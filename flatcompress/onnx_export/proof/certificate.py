@@ -25,27 +25,26 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-import flatcompress
+from flatcompress.environment import machine, versions
 from flatcompress.errors import UserError
 from flatcompress.modules import evaluating
 from flatcompress.onnx_export.emit.catalogue import PROFILES
 from flatcompress.onnx_export.exporting import Exported
-from flatcompress.onnx_export.files import write_whole
 from flatcompress.onnx_export.proof import (
     inspect_file,
     parity,
 )
 from flatcompress.onnx_export.proof.diverging import first_diverging_layer
-from flatcompress.onnx_export.proof.evidence import BYTES, Evidence, sha256
+from flatcompress.onnx_export.proof.evidence import BYTES, Evidence
 from flatcompress.onnx_export.runtime import (
     latency,
 )
-from flatcompress.onnx_export.runtime.sessions import INTEGER_KERNELS, Kernels, kernels, machine, run, session
+from flatcompress.onnx_export.runtime.sessions import INTEGER_KERNELS, Kernels, kernels, run, session
+from flatcompress.storage import sha256_file, write_output
 
 SCHEMA = 1
 LARGEST_STEPS = 1.0
@@ -88,7 +87,7 @@ def certify(
         "failures": [],
         "file": _file(exported, proto),
         "recipe_sha256": None if recipe is None else _text_hash(recipe),
-        "versions": versions(),
+        "versions": used(),
         "machine": machine(),
         "checker": "full",
         "size": _size(exported),
@@ -151,22 +150,16 @@ def _outputs(path: Path, inputs: list[Tensor]) -> dict[str, NDArray[np.float32]]
     }
 
 
-def versions() -> dict[str, str]:
-    """Of everything that had a part in the figures."""
-    return {
-        "flatcompress": flatcompress.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "onnx": onnx.__version__,
-        "onnxruntime": ort.__version__,
-        "numpy": np.__version__,
-    }
+def used() -> dict[str, str]:
+    """The versions of everything that has a part in the figures."""
+    packages = versions("flatcompress", "torch", "onnx", "onnxruntime", "numpy")
+    return {"python": platform.python_version(), **packages}
 
 
 def _file(exported: Exported, proto: onnx.ModelProto) -> dict[str, Any]:
     return {
         "name": exported.path.name,
-        "sha256": sha256(exported.path),
+        "sha256": sha256_file(exported.path),
         "bytes": exported.path.stat().st_size,
         "profile": exported.profile,
         "opset": exported.opset,
@@ -253,13 +246,13 @@ def _latency(path: Path, runs: int, threads: Sequence[int]) -> dict[str, Any] | 
 def _store(path: Path, certificate: dict[str, Any], evidence: Evidence) -> None:
     """Evidence first: a certificate that exists names files that exist."""
     kept = path.with_name("evidence.safetensors")
-    write_whole(kept, evidence.to_bytes())
+    write_output(kept, evidence.to_bytes())
     right = None if evidence.label is None else parity.accuracy(run(session(path), [evidence.input]), evidence.label)
     certificate["evidence"] = {
         "name": kept.name,
-        "sha256": sha256(kept),
+        "sha256": sha256_file(kept),
         "samples": len(evidence),
         "accuracy": right,
     }
     text = json.dumps(certificate, indent=1, allow_nan=False)
-    write_whole(path.with_name("certificate.json"), text.encode())
+    write_output(path.with_name("certificate.json"), text.encode())

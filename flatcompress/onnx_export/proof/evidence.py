@@ -6,7 +6,6 @@ size, because it may come from anywhere.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import struct
 from dataclasses import dataclass
@@ -48,15 +47,6 @@ class Evidence:
         if self.label is not None:
             tensors["label"] = self.label
         return save({name: np.ascontiguousarray(value) for name, value in tensors.items()})
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file, read in pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def read(path: Path) -> Evidence:

@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
+from flatcompress.environment import machine
 from flatcompress.errors import UserError
 from flatcompress.onnx_export.proof import inspect_file, parity
 from flatcompress.onnx_export.proof.certificate import (
@@ -23,10 +24,11 @@ from flatcompress.onnx_export.proof.certificate import (
     METRIC,
     SCHEMA,
     unoptimized_floor,
-    versions,
+    used,
 )
-from flatcompress.onnx_export.proof.evidence import Evidence, read, sha256
-from flatcompress.onnx_export.runtime.sessions import kernels, machine, run, session
+from flatcompress.onnx_export.proof.evidence import Evidence, read
+from flatcompress.onnx_export.runtime.sessions import kernels, run, session
+from flatcompress.storage import sha256_file
 
 _MOST_JSON = 32 << 20
 _NEEDED = {"holds": bool, "file": dict, "evidence": dict, "parity": dict, "metric": dict, "kernels": dict}
@@ -55,7 +57,7 @@ class Verification:
             "failures": self.failures,
             "notes": self.notes,
             "measured": self.measured,
-            "versions": versions(),
+            "versions": used(),
             "machine": machine(),
         }
 
@@ -124,7 +126,7 @@ def _beside(result: Verification, claim: dict[str, Any], what: str) -> Path | No
     if not path.is_file() or path.is_symlink():
         result.failures.append(f"{path}: the {what} is missing (or a link).")
         return None
-    found = sha256(path)
+    found = sha256_file(path)
     if found != digest:
         result.failures.append(
             f"{path}: the {what} is not the one that was certified (sha256 {found[:12]}..., certified "

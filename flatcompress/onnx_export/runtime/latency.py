@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
+from flatcompress.environment import machine
 from flatcompress.errors import UserError
 from flatcompress.onnx_export.proof import inspect_file
-from flatcompress.onnx_export.runtime.sessions import machine, session
+from flatcompress.onnx_export.runtime.sessions import session
 
 METHOD = (
     "interleaved rounds, each the mean of calls lasting 2 ms; median of rounds; onnxruntime CPU, default "

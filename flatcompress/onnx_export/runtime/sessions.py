@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -102,24 +101,3 @@ def kernels(model: str | Path | bytes) -> Kernels:
 def _plain(name: str) -> str:
     """A node's name without what the layout optimizer appends to it."""
     return re.sub(r"(_token_\d+|_nchwc)+$", "", name)
-
-
-def machine() -> dict[str, Any]:
-    """Where a figure was measured."""
-    import os
-    import platform
-
-    return {
-        "platform": platform.platform(terse=True),
-        "processor": _processor() or platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-    }
-
-
-def _processor() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
-    found = re.search(r"model name\s*:\s*(.+)", text)
-    return found.group(1).strip() if found else ""

@@ -1,0 +1,50 @@
+"""Where a figure was measured and with what: the machine, its processor, the versions of packages."""
+
+from __future__ import annotations
+
+import importlib.metadata as metadata
+import os
+import platform
+import re
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import flatcompress
+
+
+def processor() -> str:
+    """The processor's name as the system gives it, else its architecture."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:  # no Linux
+        text = ""
+    found = re.search(r"model name\s*:\s*(.+)", text)
+    return found.group(1).strip() if found else platform.processor() or platform.machine()
+
+
+def machine() -> dict[str, Any]:
+    """Operating system, processor and number of its cores."""
+    return {"platform": platform.platform(terse=True), "processor": processor(), "cores": os.cpu_count()}
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """The versions of installed ``packages`` by name; one that has none is left out with a warning.
+
+    >>> list(versions("flatcompress", "torch"))
+    ['flatcompress', 'torch']
+    """
+    found = {name: _version(name) for name in packages}
+    for name in [name for name, version in found.items() if version is None]:
+        warnings.warn(f"package {name} has no metadata; its version is not recorded", stacklevel=2)
+    return {name: version for name, version in found.items() if version is not None}
+
+
+def _version(name: str) -> str | None:
+    if name == "flatcompress":
+        return flatcompress.__version__
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:  # the same module comes in packages of other names, as onnxruntime-gpu
+        return vars(sys.modules.get(name.replace("-", "_"), object)).get("__version__")
