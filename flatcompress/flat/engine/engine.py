@@ -108,10 +108,12 @@ class FlatOptimizer(Optimizer):
 
     @property
     def last_gap(self) -> float | None:
+        """Loss at the perturbed point minus the loss at the weights, last step; None for a method of one probe."""
         return None if self._pair is None else float(self._pair[1]) - float(self._pair[0])
 
     @property
     def last_radius(self) -> float | None:
+        """Norm of the last perturbation, or None where none was taken."""
         sizes = self._points.sizes
         return float(vectors.total_norm(sizes)) if sizes else None
 
