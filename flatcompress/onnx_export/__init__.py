@@ -8,10 +8,10 @@ quantizers only the two methods in `flatcompress.graph.lowering_spec`.
 from __future__ import annotations
 
 from flatcompress.onnx_export.emit.catalogue import PROFILES
-from flatcompress.onnx_export.exporting import Exported, export
+from flatcompress.onnx_export.exporting import Exported, check_c, export
 from flatcompress.onnx_export.lower.lowering import lower
 from flatcompress.onnx_export.proof.certificate import certify
 from flatcompress.onnx_export.proof.verification import Verification, verify
 from flatcompress.onnx_export.runtime.latency import bench
 
-__all__ = ["PROFILES", "Exported", "Verification", "bench", "certify", "export", "lower", "verify"]
+__all__ = ["PROFILES", "Exported", "Verification", "bench", "certify", "check_c", "export", "lower", "verify"]

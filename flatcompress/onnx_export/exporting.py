@@ -13,6 +13,7 @@ from torch import fx, nn
 
 import flatcompress
 from flatcompress.errors import UserError
+from flatcompress.onnx_export.c import model as c_model
 from flatcompress.onnx_export.emit.catalogue import PROFILES, emitters
 from flatcompress.onnx_export.emit.profiles import Profile
 from flatcompress.onnx_export.emit.writer import WEIGHTED, Writer
@@ -25,7 +26,8 @@ class Exported:
     """What `export` made. ``reference``: the torch module that the file must match; ``layers``: a row per layer.
 
     ``bytes``: of the file. ``theoretical_bytes``: of its weights, bits per weight or mask plus non-zeros. ``tensors``
-    and ``paths``: the file's tensor and the module path of every quantized node of the reference.
+    and ``paths``: the file's tensor and the module path of every quantized node of the reference. ``c``: what profile
+    ``c`` wrote beside the file.
     """
 
     path: Path
@@ -37,6 +39,7 @@ class Exported:
     opset: int
     tensors: dict[str, str] = field(default_factory=dict, repr=False)
     paths: dict[str, str] = field(default_factory=dict, repr=False)
+    c: c_model.CModel | None = None
 
 
 def export(
@@ -55,10 +58,12 @@ def export(
     output ``output``. opset: raise it above the lowest that the profile and the model's operators allow.
     metadata: text for the file's metadata_props, beside the writer's own ``flatcompress`` entries. UserError when
     the model cannot be traced or written, or does not go with the profile; nothing is left at ``path`` then.
+    Profile ``c`` writes its sources into the folder ``c`` beside ``path``, or beside it where that is its folder.
     """
     chosen: Profile = PROFILES[profile].make()
     reference = lower(model, example_input)
     _check_fits(reference, chosen)
+    decided = c_model.prepare(reference) if chosen.c else None
     writer, made = _write(reference, chosen, opset, _metadata(chosen, metadata, class_names))
     onnx.checker.check_model(made, full_check=True)
     target = Path(path)
@@ -74,7 +79,13 @@ def export(
         round(theoretical),
         writer.builder.opset,
         *_quantized(writer),
+        c=None if decided is None else c_model.write(decided, target),
     )
+
+
+def check_c(model: nn.Module, example_input: torch.Tensor) -> None:
+    """UserError, naming the module, when profile ``c`` could not write ``model``; nothing is written."""
+    c_model.prepare(lower(model, example_input))
 
 
 def _write(

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from flatcompress import onnx_export, quant
 from flatcompress.errors import UserError
 from flatcompress.stages import prune, quantize, sparsify
 from flatcompress.stages.workpiece import Workpiece
@@ -25,8 +26,17 @@ def rehearse(work: Workpiece, entries: list[Any]) -> None:
                 sparsify.rehearse(model, example, entry.config)
             elif entry.kind == "quantize":
                 quantize.rehearse(model, example, entry.config)
+            elif entry.kind == "export" and entry.config.profile == "c":
+                _check_c(model, example)
         except UserError as error:
             raise UserError(f"stages.{index}.{entry.kind}: {error}") from None
+
+
+def _check_c(model: nn.Module, example: Any) -> None:
+    """Whether every module has a C form; the grids need some data before they can be lowered."""
+    tried = copy.deepcopy(model)
+    quant.calibrate(tried, [example])
+    onnx_export.check_c(tried.eval(), example)
 
 
 def _check_output(work: Workpiece, model: nn.Module, example: Any) -> None:

@@ -9,7 +9,6 @@ from flatcompress.onnx_export.emit.operators import FUNCTIONS
 from flatcompress.onnx_export.emit.profiles import Profile, store_int4, store_int8, store_packed
 from flatcompress.onnx_export.emit.qonnx import QONNX_MODULES, quant_function
 from flatcompress.onnx_export.emit.qonnx import store as store_nothing
-from flatcompress.onnx_export.emit.translated import translate
 from flatcompress.onnx_export.emit.writer import Emitters
 from flatcompress.registry import Registry
 
@@ -17,8 +16,8 @@ PROFILES = Registry("export profile")
 
 
 def emitters(profile: Profile) -> Emitters:
-    """Module and function emitters of a profile, and what writes the operators that have none."""
-    return (QONNX_MODULES if profile.name == "qonnx" else MODULES), FUNCTIONS, translate
+    """Module and function emitters of a profile."""
+    return (QONNX_MODULES if profile.name == "qonnx" else MODULES), FUNCTIONS
 
 
 def packed() -> Profile:
@@ -41,6 +40,11 @@ def qonnx() -> Profile:
     return Profile("qonnx", store_nothing, integer_kernels=False, functions=(quant_function,))
 
 
+def c() -> Profile:
+    """The packed file, and C for microcontrollers beside it."""
+    return Profile("c", store_packed, pack_vectors=True, c=True)
+
+
 def float32() -> Profile:
     """A float model as it is, BatchNorms folded."""
     return Profile("float32", store_int8, integer=False)
@@ -55,5 +59,6 @@ PROFILES.add("packed", packed, "weights at their own bits or sparse, unpacked wh
 PROFILES.add("int8", int8, "plain int8 weights, for TensorRT, QNN, ST Edge AI")
 PROFILES.add("int4", int4, "ONNX INT4 / INT2 weights, opset 21 / 25")
 PROFILES.add("qonnx", qonnx, "Quant nodes for FINN, hls4ml and qonnx; runs in onnxruntime too, on floats")
+PROFILES.add("c", c, "C99 for microcontrollers beside the packed file, every output bit proved equal")
 PROFILES.add("float32", float32, "a float model, for comparison")
 PROFILES.add("float16", float16, "a float model in half precision, for comparison")

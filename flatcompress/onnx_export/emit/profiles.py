@@ -47,7 +47,7 @@ class Profile:
 
     ``fold_weight_only``: integer weights on real inputs become float weights on load. ``pack_vectors``: scales
     and biases are stored in the bits they need. ``integer_kernels``: onnxruntime is expected to run the layers on
-    integers. ``functions``: of the opset, definitions that the file carries.
+    integers. ``functions``: of the opset, definitions that the file carries. ``c``: C sources are written beside it.
     """
 
     name: str
@@ -59,6 +59,7 @@ class Profile:
     pack_vectors: bool = False
     integer_kernels: bool = True
     functions: tuple[Callable[[int], onnx.FunctionProto], ...] = ()
+    c: bool = False
 
 
 def store_packed(builder: GraphBuilder, weights: Weights) -> dict[str, Stored]:

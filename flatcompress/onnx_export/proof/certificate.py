@@ -8,6 +8,7 @@ The certificate is JSON beside the model. It holds when
   dequantized floats, whose sums round differently, and a code that lies on a rounding boundary may change), or
   nearly as many as for the trained model itself, which computes in floats too: a net at chance flips on a rounding;
 - every layer with integer weights and integer inputs runs as an integer kernel, but for the first and the last;
+- with profile ``c``, the C model, compiled and run here, gives every output bit that onnxruntime gives;
 - the task metric through onnxruntime differs by at most 0.1 points from the reference's.
 
 A sample of evidence (inputs, labels, reference outputs) is stored beside it, so that `verify` can repeat the
@@ -32,6 +33,7 @@ from torch import Tensor
 from flatcompress.environment import machine, versions
 from flatcompress.errors import UserError
 from flatcompress.modules import evaluating
+from flatcompress.onnx_export.c import model as c_model
 from flatcompress.onnx_export.emit.catalogue import PROFILES
 from flatcompress.onnx_export.exporting import Exported
 from flatcompress.onnx_export.proof import (
@@ -97,6 +99,9 @@ def certify(
         "metric": _metric(reference, measured, truth, inputs, model),
         "latency": _latency(exported.path, latency_runs, threads),
     }
+    if exported.c is not None:
+        samples = np.concatenate([batch.numpy() for batch in inputs])
+        certificate["c"] = c_model.section(exported.c, samples, measured["optimized"], reference)
     certificate["failures"] = failures(certificate)
     certificate["holds"] = not certificate["failures"]
     if write:
@@ -122,7 +127,7 @@ def failures(certificate: dict[str, Any]) -> list[str]:
     difference = certificate["metric"]["difference"]
     if difference is not None and abs(difference) > METRIC:
         found.append(f"accuracy differs by {difference:+.4f} from the reference's; {METRIC} is allowed.")
-    return found
+    return found + (c_model.failures(certificate["c"]) if "c" in certificate else [])
 
 
 def unoptimized_floor(certificate: dict[str, Any]) -> float:

@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from nets import STRICT, Deep, Line, Residual, made, samples, wrong
+from torch import nn
+
+from flatcompress import models, quant
+from flatcompress.errors import UserError
+from flatcompress.onnx_export import certify, export
+from flatcompress.onnx_export.c import build, weights
+
+needs_compiler = pytest.mark.skipif(build.compiler() is None, reason="no C compiler on this machine")
+NETS = {"residual": (Residual, (3, 17, 12)), "deep": (Deep, (3, 9, 8)), "line": (Line, (2, 20))}
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("name", "weight_bits", "activation_bits"),
+    [
+        ("residual", 4, 4),
+        ("deep", 3, 4),
+        ("line", 2, 8),
+        *(
+            pytest.param(name, w, a, marks=pytest.mark.slow)
+            for name in NETS
+            for w, a in [(8, 8), (6, 5), (5, 3), (2, 2), (4, 8), (7, 4)]
+        ),
+    ],
+)
+def test_every_output_bit_equals_onnxruntimes(name, weight_bits, activation_bits, tmp_path):
+    kind, shape = NETS[name]
+    exported = made(kind(), shape, weight_bits, activation_bits, tmp_path / "m.onnx")
+    assert wrong(exported, samples(shape), STRICT) == []
+
+
+@needs_compiler
+def test_the_certificate_has_a_section_c_that_decides(tmp_path):
+    torch.manual_seed(0)
+    exported = made(Deep(), (3, 9, 8), 4, 4, tmp_path / "my-net.onnx")
+    x = torch.randn(30, 3, 9, 8, generator=torch.Generator().manual_seed(3))
+    found = certify(exported, [x[:20], x[20:]], latency_runs=0)
+    assert found["c"]["equality"]["wrong"] == 0 and found["c"]["equality"]["samples"] == 30
+    assert found["c"]["name"] == "my_net" and found["c"]["proof"]["sums"] > 1000
+    # One wrong weight, and the certificate says so.
+    text = exported.c.folder / "my_net_weights.h"
+    lines = text.read_text().splitlines()
+    row = next(i for i, line in enumerate(lines) if line.startswith("static const float scale_"))
+    lines[row + 1] = lines[row + 1].replace("0x1.", "0x1.f", 1)
+    text.write_text("\n".join(lines) + "\n")
+    spoilt = certify(exported, [x], latency_runs=0, write=False)
+    assert spoilt["holds"] is False and "the C model's output bits" in " ".join(spoilt["failures"])
+
+
+def test_the_same_model_gives_the_same_files(tmp_path):
+    for folder in ("a", "b"):
+        torch.manual_seed(0)
+        made(Line(), (2, 20), 4, 4, tmp_path / folder / "net.onnx")
+    first, second = ({p.name: p.read_bytes() for p in (tmp_path / f / "c").iterdir()} for f in ("a", "b"))
+    assert first == second
+    assert sorted(first) == [
+        *("CMakeLists.txt", "Makefile", "README.md", "fc_kernels.h", "main.c", "net.c", "net.h", "net_weights.h")
+    ]
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 8])
+def test_rows_of_words_hold_every_digit(bits):
+    generator = np.random.default_rng(bits)
+    values = generator.integers(0, 1 << bits, (3, 21))
+    found = weights.rows(weights.Digits(values, 0, bits, np.ones(3, np.int64)))
+    unit = weights.unit(bits)
+    patch = generator.integers(0, 256, 21)
+    filled = np.zeros(-(-21 // unit) * unit, np.int64)
+    filled[:21] = patch
+    halves = filled.reshape(-1, 4)[:, [0, 2, 1, 3]].reshape(-1, 2)  # pairs of 16-bit numbers, as the kernel has them
+    for row in range(3):
+        words, total, place, at = found[row], 0, 0, 0
+        for plane in weights.PLANES[bits]:
+            length = len(filled) * plane // 32
+            for index, word in enumerate(words[at : at + length]):
+                for step in range(16 // plane):
+                    both_digits = (int(word) >> (step * plane)) & (((1 << plane) - 1) * 0x10001)
+                    pair = halves[index * (16 // plane) + step]
+                    total += ((both_digits & 0xFFFF) * int(pair[0]) + (both_digits >> 16) * int(pair[1])) << place
+            at, place = at + length, place + plane
+        assert total == int(values[row] @ patch)
+
+
+class Real(nn.Module):
+    """A convolution, and then something that needs real values."""
+
+    def __init__(self, after: nn.Module) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.after = after
+        self.fc = nn.Linear(4 * 8 * 8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.after(self.conv(x)).flatten(1))
+
+
+@pytest.mark.parametrize(
+    ("after", "named"),
+    [(nn.Softmax(1), "after"), (nn.LayerNorm(8), "after"), (nn.GroupNorm(2, 4), "after")],
+)
+def test_what_has_no_c_form_is_refused_by_its_module(after, named, tmp_path):
+    model, x = Real(after), torch.randn(4, 3, 8, 8)
+    quant.quantize(model, weight_bits=4, activation_bits=4, example_input=x)
+    quant.calibrate(model, [x])
+    with pytest.raises(UserError, match=f"{named}.*no C form"):
+        export(model.eval(), x, tmp_path / "m.onnx", "c")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_transformer_is_refused_by_its_module(tmp_path):
+    model, x = (
+        models.build("vit_tiny", num_classes=4, input_shape=(3, 16, 16), seed=0, depth=1),
+        torch.randn(2, 3, 16, 16),
+    )
+    quant.quantize(model, weight_bits=4, activation_bits=4, example_input=x)
+    quant.calibrate(model, [x])
+    with pytest.raises(UserError, match=r"module '[\w.]+': .*no C form"):
+        export(model.eval(), x, tmp_path / "m.onnx", "c")
+
+
+@pytest.mark.parametrize("stem", ["9lives", "fc_net", "main", "-"])
+def test_a_name_that_c_does_not_take_is_refused(stem, tmp_path):
+    with pytest.raises(UserError, match="cannot name a C model"):
+        made(Line(), (2, 20), 4, 4, tmp_path / f"{stem}.onnx")
