@@ -9,7 +9,7 @@ from typing import Any
 from flatcompress.errors import UserError
 from flatcompress.onnx_export.c import emit, weights
 from flatcompress.onnx_export.c.layers import Decided
-from flatcompress.onnx_export.files import write_whole
+from flatcompress.storage import write_output
 
 KERNELS = "fc_kernels.h"
 FEATURES = (
@@ -42,7 +42,7 @@ def write(decided: Decided, name: str, folder: Path) -> dict[str, Any]:
         "README.md": _readme(name, decided, figures),
     }
     for file, text in files.items():
-        write_whole(folder / file, text.encode())
+        write_output(folder / file, text.encode())
     return {**figures, "name": name, "files": sorted(files)}
 
 
