@@ -17,6 +17,7 @@ from torch import nn
 from flatcompress.data import DataBundle
 from flatcompress.errors import RunError, UserError
 from flatcompress.plan import Plan, apply_plan, load_weights
+from flatcompress.randomness import spaced
 from flatcompress.recipe import Recipe, load_recipe, parse_recipe
 from flatcompress.stages.measure import measure
 from flatcompress.stages.rehearse import rehearse
@@ -192,7 +193,7 @@ class Pipeline:
         from flatcompress.training.devices import seed_everything
 
         entry = self.recipe.stages[index]
-        work.seed = self.recipe.seed + 7919 * index
+        work.seed = spaced(self.recipe.seed, index)
         seed_everything(work.seed)
         session.enter(work, index)
         started = time.monotonic()

@@ -214,8 +214,8 @@ def sound_run(folder: Path) -> Path:
     import torch
 
     from flatcompress.cli.app import _guarded
+    from flatcompress.randomness import capture
     from flatcompress.store import checkpoint
-    from flatcompress.training.rng import capture_rng
     from tests.faults import RECIPE
     from tests.tiny_net import build
 
@@ -228,7 +228,7 @@ def sound_run(folder: Path) -> Path:
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.zeros(2, 1, 8, 8)).sum().backward()
     optimizer.step()
-    state = {"optimizer": optimizer.state_dict(), "rng": capture_rng(), "best": (0.5, model.state_dict()), "epoch": 1}
+    state = {"optimizer": optimizer.state_dict(), "rng": capture(), "best": (0.5, model.state_dict()), "epoch": 1}
     checkpoint.save_progress(folder / "run/checkpoints", "4-train", 7, found.plan, found.state_dict, state=state)
     return folder / "run"
 

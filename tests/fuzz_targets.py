@@ -165,10 +165,10 @@ class Bench:
             self.put(f"checkpoints/{stage}/manifest.json", json.dumps(raw).encode())
         try:
             found = checkpoint.load(folder)
-            from flatcompress.training.rng import restore_rng
+            from flatcompress.randomness import restore
 
             if isinstance(found.state, dict) and isinstance(found.state.get("rng"), dict):
-                restore_rng(found.state["rng"])
+                restore(found.state["rng"])
         finally:
             self.back(*(f"checkpoints/{stage}/{n}" for n in {name, "manifest.json"}))
 

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flatcompress.data.seeds import generator
 from flatcompress.errors import UserError, unknown
+from flatcompress.randomness import generator
 
 _COLUMNS = 12
 _LUMA = (0.299, 0.587, 0.114)

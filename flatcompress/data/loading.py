@@ -16,8 +16,8 @@ from flatcompress.data.embedded.styled_shapes import styled_shapes
 from flatcompress.data.images.cifar_mnist import cifar10, mnist
 from flatcompress.data.images.folders import domains, folder
 from flatcompress.data.raw_data import RawData
-from flatcompress.data.seeds import generator
 from flatcompress.errors import UserError, unknown
+from flatcompress.randomness import generator
 from flatcompress.registry import Entry, Registry
 
 DATASETS = Registry("data set")

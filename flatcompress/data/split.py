@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flatcompress.data.seeds import generator
 from flatcompress.errors import UserError
+from flatcompress.randomness import generator
 
 
 def split_identities(labels: Tensor, fractions: dict[str, float], seed: int) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from flatcompress.errors import UserError, unknown
 from flatcompress.prune.dependency import axes
 from flatcompress.prune.dependency.groups import Group, Member
+from flatcompress.randomness import mixed
 from flatcompress.registry import Registry
 
 IMPORTANCES = Registry("importance")
@@ -159,7 +160,7 @@ def lamp(group: Group) -> Tensor:
 
 def random(group: Group, seed: int = 0) -> Tensor:
     """Uniform in [0, 1), the same for the same seed and group name."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + zlib.crc32(group.name.encode()))
+    generator = torch.Generator().manual_seed(mixed(seed, zlib.crc32(group.name.encode())))
     return torch.rand(group.units, generator=generator)
 
 

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from flatcompress.errors import RunError, UserError
 from flatcompress.modules import evaluating
+from flatcompress.randomness import mixed
 
 
 def epoch_batches(n: int, batch_size: int, seed: int, epoch: int, rank: int = 0, world: int = 1) -> list[list[int]]:
@@ -23,7 +24,7 @@ def epoch_batches(n: int, batch_size: int, seed: int, epoch: int, rank: int = 0,
     >>> [len(b) for b in epoch_batches(10, 4, seed=0, epoch=0)]
     [4, 4]
     """
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    generator = torch.Generator().manual_seed(mixed(seed, epoch))
     order = torch.randperm(n, generator=generator).tolist()[rank::world]
     size = min(batch_size, n // world)
     return [order[i * size : (i + 1) * size] for i in range((n // world) // size)]

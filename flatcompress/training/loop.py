@@ -19,10 +19,10 @@ from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor, nn
 
 from flatcompress.errors import Interrupted, RunError
+from flatcompress.randomness import capture, restore
 from flatcompress.training import divergence
 from flatcompress.training.batches import accuracy, epoch_batches, loader, worker_errors
 from flatcompress.training.divergence import Diverged
-from flatcompress.training.rng import capture_rng, restore_rng
 from flatcompress.training.schedules import lr_factor, make_base_optimizer
 from flatcompress.training.steps import Means, share_perturbation, take_step
 
@@ -225,7 +225,7 @@ def _state(job: Job, epoch: int, done: int, stats: Means, base_lrs: list[float])
         "optimizer": job.optimizer.state_dict(),
         "best": job.best,
         "hooks": {name: hook.state_dict() for name, hook in job.hooks.items()},
-        "rng": capture_rng(),
+        "rng": capture(),
         "context": job.context,
         "trouble": asdict(job.trouble),
         **({} if job.accelerator.scaler is None else {"scaler": job.accelerator.scaler.state_dict()}),
@@ -251,7 +251,7 @@ def _resume(job: Job) -> tuple[int, int, Means]:
             share_perturbation(job)
         if job.accelerator.scaler is not None:
             job.accelerator.scaler.load_state_dict(state["scaler"])
-        restore_rng(state["rng"])
+        restore(state["rng"])
         return int(state["epoch"]), int(state["done"]), stats
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[-1].strip()

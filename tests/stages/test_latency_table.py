@@ -177,7 +177,7 @@ def test_the_file_is_per_machine_threads_and_version(monkeypatch, tmp_path):
     one, two = latency_table.cache_file(1), latency_table.cache_file(2)
     monkeypatch.setattr(ort, "__version__", "0.0.1")
     older = latency_table.cache_file(1)
-    monkeypatch.setattr(sessions, "machine", lambda: {"processor": "another"})
+    monkeypatch.setattr(latency_table, "machine", lambda: {"processor": "another"})
     assert len({one, two, older, latency_table.cache_file(1)}) == 4
 
 

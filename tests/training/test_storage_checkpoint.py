@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from flatcompress import storage
 from flatcompress.errors import RunError, UserError
 from flatcompress.plan import Plan, Step
+from flatcompress.randomness import capture, restore
 from flatcompress.store import checkpoint
 from flatcompress.store.checkpoint import load, load_latest, recover, rewind, save_progress, save_stage
-from flatcompress.training.rng import capture_rng, restore_rng
 
 PLAN = Plan([Step("channels", {"kept": [0, 2]})])
 
@@ -43,7 +43,7 @@ def test_a_stage_comes_back_whole(tmp_path):
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.ones(1, 2)).sum().backward()
     optimizer.step()
-    state = {"optimizer": optimizer.state_dict(), "rng": capture_rng(), 3: float("nan")}
+    state = {"optimizer": optimizer.state_dict(), "rng": capture(), 3: float("nan")}
     path = save_stage(tmp_path, "1-prune", PLAN, model.state_dict(), extra={"best": 0.5}, state=state)
     assert path == tmp_path / "1-prune"
     assert {"plan.json", "model.safetensors", "state.json", "state.safetensors"} < set(os.listdir(path))
@@ -69,12 +69,12 @@ def test_random_states_come_back(tmp_path):
     def draw():
         return random.random(), np.random.rand(), torch.rand(1).item()
 
-    save_stage(tmp_path, "0-train", PLAN, {}, state=capture_rng())
+    save_stage(tmp_path, "0-train", PLAN, {}, state=capture())
     before = draw()
-    restore_rng(load_latest(tmp_path).state)
+    restore(load_latest(tmp_path).state)
     assert draw() == before
     with pytest.raises(UserError, match="random state"):
-        restore_rng({"python": (3, (1, 2), None)})
+        restore({"python": (3, (1, 2), None)})
 
 
 def test_extra_state_of_modules_that_is_no_tensor_comes_back(tmp_path):
@@ -232,7 +232,7 @@ def test_a_failing_call_is_a_run_error_and_leaves_a_state_to_go_on_from(tmp_path
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sound")
-    state = {"t": torch.ones(2), "tuple": (1, 2.5, None), "numpy": capture_rng()["numpy"], 7: b"x"}
+    state = {"t": torch.ones(2), "tuple": (1, 2.5, None), "numpy": capture()["numpy"], 7: b"x"}
     return save_stage(folder, "0-train", PLAN, weights(1), extra={"a": 1}, state=state)
 
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from flatcompress.data.bundle import Part
 from flatcompress.data.corruptions import blur, digital, noise, weather
 from flatcompress.data.images.pixels import ChunkedPixels
-from flatcompress.data.seeds import generator
 from flatcompress.errors import UserError, unknown
+from flatcompress.randomness import generator, mixed
 from flatcompress.registry import Registry
 
 CORRUPTIONS = Registry("corruption")
@@ -109,4 +109,4 @@ def corrupted_parts(test: Part, option: Any, count: int, seed: int) -> dict[str,
 
 
 def _change(kind: str, severity: int, seed: int, images: Tensor, chunk: int) -> Tensor:
-    return corrupt(images, kind, severity, seed * 1_000_003 + chunk)
+    return corrupt(images, kind, severity, mixed(seed, chunk))

@@ -17,9 +17,9 @@ from torch import Tensor
 from flatcompress.data.bundle import Part
 from flatcompress.data.images.pixels import MemoryPixels
 from flatcompress.data.raw_data import RawData, held_out_name
-from flatcompress.data.seeds import generator
 from flatcompress.data.split import split_identities
 from flatcompress.errors import UserError, unknown
+from flatcompress.randomness import generator
 
 ANGLES = (0, 15, 30, 45, 60, 75)
 DOMAINS = tuple(map(str, ANGLES))

@@ -18,8 +18,8 @@ from flatcompress.data.embedded.styles import STYLES, paint
 from flatcompress.data.images.image_cache import cached
 from flatcompress.data.images.pixels import MemoryPixels
 from flatcompress.data.raw_data import RawData, held_out_name
-from flatcompress.data.seeds import generator
 from flatcompress.errors import UserError, unknown
+from flatcompress.randomness import generator
 
 CLASSES = tuple(SHAPES)
 DOMAINS = tuple(STYLES)

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from flatcompress.data.images.decoding import SUFFIXES
-from flatcompress.data.seeds import generator
 from flatcompress.errors import UserError
+from flatcompress.randomness import generator
 
 MOST_FILES = 20_000_000
 

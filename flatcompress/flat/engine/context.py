@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from flatcompress.flat.engine.vectors import Vector
+from flatcompress.randomness import spaced
 
 Noise = Callable[[int, Sequence[Tensor]], list[Tensor]]
-_SEED_STRIDE = 1_000_003
+_DRAWS_APART = 1_000_003
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ class Step:
         if self.noise_source is not None:
             given = self.noise_source(draw, self.params)
             return [n.to(p) for n, p in zip(given, self.params)]
-        return normal(self.params, self.seed + _SEED_STRIDE * draw)
+        return normal(self.params, spaced(self.seed, draw, _DRAWS_APART))
 
 
 def normal(like: Sequence[Tensor], seed: int) -> Vector:

@@ -15,8 +15,9 @@ from flatcompress.flat.engine import vectors
 from flatcompress.flat.engine.closures import Closure, evaluate, takes_keep
 from flatcompress.flat.engine.context import Probe, Program, Result, Step
 from flatcompress.flat.engine.distributed import Replicas, unscale_
-from flatcompress.flat.engine.snapshot import Buffers, RandomState, replayed
+from flatcompress.flat.engine.snapshot import Buffers
 from flatcompress.flat.engine.vectors import Vector
+from flatcompress.randomness import RandomState, replayed
 
 
 @dataclass

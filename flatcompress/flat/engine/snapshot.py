@@ -1,11 +1,11 @@
-"""What must not move between the passes of one step: buffers (running statistics, observers, counters) and noise.
+"""What must not move between the passes of one step: buffers (running statistics, observers, counters).
 
 The first pass of a step moves them as any training step would; later passes see the same state and leave no trace.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -108,34 +108,3 @@ def _copy(target: Sequence[Tensor | None], source: Sequence[Tensor | None]) -> N
     with torch.no_grad():
         if pairs:
             torch._foreach_copy_([t for t, _ in pairs], [s for _, s in pairs])
-
-
-@dataclass(frozen=True)
-class RandomState:
-    """The state of torch's random generators: the CPU's and those of the devices in use."""
-
-    cpu: Tensor
-    devices: dict[torch.device, Tensor]
-
-    @classmethod
-    def now(cls, devices: Iterable[torch.device]) -> RandomState:
-        return cls(torch.get_rng_state(), {d: torch.cuda.get_rng_state(d) for d in devices if d.type == "cuda"})
-
-    def set(self) -> None:
-        torch.set_rng_state(self.cpu)
-        for device, state in self.devices.items():
-            torch.cuda.set_rng_state(state, device)
-
-
-@contextmanager
-def replayed(start: RandomState | None, devices: Iterable[torch.device]) -> Iterator[None]:
-    """Inside, random draws repeat from ``start``; afterwards they go on from where they were. None changes nothing."""
-    if start is None:
-        yield
-        return
-    after = RandomState.now(devices)
-    start.set()
-    try:
-        yield
-    finally:
-        after.set()

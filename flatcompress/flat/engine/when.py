@@ -6,9 +6,8 @@ import random
 
 from flatcompress.errors import UserError
 from flatcompress.flat.methods.method import When, always
+from flatcompress.randomness import mixed
 from flatcompress.registry import Registry
-
-_STRIDE = 1_000_003
 
 
 def interval(interval: int = 2, phase: int = -1) -> When:
@@ -22,7 +21,7 @@ def bernoulli(probability: float = 0.5) -> When:
     """Each step with this probability (RST, arXiv 2203.09962). Seed and step decide, so a resumed run repeats it."""
     if not 0 <= probability <= 1:
         raise UserError(f"probability is {probability!r}; it must lie in 0..1")
-    return lambda step: random.Random(step.seed * _STRIDE + step.t).random() < probability
+    return lambda step: random.Random(mixed(step.seed, step.t)).random() < probability
 
 
 def window(start: int = 0, end: int | None = None) -> When:

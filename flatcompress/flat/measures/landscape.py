@@ -15,6 +15,7 @@ from flatcompress.flat.engine import vectors
 from flatcompress.flat.engine.context import normal
 from flatcompress.flat.engine.vectors import Vector
 from flatcompress.flat.measures.measuring import Batches, Loss, Probed, listed, probed
+from flatcompress.randomness import spaced
 
 NORMALIZATIONS = ("filter", "layer", "weight")
 SIZE, MARGIN = 480, 56
@@ -51,7 +52,7 @@ def direction(
     if normalization not in NORMALIZATIONS:
         raise unknown("normalization", normalization, NORMALIZATIONS)
     params = [p.detach() for p in model.parameters() if p.requires_grad]
-    raw = list(noise(draw, params)) if noise is not None else normal(params, seed + 7919 * draw)
+    raw = list(noise(draw, params)) if noise is not None else normal(params, spaced(seed, draw))
     return [_normalized(d.to(p), p, normalization) for d, p in zip(raw, params)]
 
 

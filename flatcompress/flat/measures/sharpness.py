@@ -22,6 +22,7 @@ from flatcompress.flat.engine import vectors
 from flatcompress.flat.engine.vectors import Vector
 from flatcompress.flat.measures.attack import Region, worst_loss
 from flatcompress.flat.measures.measuring import Batches, Choice, Loss, Probed, listed, normalized_logits, probed
+from flatcompress.randomness import spaced
 from flatcompress.registry import Registry
 
 __all__ = [
@@ -95,7 +96,7 @@ def worst_case(
     with probed(model, loss, normalize_logits=normalize_logits, perturbed=perturbed) as at:
         region = Region(norm, rho, [p.detach().abs() for p in at.params] if adaptive else None)
         for b, (x, y) in enumerate(listed(batches, model)):
-            starts = [region.start(_copies(at), seed + 7919 * b + r) if random_start else None for r in range(restarts)]
+            starts = [region.start(_copies(at), spaced(seed, b) + r) if random_start else None for r in range(restarts)]
             worst = max(worst_loss(at, region, x, y, steps, start) for start in starts)
             rises.append(worst - at.at([torch.zeros_like(p) for p in at.params], x, y))
     return _mean(rises)
@@ -129,7 +130,7 @@ def average_case(
             before = at.at([torch.zeros_like(p) for p in at.params], x, y)
             for j in range(draws):
                 if noise is None:
-                    d = region.start(_copies(at), seed + 7919 * len(rises) + j)
+                    d = region.start(_copies(at), spaced(seed, len(rises)) + j)
                 else:
                     d = vectors.scale([n.to(p) for n, p in zip(noise(j, at.params), at.params)], rho)
                     d = d if region.c is None else vectors.mul(d, region.c)

@@ -19,6 +19,7 @@ from flatcompress.flat.engine.context import HERE, Probe, Program, Result, Step,
 from flatcompress.flat.engine.hyper import share
 from flatcompress.flat.engine.vectors import Vector
 from flatcompress.flat.methods.method import Method
+from flatcompress.randomness import mixed, spaced
 
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 MASKS = ("fisher", "dynamic")
@@ -100,7 +101,7 @@ def ssam(
             return largest(step.scratch.get("scores") or vectors.mul(g0, g0), 1 - sparsity)
         if masks is None:
             return largest([n.abs() for n in normal(g0, step.seed)], 1 - sparsity)
-        return regrown(masks, g0, _drop_rate(drop, step.t, total_steps), step.seed + 7919 * step.t)
+        return regrown(masks, g0, _drop_rate(drop, step.t, total_steps), spaced(step.seed, step.t))
 
     def program(step: Step) -> Program:
         g0 = yield HERE
@@ -203,7 +204,7 @@ def esam(rho: Rho = 0.05, beta: float = 0.6, gamma: float = 0.5, **ball: Any) ->
 
 def _some(step: Step, beta: float) -> list[int]:
     """Each perturbed tensor with probability beta, at least one; seed and step decide."""
-    luck = random.Random(step.seed * 1_000_003 + step.t)
+    luck = random.Random(mixed(step.seed, step.t))
     drawn = [i for i in step.selected if luck.random() < beta]
     return drawn or step.selected[:1]
 

@@ -17,6 +17,7 @@ from flatcompress.flat.engine.context import Probe, Program, Result, Step, norma
 from flatcompress.flat.engine.hyper import non_negative, plus, share
 from flatcompress.flat.engine.vectors import Vector
 from flatcompress.flat.methods.method import Method
+from flatcompress.randomness import spaced
 
 
 def filter_noise(step: Step, std: float) -> list[Tensor | None]:
@@ -209,4 +210,4 @@ def _last_rows(step: Step, name: str, like: Tensor) -> Tensor:
 
 
 def _like(base: Tensor, step: Step, j: int) -> Tensor:
-    return normal([base], step.seed + 7919 * (step.t + 1) + 104_729 * j)[0]
+    return normal([base], spaced(spaced(step.seed, step.t + 1), j, 104_729))[0]

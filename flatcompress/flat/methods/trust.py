@@ -16,9 +16,10 @@ from flatcompress.flat.engine import vectors
 from flatcompress.flat.engine.ball import Ball
 from flatcompress.flat.engine.context import HERE, Probe, Program, Result, Step
 from flatcompress.flat.engine.hyper import non_negative, share
-from flatcompress.flat.engine.snapshot import Buffers, RandomState
+from flatcompress.flat.engine.snapshot import Buffers
 from flatcompress.flat.engine.vectors import Vector
 from flatcompress.flat.methods.method import Method
+from flatcompress.randomness import RandomState
 
 TARGETS = ("ema", "previous")
 
