@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from flatcompress.graph.rewrite import first_input
 from flatcompress.graph.tracing import trace
 
 aten = torch.ops.aten
@@ -74,16 +75,10 @@ def _node_macs(gm: fx.GraphModule, node: fx.Node) -> tuple[str, int] | None:
     if node.op != "call_function":
         return None
     if node.target in MATMULS:
-        inner = concrete(_input(node).meta["val"].shape[-1])
+        inner = concrete(first_input(node).meta["val"].shape[-1])
         return f"{node.meta['path']}:{node.name}", numel_per_sample(node) * inner
     if node.target in _CONVS or node.target is aten.linear.default:
         weight = node.args[1]
         assert isinstance(weight, fx.Node)
         return f"{node.meta['path']}:{node.name}", numel_per_sample(node) * math.prod(weight.meta["val"].shape[1:])
     return None
-
-
-def _input(node: fx.Node) -> fx.Node:
-    first = node.args[0]
-    assert isinstance(first, fx.Node)
-    return first

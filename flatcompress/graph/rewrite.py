@@ -15,6 +15,13 @@ aten = torch.ops.aten
 _GUARDS = ("_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range")
 
 
+def first_input(node: fx.Node) -> fx.Node:
+    """The node that is ``node``'s first argument."""
+    found = node.args[0]
+    assert isinstance(found, fx.Node)
+    return found
+
+
 def is_guard(node: fx.Node) -> bool:
     """Checks that torch.export leaves behind; they compute nothing."""
     return any(str(node.target).startswith(f"aten.{name}") for name in _GUARDS)

@@ -9,6 +9,7 @@ import torch
 from torch import fx, nn
 
 from flatcompress.graph.cost import MATMULS
+from flatcompress.graph.rewrite import first_input
 
 aten = torch.ops.aten
 
@@ -52,12 +53,6 @@ class TensorRow:
     readers: list[fx.Node]
 
 
-def first(node: fx.Node) -> fx.Node:
-    first = node.args[0]
-    assert isinstance(first, fx.Node)
-    return first
-
-
 def passes(model: nn.Module, node: fx.Node) -> bool:
     """Whether a node only moves values: its output is on whatever grid its input is on."""
     if node.op == "call_module":
@@ -79,7 +74,7 @@ def hoist_scalars(gm: fx.GraphModule) -> None:
     for product in [n for n in gm.graph.nodes if n.target in MATMULS]:
         for factor in [a for a in product.args if isinstance(a, fx.Node)]:
             while factor.target in SHAPES and len(factor.users) == 1:
-                factor = first(factor)
+                factor = first_input(factor)
             scaling = factor.target in (aten.mul.Tensor, aten.div.Tensor) and isinstance(factor.args[1], int | float)
             if not scaling or len(factor.users) != 1:
                 continue
@@ -88,7 +83,7 @@ def hoist_scalars(gm: fx.GraphModule) -> None:
                 scaled = gm.graph.call_function(factor.target, (product, factor.args[1]))
             scaled.meta.update(product.meta)
             product.replace_all_uses_with(scaled, delete_user_cb=lambda user, new=scaled: user is not new)
-            factor.replace_all_uses_with(first(factor))
+            factor.replace_all_uses_with(first_input(factor))
             gm.graph.erase_node(factor)
     gm.graph.lint()
 

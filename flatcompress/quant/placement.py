@@ -18,6 +18,7 @@ from torch import fx, nn
 
 from flatcompress.errors import UserError
 from flatcompress.graph.cost import MATMULS
+from flatcompress.graph.rewrite import first_input
 from flatcompress.modules import check_patterns, matches
 from flatcompress.quant.operators import (
     FREE_LAYERS,
@@ -26,7 +27,6 @@ from flatcompress.quant.operators import (
     POOLS,
     RELUS,
     TensorRow,
-    first,
     passes,
 )
 from flatcompress.quant.quantizers.lsq import grid
@@ -200,14 +200,14 @@ class _Placement:
                 bits = given
             elif path in self.last:
                 bits = self.settings.first_last_bits
-            return [(first(node), bits, f"input of {path}")]
+            return [(first_input(node), bits, f"input of {path}")]
         if self._residual(node):
             why = f"an input of {node.name}"
             parts = [p for p in node.all_input_nodes if self._activation(p)]
             unsigned = [self._nonnegative(self._source(p, node)[0]) for p in parts]
             return [(p, bits if u else self.settings.residual_bits, why) for p, u in zip(parts, unsigned)]
         if self._pool(node) and self._reaches(node):
-            return [(first(node), bits, f"input of {node.name}")]
+            return [(first_input(node), bits, f"input of {node.name}")]
         if node.target in MATMULS and not any(matches(p, str(node.meta.get("path"))) for p in self.settings.ignore):
             parts = [p for p in node.args if isinstance(p, fx.Node)]
             if all(self._activation(p) for p in parts):
@@ -241,7 +241,7 @@ class _Placement:
     def _source(self, node: fx.Node, reader: fx.Node) -> tuple[fx.Node, fx.Node]:
         """What made the values of ``node``, and the first operator after it on the way to ``reader``."""
         while self._passes(node):
-            node, reader = first(node), node
+            node, reader = first_input(node), node
         return node, reader
 
     def _passes(self, node: fx.Node) -> bool:
@@ -250,7 +250,7 @@ class _Placement:
     def _pool(self, node: fx.Node) -> bool:
         if node.target in POOLS:
             return True
-        return node.target in MEANS and first(node).meta["val"].dim() == 4
+        return node.target in MEANS and first_input(node).meta["val"].dim() == 4
 
     def _residual(self, node: fx.Node) -> bool:
         """An add or concatenation of activations on the integer path: what it makes ends in a quantized layer."""
@@ -281,7 +281,7 @@ class _Placement:
         if node.target in NONNEGATIVE:
             return True
         if self._passes(node) or self._pool(node):
-            return self._nonnegative(first(node))
+            return self._nonnegative(first_input(node))
         if node.target in (aten.add.Tensor, aten.cat.default):
             parts = node.all_input_nodes
             return len(parts) > 0 and all(self._activation(p) and self._nonnegative(p) for p in parts)

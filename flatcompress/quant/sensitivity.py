@@ -9,7 +9,7 @@ side by side how far a layer may move and how far its grid moves it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from flatcompress.errors import UserError, unknown
 from flatcompress.modules import evaluating
+from flatcompress.numerics import hutchinson
 from flatcompress.quant.placement import LAYERS
 from flatcompress.quant.quantizers.lsq import grid
 
@@ -49,17 +50,18 @@ def hessian_traces(
     layers = float_layers(model, names)
     weights: list[Any] = [m.weight for m in layers.values()]
     generator = torch.Generator().manual_seed(seed)
-    totals = [0.0] * len(weights)
+
+    def signs(sample: int) -> list[Tensor]:
+        return [(torch.randint(0, 2, w.shape, generator=generator) * 2.0 - 1.0).to(w) for w in weights]
+
     with evaluating(model), torch.enable_grad():  # BatchNorm by its statistics, no dropout
         gradients = _gradients(loss, weights, list(layers), create_graph=True)
-        for sample in range(samples):
-            z = [(torch.randint(0, 2, w.shape, generator=generator) * 2.0 - 1.0).to(w) for w in weights]
-            product = sum((g * v).sum() for g, v in zip(gradients, z))
-            assert isinstance(product, Tensor)
-            again = torch.autograd.grad(product, weights, retain_graph=sample + 1 < samples, allow_unused=True)
-            for i, (h, v) in enumerate(zip(again, z)):
-                totals[i] += 0.0 if h is None else float((h * v).sum()) / samples
-    return dict(zip(layers, totals))
+
+        def product(z: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+            inner = torch.stack([(g * v).sum() for g, v in zip(gradients, z)]).sum()
+            return torch.autograd.grad(inner, weights, retain_graph=True, allow_unused=True)
+
+        return dict(zip(layers, hutchinson(signs, product, samples)))
 
 
 def _gradients(loss: Loss, weights: list[Any], names: list[str], create_graph: bool) -> tuple[Tensor, ...]:

@@ -16,9 +16,10 @@ from flatcompress.flat.engine import vectors
 from flatcompress.flat.engine.context import normal
 from flatcompress.flat.engine.vectors import Vector
 from flatcompress.flat.measures.measuring import Batches, Choice, Loss, Probed, listed, probed
+from flatcompress.numerics import hutchinson
 
 Held = Sequence[tuple[Tensor, Tensor]]
-Product = Callable[[Vector], Vector]
+Product = Callable[[Sequence[Tensor]], Vector]
 
 
 def full_gradient(at: Probed, held: Held) -> Vector:
@@ -120,12 +121,7 @@ def trace(
 ) -> float:
     """S5: the trace by Hutchinson's estimator, the mean of v'Hv over random signs v."""
     with probed(model, loss, perturbed=perturbed) as at:
-        product = _product(at, listed(batches, model), matrix)
-        total = 0.0
-        for j in range(draws):
-            v = [torch.sign(n) for n in normal([p.detach() for p in at.params], seed + j)]
-            total += float(vectors.dot(v, product(v)))
-    return total / draws
+        return sum(hutchinson(_signs(at, seed), _product(at, listed(batches, model), matrix), draws))
 
 
 def frobenius_squared(
@@ -140,12 +136,8 @@ def frobenius_squared(
 ) -> float:
     """S5: ``||H||_F^2 = E ||Hv||^2`` over random signs v."""
     with probed(model, loss, perturbed=perturbed) as at:
-        product = _product(at, listed(batches, model), matrix)
-        total = 0.0
-        for j in range(draws):
-            v = [torch.sign(n) for n in normal([p.detach() for p in at.params], seed + j)]
-            total += float(vectors.norm(product(v))) ** 2
-    return total / draws
+        product, signs = _product(at, listed(batches, model), matrix), _signs(at, seed)
+        return sum(float(vectors.norm(product(signs(j)))) ** 2 for j in range(draws)) / draws
 
 
 def lanczos(product: Product, start: Vector, iterations: int, count: int, tolerance: float) -> list[float]:
@@ -189,6 +181,11 @@ def _product(at: Probed, held: Held, matrix: str) -> Product:
     if matrix not in PRODUCTS:
         raise unknown("matrix", matrix, PRODUCTS)
     return lambda v: PRODUCTS[matrix](at, held, v)
+
+
+def _signs(at: Probed, seed: int) -> Callable[[int], Vector]:
+    """Draw j of random signs, one tensor per parameter."""
+    return lambda j: [torch.sign(n) for n in normal([p.detach() for p in at.params], seed + j)]
 
 
 def _unit(at: Probed, seed: int) -> Vector:

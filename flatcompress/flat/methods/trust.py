@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flatcompress.errors import UserError, unknown
@@ -19,6 +18,7 @@ from flatcompress.flat.engine.hyper import non_negative, share
 from flatcompress.flat.engine.snapshot import Buffers
 from flatcompress.flat.engine.vectors import Vector
 from flatcompress.flat.methods.method import Method
+from flatcompress.numerics import kl
 from flatcompress.randomness import RandomState
 
 TARGETS = ("ema", "previous")
@@ -68,13 +68,7 @@ def elsewhere(
 
 def divergence(logits: Tensor, target: Tensor, temperature: float = 1.0) -> Tensor:
     """KL(softmax(target / T) || softmax(logits / T)), summed over classes and averaged over all other dimensions."""
-    kl = F.kl_div(
-        F.log_softmax(logits / temperature, -1),
-        F.log_softmax(target / temperature, -1),
-        reduction="none",
-        log_target=True,
-    )
-    return kl.sum(-1).mean()
+    return kl(logits, target, temperature).sum(-1).mean()
 
 
 def tram(

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from flatcompress.graph.rewrite import first_input
 from flatcompress.onnx_export.lower.constants import fold_constants
 
 aten = torch.ops.aten
@@ -81,13 +82,6 @@ def is_weighted(gm: fx.GraphModule, node: fx.Node) -> bool:
     return isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear) or hasattr(module, "weight_spec")
 
 
-def source(node: fx.Node) -> fx.Node:
-    """A node's first argument."""
-    first = node.args[0]
-    assert isinstance(first, fx.Node)
-    return first
-
-
 def prepare(gm: fx.GraphModule) -> None:
     """All rewrites, in place. Results stand in ``meta``: "norms" of a layer, "low" and "high" of a quantizer."""
     fold_constants(gm)
@@ -102,7 +96,7 @@ def prepare(gm: fx.GraphModule) -> None:
 
 
 def _remove(gm: fx.GraphModule, node: fx.Node) -> None:
-    node.replace_all_uses_with(source(node))
+    node.replace_all_uses_with(first_input(node))
     gm.graph.erase_node(node)
 
 
@@ -116,7 +110,7 @@ def _is_identity(node: fx.Node) -> bool:
     if node.op != "call_function":
         return False
     if node.target in _CASTS:
-        return node.meta["val"].dtype == source(node).meta["val"].dtype
+        return node.meta["val"].dtype == first_input(node).meta["val"].dtype
     pads = zero_pads(node)
     return node.target in IDENTITIES or (pads is not None and not any(pads))
 
@@ -153,7 +147,7 @@ def _note_norms(gm: fx.GraphModule) -> None:
     for node in list(gm.graph.nodes):
         if not isinstance(module_of(gm, node), nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
             continue
-        layer, calls = source(node), [n for n in gm.graph.nodes if n.target == source(node).target]
+        layer, calls = first_input(node), [n for n in gm.graph.nodes if n.target == first_input(node).target]
         # A linear layer's BatchNorm1d on [B, T, C] normalises T, and a layer called twice has two norms.
         foldable = is_weighted(gm, layer) and len(layer.users) == 1 and len(calls) == 1
         if foldable and not _normalises_tokens(gm, layer):
@@ -172,14 +166,14 @@ def _merge_clamps(gm: fx.GraphModule) -> bool:
     for node in gm.graph.nodes:
         if not is_quantizer(gm, node):
             continue
-        bounds = clamp_bounds(source(node))
-        if bounds is None or len(source(node).users) > 1:
+        bounds = clamp_bounds(first_input(node))
+        if bounds is None or len(first_input(node).users) > 1:
             continue
         # The clamp noted before acts on this one's result, so it limits this one's limits.
         low, high = node.meta.get("low", -INF), node.meta.get("high", INF)
         node.meta["low"] = min(max(bounds[0], low), high)
         node.meta["high"] = max(min(bounds[1], high), low)
-        _remove(gm, source(node))
+        _remove(gm, first_input(node))
         changed = True
     return changed
 
@@ -208,7 +202,7 @@ def _hoist_quantizers(gm: fx.GraphModule) -> bool:
     for node in gm.graph.nodes:
         if not is_quantizer(gm, node):
             continue
-        move = source(node)
+        move = first_input(node)
         crossable = move.target in _CROSSABLE or zero_pads(move) is not None
         if move.op == "call_function" and crossable and len(move.users) == 1:
             _swap(gm, move, node)
@@ -219,8 +213,8 @@ def _hoist_quantizers(gm: fx.GraphModule) -> bool:
 def _swap(gm: fx.GraphModule, move: fx.Node, quantizer: fx.Node) -> None:
     """``quantizer(move(x))`` -> ``move(quantizer(x))``."""
     with gm.graph.inserting_before(move):
-        early = gm.graph.call_module(str(quantizer.target), (source(move),))
-    early.meta.update({**quantizer.meta, "val": source(move).meta.get("val")})
+        early = gm.graph.call_module(str(quantizer.target), (first_input(move),))
+    early.meta.update({**quantizer.meta, "val": first_input(move).meta.get("val")})
     quantizer.replace_all_uses_with(move)
     gm.graph.erase_node(quantizer)
-    move.replace_input_with(source(move), early)
+    move.replace_input_with(first_input(move), early)

@@ -13,40 +13,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from torch import Tensor
 
+from flatcompress.knapsack import best_choice
 from flatcompress.prune.dependency.groups import Group
 from flatcompress.prune.ranking import Limits
 
 Gone = list[int]  # units removed per group
 _BINS = 2000
-
-
-def best_choice(values: Sequence[np.ndarray], costs: Sequence[np.ndarray], capacity: int) -> list[np.ndarray]:
-    """Dynamic programme over groups: option of every group for every integer budget up to ``capacity``.
-
-    ``values[g][o]``, ``costs[g][o]`` (integers >= 0) describe option o of group g. Returns per group the chosen option
-    [capacity + 1], already traced back; -1 where nothing fits.
-    """
-    best = np.zeros(capacity + 1)
-    choices = []
-    for value, cost in zip(values, costs, strict=True):
-        table = np.full((len(value), capacity + 1), -np.inf)
-        for option, (gain, price) in enumerate(zip(value, cost, strict=True)):
-            if price <= capacity:
-                table[option, price:] = best[: capacity + 1 - price] + gain
-        choices.append(table.argmax(axis=0))
-        best = table.max(axis=0)
-    return _trace_back(choices, costs, best)
-
-
-def _trace_back(choices: list[np.ndarray], costs: Sequence[np.ndarray], best: np.ndarray) -> list[np.ndarray]:
-    left = np.arange(len(best))
-    fits = np.isfinite(best)
-    chosen: list[np.ndarray] = []
-    for choice, cost in zip(reversed(choices), reversed(costs), strict=True):
-        option = choice[np.where(fits, left, 0)]
-        left = np.where(fits, left - np.asarray(cost)[option], 0)
-        chosen.append(np.where(fits, option, -1))
-    return chosen[::-1]
 
 
 def _options(groups: Sequence[Group], limits: Limits, already: Gone) -> list[list[int]]:

@@ -17,7 +17,8 @@ from torch import fx, nn
 
 from flatcompress.errors import UserError
 from flatcompress.graph import headroom
-from flatcompress.quant.operators import first, passes
+from flatcompress.graph.rewrite import first_input
+from flatcompress.quant.operators import passes
 from flatcompress.quant.quantizers.modules import ActivationQuantizer, QuantizedLayer
 
 ROUNDING = "bias_rounding"
@@ -65,9 +66,9 @@ def _add(model: nn.Module, graph: fx.Graph, node: fx.Node, holder: nn.ModuleDict
 
 
 def _input_quantizer(model: nn.Module, node: fx.Node) -> ActivationQuantizer | None:
-    source = first(node)
+    source = first_input(node)
     while passes(model, source):
-        source = first(source)
+        source = first_input(source)
     found = model.get_submodule(str(source.target)) if source.op == "call_module" else None
     return found if isinstance(found, ActivationQuantizer) else None
 
