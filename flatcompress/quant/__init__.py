@@ -21,6 +21,7 @@ from flatcompress.quant.layers import (
     scale_parameters,
     tensor_quantizers,
 )
+from flatcompress.quant.ptq import PostTraining, post_training
 from flatcompress.quant.qat.compose import Alternation, ScaleBloop
 from flatcompress.quant.qat.conflict import ScaleConflict
 from flatcompress.quant.qat.distill import distillation_loss
@@ -34,6 +35,7 @@ __all__ = [
     "QUANTIZERS",
     "Alternation",
     "OscillationTracker",
+    "PostTraining",
     "QuantizedPoint",
     "ScaleBloop",
     "ScaleConflict",
@@ -49,6 +51,7 @@ __all__ = [
     "flatness_map",
     "hessian_traces",
     "is_quantized",
+    "post_training",
     "quantize",
     "quantized_layers",
     "reestimate_batchnorm",

@@ -1,4 +1,4 @@
-"""How the values of one activation are distributed: collected in two passes, so that the bins fit the range."""
+"""How the values of one activation are distributed: its exact range, and an even pick of its values as a histogram."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from torch import Tensor
 from flatcompress.errors import UserError
 
 POINTS = 4096
+SAMPLE = 16_384  # values kept of each batch
 
 
 class Histogram:
     """Counts of values at evenly spaced points that include zero, where a ReLU puts most of them.
 
-    `widen` with every batch first, then `count` with every batch. ``points``: [n] float64; ``counts``: [n].
+    `see` every batch, then `finish`. ``low``, ``high``: of everything seen. ``points``, ``counts``: [n] float64, of a
+    pick of up to `SAMPLE` values a batch.
     """
 
     def __init__(self, name: str) -> None:
@@ -23,14 +25,19 @@ class Histogram:
         self.low, self.high = math.inf, -math.inf
         self.points = torch.zeros(0, dtype=torch.float64)
         self.counts = torch.zeros(0, dtype=torch.float64)
+        self._kept: list[Tensor] = []
 
     @torch.no_grad()
-    def widen(self, values: Tensor) -> None:
-        """Take the smallest and the largest value in. UserError for NaN and infinity, naming the quantizer."""
+    def see(self, values: Tensor) -> None:
+        """Take a batch in. UserError for NaN and infinity, naming the quantizer."""
         low, high = (float(v) for v in torch.aminmax(values.detach()))
         if not (math.isfinite(low) and math.isfinite(high)):
             raise UserError(f"calibration data gives NaN or infinity at quantizer {self.name!r}.")
         self.low, self.high = min(self.low, low), max(self.high, high)
+        flat = values.detach().flatten()
+        # An odd stride: channels and rows are most often even, and each must have its turn.
+        stride = max(1, flat.numel() // SAMPLE) | 1
+        self._kept.append(flat[::stride].float().cpu().clone())
 
     @property
     def width(self) -> float:
@@ -38,19 +45,14 @@ class Histogram:
         return (max(self.high, 0.0) - min(self.low, 0.0)) / POINTS
 
     @torch.no_grad()
-    def count(self, values: Tensor) -> None:
-        """Add every value to the point nearest to it."""
-        if not len(self.points):
-            self._lay_out()
-        if self.width == 0:
-            self.counts += values.numel()
-            return
-        index = (values.detach().flatten() / self.width).round_().sub_(self._first).clamp_(0, len(self.points) - 1)
-        self.counts += torch.bincount(index.long().cpu(), minlength=len(self.points))
-
-    def _lay_out(self) -> None:
+    def finish(self) -> Histogram:
+        """Count what was kept, every value at the point nearest to it."""
         width = self.width
-        self._first = math.floor(min(self.low, 0.0) / width) if width else 0
+        first = math.floor(min(self.low, 0.0) / width) if width else 0
         last = math.ceil(max(self.high, 0.0) / width) if width else 0
-        self.points = torch.arange(self._first, last + 1, dtype=torch.float64) * (width or 1.0)
-        self.counts = torch.zeros(len(self.points), dtype=torch.float64)
+        self.points = torch.arange(first, last + 1, dtype=torch.float64) * (width or 1.0)
+        values = torch.cat(self._kept).double()
+        index = (values / (width or 1.0)).round_().sub_(first).clamp_(0, last - first)
+        self.counts = torch.bincount(index.long(), minlength=last - first + 1).double()
+        self._kept.clear()
+        return self

@@ -140,16 +140,15 @@ def weight_replaced(layer: QuantizedLayer, weight: Tensor) -> Iterator[None]:
 
 
 @contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Eval mode inside; every module's own mode afterwards."""
-    modes = {m: m.training for model in models for m in model.modules()}
-    for model in models:
-        model.eval()
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; every module's own mode afterwards, and the model's own for modules that came in between."""
+    modes, own = {m: m.training for m in model.modules()}, model.training
+    model.eval()
     try:
         yield
     finally:
-        for module, mode in modes.items():
-            module.training = mode
+        for module in model.modules():
+            module.training = modes.get(module, own)
 
 
 def out_axis(layer: QuantizedLayer) -> int:
@@ -160,9 +159,12 @@ def out_axis(layer: QuantizedLayer) -> int:
 @torch.no_grad()
 def channel_moments(outputs: Sequence[Tensor], axis: int) -> tuple[Tensor, Tensor]:
     """Mean and variance per channel over batches and positions, float64 [C]."""
-    total, square, count = 0.0, 0.0, 0
+    parts = []
     for output in outputs:
-        rows = output.movedim(axis, 0).flatten(1).double()
-        total, square, count = total + rows.sum(1), square + rows.square().sum(1), count + rows.shape[1]
-    mean = torch.as_tensor(total) / count
-    return mean, (torch.as_tensor(square) / count - mean.square()).clamp_min(0)
+        dims = [d for d in range(output.dim()) if d != axis % output.dim()]
+        variance, mean = torch.var_mean(output, dims, correction=0)
+        parts.append((mean.double(), variance.double(), output.numel() // output.shape[axis]))
+    count = sum(n for _, _, n in parts)
+    mean = torch.stack([m * n for m, _, n in parts]).sum(0) / count
+    spread = torch.stack([(v + (m - mean).square()) * n for m, v, n in parts]).sum(0) / count
+    return mean, spread

@@ -90,7 +90,6 @@ def post_training(
         twin = float_twin(model)
         plan = quantize(model, weight_bits, activation_bits, method=method, example_input=example, **placement)
         _check_quantizers(model, method)
-    with evaluating(model), torch.no_grad():
         layers = set_weight_scales(model, rows[1].make)
         clock.mark("weight_scales")
         paths = Paths(model, twin)
@@ -172,17 +171,16 @@ def decibels(signal: float, noise: float) -> float | None:
 
 
 def _calibrate(paths: Paths, inputs: Sequence[Tensor], range_of: Any) -> list[dict[str, Any]]:
-    """Two passes over the float network: how far every quantized tensor reaches, then how it is distributed."""
+    """One pass over the float network: how far every quantized tensor reaches, and how it is distributed."""
     histograms = {n: Histogram(str(n.target)) for n in paths.nodes if paths.is_quantizer(n)}
-    for taken in ("widen", "count"):
 
-        def take(node: fx.Node, outputs: list[Any], taken: str = taken) -> None:
-            if node in histograms:
-                getattr(histograms[node], taken)(outputs[0])
+    def take(node: fx.Node, outputs: list[Any]) -> None:
+        if node in histograms:
+            histograms[node].see(outputs[0])
 
-        for batch in inputs:
-            paths.advance(paths.nodes, {}, [batch], quantized=False, after=take)
-    return [_set_range(paths, node, found, range_of) for node, found in histograms.items()]
+    for batch in inputs:
+        paths.advance(paths.nodes, {}, [batch], quantized=False, after=take)
+    return [_set_range(paths, node, found.finish(), range_of) for node, found in histograms.items()]
 
 
 def _set_range(paths: Paths, node: fx.Node, found: Histogram, range_of: Any) -> dict[str, Any]:

@@ -75,9 +75,17 @@ class SoftRounding:
         """Write the learned integers into the layer; returns how many went the other way than nearest."""
         # An untouched V stays with nearest: at a half, sigmoid and rounding to even need not agree.
         up = torch.where(self.v == self.start, self.nearest, (self.v >= 0).to(self.nearest))
+        self._write(up)
+        return int((up != self.nearest).sum())
+
+    @torch.no_grad()
+    def to_nearest(self) -> None:
+        """Write the integers nearest to the weights into the layer."""
+        self._write(self.nearest)
+
+    def _write(self, up: Tensor) -> None:
         integers = (self.floor + up).clamp(-self.quantizer.qn, self.quantizer.qp)
         self.layer.weight.copy_(integers * self.step)
-        return int((up != self.nearest).sum())
 
 
 def reconstruct(
@@ -91,21 +99,30 @@ def reconstruct(
 ) -> dict[str, Any]:
     """Learn the rounding of every layer among ``nodes`` so that ``end`` gives ``wanted``; the layers change in place.
 
-    ``inputs``: what nodes outside give on the quantized path, a value per batch. Returns the loss before and after,
-    and how many weights were not rounded to nearest.
+    ``inputs``: what nodes outside give on the quantized path, a value per batch. A block that the learned rounding
+    does not improve on these samples stays at nearest. Returns the loss before and after, and how many weights were
+    not rounded to nearest.
     """
     layers = [layer for n in nodes if (layer := paths.layer(n)) is not None and str(n.target) not in paths.shared]
     soft = [SoftRounding(layer) for layer in layers]
     block = _Block(paths, nodes, inputs, end, generator, schedule.drop)
     target = torch.cat(wanted)
     scales = _scales(paths, nodes) if schedule.scale_lr else []
+    kept = [s.detach().clone() for s in scales]
     if schedule.steps and soft:
-        before = block.loss(target, soft)
+        before = block.loss(target)
         _learn(block, target, soft, scales, schedule, generator)
     flipped = sum(s.settle() for s in soft)
     if not (schedule.steps and soft):
         return {"flipped": flipped}
-    return {"flipped": flipped, "loss_before": before, "loss_after": block.loss(target, [])}
+    after = block.loss(target)
+    if after < before:
+        return {"flipped": flipped, "loss_before": before, "loss_after": after}
+    for s in soft:
+        s.to_nearest()
+    for scale, value in zip(scales, kept):
+        scale.copy_(value)
+    return {"flipped": 0, "loss_before": before, "loss_after": before}
 
 
 def _scales(paths: Paths, nodes: Sequence[fx.Node]) -> list[Tensor]:
@@ -189,8 +206,8 @@ class _Block:
         return torch.where(kept, before, after)
 
     @torch.no_grad()
-    def loss(self, target: Tensor, soft: list[SoftRounding]) -> float:
-        """Mean squared error over all samples relative to the target's mean square; layers at nearest or as settled."""
+    def loss(self, target: Tensor) -> float:
+        """Mean squared error over all samples relative to the target's mean square."""
         total = 0.0
         for picked in torch.arange(len(target)).split(BATCH):
             total += float((self(picked) - target[picked]).square().sum())
