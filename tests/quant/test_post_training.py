@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from nets import Encoder, Net, trained
 from torch import nn
 
 from flatcompress import quant
@@ -16,7 +17,6 @@ from flatcompress.quant.ptq.blocks import blocks
 from flatcompress.quant.ptq.gptq import gptq
 from flatcompress.quant.ptq.paths import Paths, float_twin
 from flatcompress.quant.ptq.rounding import adaround, brecq
-from nets import Encoder, Net, trained
 
 
 def network(make=Net, steps: int = 10) -> nn.Module:

@@ -69,7 +69,7 @@ def test_mse_is_never_worse_than_min_max_on_its_own_objective(levels, seed):
 
 def test_mse_gives_up_one_outlier_for_the_rest():
     values = torch.cat([torch.rand(100_000), torch.tensor([50.0])])
-    low, high = CALIBRATORS["mse"].make(histogram(values), Levels(0, 15))
+    _low, high = CALIBRATORS["mse"].make(histogram(values), Levels(0, 15))
     assert high < 10
 
 

@@ -6,12 +6,12 @@ import copy
 
 import pytest
 import torch
+from nets import Block, Encoder, Net, trained
 from torch import nn
 
 from flatcompress.graph import trace
 from flatcompress.quant.ptq import SCALINGS
 from flatcompress.quant.ptq.pairs import find_pairs
-from nets import Block, Encoder, Net, trained
 
 
 class Chain(nn.Module):

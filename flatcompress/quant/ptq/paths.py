@@ -139,18 +139,6 @@ def weight_replaced(layer: QuantizedLayer, weight: Tensor) -> Iterator[None]:
         del layer.quantized_weight
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; every module's own mode afterwards, and the model's own for modules that came in between."""
-    modes, own = {m: m.training for m in model.modules()}, model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in model.modules():
-            module.training = modes.get(module, own)
-
-
 def out_axis(layer: QuantizedLayer) -> int:
     """The dimension of ``layer``'s output that counts its channels: 1 behind a convolution, the last behind linear."""
     return -1 if isinstance(layer, nn.Linear) else 1

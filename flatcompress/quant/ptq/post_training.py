@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from flatcompress.errors import UserError, unknown
 from flatcompress.graph import trace
+from flatcompress.modules import evaluating
 from flatcompress.plan import Plan
 from flatcompress.quant.layers import activation_quantizers, quantize, quantized_layers
 from flatcompress.quant.ptq.blocks import blocks
@@ -19,7 +20,7 @@ from flatcompress.quant.ptq.calibrators import CALIBRATORS, Levels
 from flatcompress.quant.ptq.corrections import CORRECTIONS
 from flatcompress.quant.ptq.gptq import gptq
 from flatcompress.quant.ptq.histogram import Histogram
-from flatcompress.quant.ptq.paths import Paths, Values, channel_moments, evaluating, float_twin, out_axis
+from flatcompress.quant.ptq.paths import Paths, Values, channel_moments, float_twin, out_axis
 from flatcompress.quant.ptq.reconstruct import reconstruct
 from flatcompress.quant.ptq.rounding import ROUNDINGS, Rounding
 from flatcompress.quant.ptq.scaling import SCALINGS
@@ -83,7 +84,7 @@ def post_training(
     rows = (SCALINGS[scaling], WEIGHT_SCALES[weight_scale], CALIBRATORS[calibrator], CORRECTIONS[correction])
     inputs = _inputs(model, batches)
     example = inputs[0][:2] if example_input is None else example_input
-    clock = _Clock()
+    clock, known, training = _Clock(), set(model.modules()), model.training
     with evaluating(model), torch.no_grad():
         moved = rows[0].make(trace(model, example), inputs) if scaling != "none" else []
         clock.mark("scaling")
@@ -100,6 +101,8 @@ def post_training(
         if chosen.by != "nothing" or correction != "none":
             walk.run()
         clock.mark("rounding_and_correction")
+    for module in set(model.modules()) - known:
+        module.training = training
     settings = {"method": method, "scaling": scaling, "weight_scale": weight_scale, "calibrator": calibrator,
                 "rounding": rounding if isinstance(rounding, str) else asdict(rounding), "correction": correction,
                 "weight_bits": weight_bits, "activation_bits": activation_bits, "seed": seed}  # fmt: skip
