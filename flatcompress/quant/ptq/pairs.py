@@ -29,8 +29,8 @@ _PADS = {aten.pad.default, aten.constant_pad_nd.default}
 class Pair:
     """``producer``: the layer (None for a LayerNorm); ``affine``: whose weight and bias are divided.
 
-    ``readers``: layers whose input channels are multiplied; ``tensor``: the node that they read. ``ceiling``: the
-    value at which the activation between them saturates, or None.
+    ``readers``: layers whose input channels are multiplied; ``tensor``: the node that they read, or the activation
+    that saturates before it, at ``ceiling`` (None where none does).
     """
 
     name: str
@@ -142,12 +142,13 @@ class _Walk:
         self.readers: dict[str, nn.Module] = {}
         self.ceiling: float | None = None
         self._read: list[fx.Node] = []
+        self._saturating: list[fx.Node] = []
         self._follow(start)
         if not self.readers:
             raise _Refused("no layer reads it")
 
     def tensor(self) -> fx.Node:
-        return self._read[0]
+        return (self._saturating or self._read)[0]
 
     def _follow(self, node: fx.Node) -> None:
         for user in node.users:
@@ -169,7 +170,10 @@ class _Walk:
             ends = (*user.args[1:], -1.0, 1.0)[:2] if user.target is aten.hardtanh.default else (0.0, 6.0)
             if float(ends[0]) != 0.0:  # type: ignore[arg-type]
                 raise _Refused(f"{user.name} saturates at both ends")
+            if self._saturating:
+                raise _Refused("two activations that saturate read it")
             self.ceiling = float(ends[1])  # type: ignore[arg-type]
+            self._saturating.append(user)
         elif not (user.target in _HOMOGENEOUS or _flat_anyway(user) or (user.target in _PADS and is_zero_pad(user))):
             raise _Refused(f"{user.name} is not homogeneous")
 
