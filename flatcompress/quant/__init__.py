@@ -21,7 +21,7 @@ from flatcompress.quant.layers import (
     scale_parameters,
     tensor_quantizers,
 )
-from flatcompress.quant.ptq import PostTraining, post_training
+from flatcompress.quant.ptq import PostTraining, diagnose, post_training
 from flatcompress.quant.qat.compose import Alternation, ScaleBloop
 from flatcompress.quant.qat.conflict import ScaleConflict
 from flatcompress.quant.qat.distill import distillation_loss
@@ -46,6 +46,7 @@ __all__ = [
     "auto_bits",
     "calibrate",
     "dampening_loss",
+    "diagnose",
     "distillation_loss",
     "explain",
     "flatness_map",

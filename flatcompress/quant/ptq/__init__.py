@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from flatcompress.quant.ptq.calibrators import CALIBRATORS
 from flatcompress.quant.ptq.corrections import CORRECTIONS
+from flatcompress.quant.ptq.diagnosis import diagnose
 from flatcompress.quant.ptq.post_training import PostTraining, post_training
 from flatcompress.quant.ptq.rounding import ROUNDINGS
 from flatcompress.quant.ptq.scaling import SCALINGS
@@ -22,5 +23,6 @@ __all__ = [
     "SCALINGS",
     "WEIGHT_SCALES",
     "PostTraining",
+    "diagnose",
     "post_training",
 ]

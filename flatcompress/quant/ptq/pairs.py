@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from flatcompress.quant.operators import POOLS, RELUS, first, is_zero_pad
+from flatcompress.graph.rewrite import first_input
+from flatcompress.quant.operators import POOLS, RELUS, is_zero_pad
 from flatcompress.quant.placement import LAYERS
 
 aten = torch.ops.aten
@@ -180,7 +181,7 @@ class _Walk:
 
 def _flat_anyway(node: fx.Node) -> bool:
     """A mean over positions, or a flatten that only drops dimensions of size one: channels stay dimension 1."""
-    source = first(node) if node.args and isinstance(node.args[0], fx.Node) else None
+    source = first_input(node) if node.args and isinstance(node.args[0], fx.Node) else None
     if source is None or "val" not in source.meta:
         return False
     shape = source.meta["val"].shape

@@ -146,7 +146,7 @@ def set_weight_scales(model: nn.Module, scale_of: Any) -> dict[str, dict[str, An
     found = {}
     for name, layer in quantized_layers(model).items():
         quantizer = layer.weight_quant.tensor_quant
-        rows = _rows(layer.weight.detach(), quantizer.scale)
+        rows = rows_of(layer.weight.detach(), quantizer.scale)
         quantizer.set_scale(scale_of(rows, quantizer.qn, quantizer.qp))
         weight = layer.weight.detach()
         error = (quantizer.quantize(weight) - weight).square().sum()
@@ -160,7 +160,7 @@ def set_weight_scales(model: nn.Module, scale_of: Any) -> dict[str, dict[str, An
     return found
 
 
-def _rows(weight: Tensor, scale: Tensor) -> Tensor:
+def rows_of(weight: Tensor, scale: Tensor) -> Tensor:
     """[scales, elements that share one]."""
     if scale.numel() == 1:
         return weight.reshape(1, -1)
