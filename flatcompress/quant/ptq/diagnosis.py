@@ -74,7 +74,7 @@ def _compare(paths: Paths, sites: dict[fx.Node, _Site], x: Tensor) -> None:
     exact: Values = {}
     quantized: Values = {}
     for node in paths.nodes:
-        source = exact[node.args[0]][0] if node in sites else None  # type: ignore[index]
+        source: Any = exact[node.args[0]][0] if node in sites else None  # type: ignore[index]
         for values, path in ((exact, False), (quantized, True)):
             paths.advance([node], values, [x], path)
         if node in sites:
