@@ -5,7 +5,6 @@ The pipeline asks the session where to begin, tells it when a stage is entered a
 
 from __future__ import annotations
 
-import io
 import os
 import platform
 import shlex
@@ -23,6 +22,7 @@ from flatcompress.environment import versions
 from flatcompress.errors import Interrupted, RunError, UserError
 from flatcompress.plan import apply_plan, load_weights
 from flatcompress.recipe import Recipe
+from flatcompress.stages.reported import reported
 from flatcompress.stages.workpiece import Workpiece
 from flatcompress.storage import write_bytes_atomic, write_error
 from flatcompress.store import checkpoint
@@ -230,12 +230,12 @@ class Session:
             environment=environment(work),
         )
         if work.data.skipped:  # whoever loaded the data was told before there was a log
-            count, example = len(work.data.skipped), work.data.skipped[0]
-            self.emit("warning", message=f"bad samples left out of the data: {count}; the first: {example}")
+            said = f"bad samples left out of the data: {len(work.data.skipped)}; the first: {work.data.skipped[0]}"
+            self.emit("warning", message=said)
         if self.main and not self.folder.preview.exists():
-            picture = io.BytesIO()
-            work.data.preview().save(picture, format="PNG")
-            write_bytes_atomic(self.folder.preview, picture.getvalue())
+            picture = reported("the preview of the data could not be drawn", work.data.preview_png, None)
+            if picture:
+                write_bytes_atomic(self.folder.preview, picture)
 
     # ------------------------------------------------------------------ stages
 
@@ -290,11 +290,12 @@ class Session:
         self._stage = None
         self.emit("done", onnx=str(work.artifacts["onnx"].name) if "onnx" in work.artifacts else None)
 
-    def report(self) -> Path:
-        """Write report.html from the folder's files."""
+    def report(self) -> Path | None:
+        """Write report.html from the folder's files; None, with a warning, where that fails."""
         from flatcompress import report
 
-        return report.build(self.folder.path)
+        said = "the report could not be written"
+        return reported(said, lambda: report.build(self.folder.path), None, fatal=(OSError, RunError))
 
 
 class Progress:

@@ -50,7 +50,7 @@ def certificate_line(certificate: dict[str, Any]) -> str:
     size, dense = certificate.get("size"), certificate.get("float")
     if isinstance(size, dict):
         parts.append(f"{size['bytes']:,} bytes, the weights alone need {size['theoretical_bytes']:,}")
-    if isinstance(dense, dict):
+    if isinstance(dense, dict) and dense["smaller"] is not None:
         parts.append(f"{dense['smaller']:.1f} times smaller than the float model's file")
         if dense["faster"] is not None:
             parts.append(f"{dense['faster']:.1f} times faster")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -115,3 +116,9 @@ class DataBundle:
         from flatcompress.data.preview import sheet
 
         return sheet(self, columns)
+
+    def preview_png(self) -> bytes:
+        """`preview` as the bytes of a PNG file."""
+        picture = io.BytesIO()
+        self.preview().save(picture, format="PNG")
+        return picture.getvalue()

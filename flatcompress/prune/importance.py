@@ -8,7 +8,7 @@ scale and shift; "members" are the layers that the units of the group live in.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -42,6 +42,24 @@ def _weights(group: Group) -> Iterator[tuple[Member, nn.Parameter, int]]:
 
 def _unit_sum(group: Group, member: Member, values: Tensor, dim: int) -> Tensor:
     return member.sum_units(axes.per_channel(member.module, member.axis, values, dim), group.units)
+
+
+def _trained(member: Member) -> Iterator[tuple[nn.Parameter, int]]:
+    """The member's parameters that are not frozen: those that have a gradient."""
+    for _, parameter, dim in axes.parameters(member.module, member.axis):
+        if parameter.requires_grad:
+            yield parameter, dim
+
+
+def _with_gradients(group: Group, members: Iterable[Member]) -> list[Member]:
+    """The members that are not frozen. UserError when none is left to judge the group by."""
+    found = [m for m in members if next(_trained(m), None) is not None]
+    if not found:
+        raise UserError(
+            f"{group.name}: its layers are frozen (requires_grad is False), so this importance has no gradient to go "
+            "by. Use importance group_l2, or put the layer into ignore."
+        )
+    return found
 
 
 def _grad(group: Group, member: Member, parameter: nn.Parameter) -> Tensor:
@@ -83,19 +101,19 @@ def taylor(group: Group) -> Tensor:
     In front of a BatchNorm the sum over a filter is 0 (the loss does not see the filter's size); the BatchNorm and
     the consumers carry the signal.
     """
-    return _mean([_first_order(group, m).square() for m in group.members if _has_parameters(m)])
+    return _mean([_first_order(group, m).square() for m in _with_gradients(group, group.members)])
 
 
 @torch.no_grad()
 def taylor_abs(group: Group) -> Tensor:
     """Mean over members of sum |g*w|: what torch-pruning calls Taylor importance by default."""
-    return _mean([_first_order(group, m, absolute=True) for m in group.members if _has_parameters(m)])
+    return _mean([_first_order(group, m, absolute=True) for m in _with_gradients(group, group.members)])
 
 
 @torch.no_grad()
 def bn_taylor(group: Group) -> Tensor:
     """|sum over the group's BatchNorms of gamma*g_gamma + beta*g_beta|: the gate score of HALP (arXiv 2110.10811)."""
-    return torch.stack([_first_order(group, m) for m in _norms(group)]).sum(0).abs()
+    return torch.stack([_first_order(group, m) for m in _with_gradients(group, _norms(group))]).sum(0).abs()
 
 
 @torch.no_grad()
@@ -105,22 +123,18 @@ def hessian(group: Group) -> Tensor:
     Average it over per-sample gradients (`RunningScore` after each single-sample backward) to get w^2 E[g^2].
     """
     parts = []
-    for member in (m for m in group.members if _has_parameters(m)):
+    for member in _with_gradients(group, group.members):
         total = torch.zeros(group.units)
-        for _, parameter, dim in axes.parameters(member.module, member.axis):
+        for parameter, dim in _trained(member):
             values = (parameter.detach() * _grad(group, member, parameter)).square()
             total = total.to(values.device) + _unit_sum(group, member, values, dim)
         parts.append(total)
     return _mean(parts)
 
 
-def _has_parameters(member: Member) -> bool:
-    return next(axes.parameters(member.module, member.axis), None) is not None
-
-
 def _first_order(group: Group, member: Member, absolute: bool = False) -> Tensor:
     total = torch.zeros(group.units)
-    for _, parameter, dim in axes.parameters(member.module, member.axis):
+    for parameter, dim in _trained(member):
         values = parameter.detach() * _grad(group, member, parameter)
         values = values.abs() if absolute else values
         total = total.to(values.device) + _unit_sum(group, member, values, dim)

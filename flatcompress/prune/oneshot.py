@@ -123,7 +123,13 @@ def observe(model: nn.Module, running: RunningScore, batches: Batches, loss: Los
                 parts = zip(inputs.split(1), targets.split(1)) if per_sample else [(inputs, targets)]
                 for x, y in parts:
                     model.zero_grad(set_to_none=True)
-                    loss(model(x), y).backward()
+                    value = loss(model(x), y)
+                    if not value.requires_grad:
+                        raise UserError(
+                            "this importance needs gradients, and the loss has none: every parameter is frozen "
+                            "(requires_grad is False), or the model's output is detached."
+                        )
+                    value.backward()
                     running.update()
     finally:
         for parameter, gradient in before:

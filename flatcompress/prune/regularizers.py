@@ -40,7 +40,17 @@ def mask_sparsity_(groups: Sequence[Group], keep: Sequence[Tensor], factor: floa
                 found = True
                 _grad(parameter).add_(factor * drop * parameter.sign())
     if not found:
-        raise UserError("MaskSparsity acts on BatchNorm's gamma, and no BatchNorm of these groups has a gradient.")
+        raise UserError(_NO_GAMMA)
+
+
+_NO_GAMMA = "MaskSparsity acts on BatchNorm's gamma, and no BatchNorm of these groups has a gradient."
+
+
+def require_gammas(groups: Sequence[Group]) -> None:
+    """UserError when no group has a BatchNorm whose gamma is trained, which `mask_sparsity_` would only find later."""
+    norms = (m.module for group in groups for m in group.outs if isinstance(m.module, _BatchNorm))
+    if not any(norm.affine and norm.weight.requires_grad for norm in norms):
+        raise UserError(_NO_GAMMA)
 
 
 @torch.no_grad()

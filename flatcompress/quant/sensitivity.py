@@ -9,7 +9,8 @@ side by side how far a layer may move and how far its grid moves it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,6 +26,19 @@ Loss = Callable[[], Tensor]
 KINDS = ("measured", "hessian", "gradient")
 CHOICES = (2, 3, 4, 6, 8)
 _SHARES = 60  # grid steps tried per row when the least squared error is looked for
+
+
+@contextmanager
+def _differentiable(weights: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Frozen weights require gradients inside: how much they mind being rounded does not depend on who trains them."""
+    frozen = [w for w in weights if not w.requires_grad]
+    for weight in frozen:
+        weight.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for weight in frozen:
+            weight.requires_grad_(False)
 
 
 def float_layers(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, nn.Module]:
@@ -44,8 +58,8 @@ def hessian_traces(
     """tr(H_l) of ``loss()`` in each layer's weight: the mean of z^T H z over Rademacher z (one z for all layers).
 
     ``loss``: forward on ``model``, returns a scalar; it is called in eval mode. Layers are probed together, each with
-    its own block of z, so the blocks across layers enter as noise of mean zero. UserError when the loss does not
-    depend on a layer or is not finite.
+    its own block of z, so the blocks across layers enter as noise of mean zero. Frozen layers are measured like the
+    others. UserError when the loss does not depend on a layer or is not finite.
     """
     layers = float_layers(model, names)
     weights: list[Any] = [m.weight for m in layers.values()]
@@ -54,7 +68,8 @@ def hessian_traces(
     def signs(sample: int) -> list[Tensor]:
         return [(torch.randint(0, 2, w.shape, generator=generator) * 2.0 - 1.0).to(w) for w in weights]
 
-    with evaluating(model), torch.enable_grad():  # BatchNorm by its statistics, no dropout
+    # BatchNorm by its statistics, no dropout
+    with evaluating(model), _differentiable(weights), torch.enable_grad():
         gradients = _gradients(loss, weights, list(layers), create_graph=True)
 
         def product(z: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
@@ -148,8 +163,9 @@ def sensitivities(
         floor = min((c for c in curvature.values() if c > 0), default=1.0)
         weight = {n: torch.tensor(max(c, floor)) for n, c in curvature.items()}
     else:
-        with evaluating(model), torch.enable_grad():
-            found = _gradients(loss, [m.weight for m in layers.values()], list(layers), create_graph=False)
+        weights: list[Any] = [m.weight for m in layers.values()]
+        with evaluating(model), _differentiable(weights), torch.enable_grad():
+            found = _gradients(loss, weights, list(layers), create_graph=False)
         weight = {n: g.detach().square() for n, g in zip(layers, found)}
     table: dict[str, dict[int, float]] = {}
     for name, layer in layers.items():

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import tempfile
+import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor, nn
 
-from flatcompress import onnx_export
+from flatcompress import onnx_export, quant
+from flatcompress.errors import UserError
 from flatcompress.onnx_export.runtime import latency, sessions
 from flatcompress.stages.configs import ExportConfig
 from flatcompress.stages.measure import accuracies
+from flatcompress.stages.reported import reported
 from flatcompress.stages.workpiece import Workpiece
 from flatcompress.storage import write_json_atomic
 from flatcompress.training.loop import loader
@@ -43,6 +47,24 @@ def run(work: Workpiece, config: ExportConfig) -> Workpiece:
     return work
 
 
+def rehearse(model: nn.Module, example: Tensor, config: ExportConfig) -> None:
+    """Write and load the untrained copy ``model``: every reason to refuse it is known before anything is trained."""
+    model.eval()
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if quant.is_quantized(model):
+            quant.calibrate(model, [example])
+        path = Path(folder) / "model.onnx"
+        try:
+            onnx_export.export(model, example, path, profile=config.profile, opset=config.opset)
+            sessions.session(path)
+        except (UserError, OSError):
+            raise
+        except Exception as error:
+            reason = f"{type(error).__name__}: {str(error).strip()[:300]}"
+            raise UserError(f"the file of {type(model).__name__} cannot be written ({reason}).") from error
+
+
 def write(work: Workpiece, config: ExportConfig, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Write ``path`` and ``certificate.json`` beside it; returns the ledger row and the certificate."""
     model = work.model.cpu().eval()
@@ -62,7 +84,10 @@ def write(work: Workpiece, config: ExportConfig, path: Path) -> tuple[dict[str, 
     certificate = onnx_export.certify(
         exported, [x for x, _ in batches], [y for _, y in batches], model=model, latency_runs=0
     )
-    certificate |= beside_float(work, config, path)
+    nothing: dict[str, Any] = {"float": {"bytes": None, "smaller": None, "faster": None}, "latency": None}
+    certificate |= reported(
+        "the file could not be compared with the float model's", lambda: beside_float(work, config, path), nothing
+    )
     certificate["recipe_sha256"] = work.recipe_hash
     write_json_atomic(path.with_name("certificate.json"), certificate)
     work.emit("layers", layers=layer_rows(certificate, before))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
+from typing import Any
 
 from torch import nn
 
 from flatcompress import quant
 from flatcompress.stages.measure import train_batches
+from flatcompress.stages.reported import reported
 from flatcompress.stages.workpiece import Workpiece
-from flatcompress.training import memory
 
 SAMPLES = 32  # about as much memory as a training step, and the time of a few
 PROBES = 4
@@ -19,19 +19,18 @@ RISE = 0.01  # of the loss: what a layer's reach is measured by
 def log_map(work: Workpiece, before: nn.Module) -> None:
     """One event with a row per quantized layer of ``work.model``; ``before`` is the float model that it was made from.
 
-    A model too large for second derivatives in this memory is trained all the same, with a warning.
+    A model without second derivatives, or too large for them in this memory, is trained all the same, with a warning.
     """
     x, y = train_batches(work, SAMPLES, SAMPLES)[0]
     bits = {name: layer.weight_spec().bits for name, layer in quant.quantized_layers(work.model).items()}
-    try:
-        rows = quant.flatness_map(
+
+    def measured() -> list[dict[str, Any]]:
+        return quant.flatness_map(
             before, lambda: nn.functional.cross_entropy(before(x), y), bits, RISE, PROBES, seed=work.seed
         )
-    except (RuntimeError, MemoryError) as error:
-        if not memory.is_out_of_memory(error):
-            raise
-        warnings.warn(
-            "not enough memory for the flatness map of the layers; flatness_map: false skips it.", stacklevel=2
-        )
-        return
-    work.emit("flatness", rise=RISE, layers=rows)
+
+    rows = reported(
+        "the flatness map of the layers could not be measured", measured, None, " flatness_map: false skips it."
+    )
+    if rows is not None:
+        work.emit("flatness", rise=RISE, layers=rows)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from flatcompress import flat, graph
 from flatcompress.plan import Plan, apply_plan
+from flatcompress.stages.reported import reported
 from flatcompress.stages.workpiece import Workpiece
 from flatcompress.training.loop import accuracy, loader
 
@@ -21,33 +22,40 @@ SHARPNESS_RHO = 0.05
 def measure(work: Workpiece, stage: str, method: str, seconds: float, passes: int) -> dict[str, Any]:
     """A ledger row for ``work`` as it is now: accuracy, sharpness, size and cost. What was not measured is None."""
     twin = float_twin(work)
-    costs = graph.macs(twin, work.example().cpu())
+    costs = reported("the cost in MACs could not be counted", lambda: graph.macs(twin, work.example().cpu()), {})
     row = {
         "stage": stage,
         "method": method,
         **accuracies(work, lambda dataset: accuracy(work.model, dataset, work.device)),
-        "sharpness": sharpness(work),
+        "sharpness": reported("the sharpness could not be measured", lambda: sharpness(work), None),
         "params": sum(p.numel() for p in twin.parameters()),
         "nonzero": nonzero(work.model),
-        "macs": sum(costs.values()),
+        "macs": sum(costs.values()) if costs else None,
         "bytes": weight_bytes(work.model),
         "seconds": seconds,
         "passes": passes,
         "latency_ms": None,
     }
-    work.emit("layers", layers=layer_rows(work, costs))
+    rows = reported("the table of layers could not be made", lambda: layer_rows(work, costs), None)
+    if rows is not None:
+        work.emit("layers", layers=rows)
     return row
 
 
 def accuracies(work: Workpiece, score: Callable[[Any], float]) -> dict[str, Any]:
-    """``score`` on test, held-out domain and every corrupted copy; None where the data set has none."""
+    """``score`` on test, held-out domain and every corrupted copy; None where there is none or it cannot be read."""
     data = work.data
-    corruptions = {name: score(dataset) for name, dataset in data.corrupted.items()}
+
+    def on(part: str, dataset: Any) -> float | None:
+        return reported(f"the accuracy on the {part} part could not be measured", lambda: score(dataset), None)
+
+    corruptions = {name: on(name, dataset) for name, dataset in data.corrupted.items()}
+    known = [value for value in corruptions.values() if value is not None]
     return {
         "accuracy": {
-            "test": score(data.test),
-            "held_out": score(data.held_out) if data.held_out is not None else None,
-            "corrupted": sum(corruptions.values()) / len(corruptions) if corruptions else None,
+            "test": on("test", data.test),
+            "held_out": on("held-out", data.held_out) if data.held_out is not None else None,
+            "corrupted": sum(known) / len(known) if known else None,
         },
         "corruptions": corruptions,
     }
@@ -115,7 +123,7 @@ def weight_bytes(model: nn.Module) -> int:
 def layer_rows(work: Workpiece, costs: dict[str, int]) -> list[dict[str, Any]]:
     """What the report shows per layer: channels, bits, bytes, sparsity, cost and flatness."""
     original = dict(work.build().named_modules())
-    flatness = layer_sharpness(work)
+    flatness = reported("the sharpness of each layer could not be measured", lambda: layer_sharpness(work), {})
     inputs = activation_bits(work.model)
     rows = []
     for name, _, values, bits in weights(work.model):
@@ -158,12 +166,21 @@ def activation_bits(model: nn.Module) -> dict[str, int]:
 
 
 def layer_sharpness(work: Workpiece) -> dict[str, float]:
-    """Loss rise when one layer's weight alone is perturbed by ||e|| = 0.05, on one batch, by layer name."""
+    """Loss rise when one layer's weight alone is perturbed by ||e|| = 0.05, on one batch, by layer name.
+
+    Frozen layers are left out; where all are, nothing is measured.
+    """
+
+    def chosen(name: str, parameter: nn.Parameter) -> bool:
+        return name.endswith(".weight") and parameter.ndim > 1
+
+    if not any(p.requires_grad and chosen(n, p) for n, p in work.model.named_parameters()):
+        return {}
     found = flat.sharpness.layerwise(
         work.model,
         train_batches(work, 64),
         nn.functional.cross_entropy,
         rho=SHARPNESS_RHO,
-        perturbed=lambda name, parameter: name.endswith(".weight") and parameter.ndim > 1,
+        perturbed=chosen,
     )
     return {name.removesuffix(".weight"): value for name, value in found.items()}

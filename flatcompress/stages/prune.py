@@ -45,6 +45,8 @@ def run(work: Workpiece, config: PruneConfig) -> Workpiece:
 
 def rehearse(model: nn.Module, example: torch.Tensor, config: PruneConfig) -> None:
     """Cut a copy to the final budget, so that one that cannot be met, or scored, is known before anything runs."""
+    if PRUNE_METHODS[config.method].make().pull == "mask":
+        prune.regularizers.require_gammas(prune.find_groups(model, example, config.ignore))
     prune.prune(
         model,
         example,
