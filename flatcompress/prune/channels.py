@@ -16,6 +16,7 @@ from flatcompress.errors import UserError
 from flatcompress.plan import Plan, Step
 from flatcompress.prune.dependency import axes
 from flatcompress.prune.dependency.groups import Group
+from flatcompress.stale import retire
 
 Keep = dict[tuple[str, str], Tensor]  # (layer, axis) -> bool [channels]
 
@@ -70,6 +71,11 @@ class Surgery:
     def _set(self, table: dict[str, Any], name: str, value: Any) -> None:
         self._before.append((table, name, table[name]))
         table[name] = value
+
+    def settle(self) -> None:
+        """The cut stays: optimizers that hold what it replaced are told at their next step."""
+        retire([old for _, _, old in self._before if isinstance(old, nn.Parameter)], "the model was pruned")
+        self._before.clear()
 
     def undo(self) -> None:
         """Put every attribute back, newest first."""
@@ -147,6 +153,7 @@ def apply(model: nn.Module, data: dict[str, Any], example_input: Tensor | None =
     except Exception:
         surgery.undo()
         raise
+    surgery.settle()
     return model
 
 

@@ -96,6 +96,7 @@ def shrink(
     except Exception:
         surgery.undo()
         raise
+    surgery.settle()
     return plan
 
 

@@ -18,6 +18,7 @@ from flatcompress.quant.qat.rounding import with_rounding
 from flatcompress.quant.quantizers.lsq import Observer, StepQuantizer
 from flatcompress.quant.quantizers.modules import ActivationQuantizer, QuantizedLayer, quantize_layer
 from flatcompress.quant.quantizers.table import QUANTIZERS, float_dtype
+from flatcompress.stale import accompany
 
 HOLDER = "quantizers"
 
@@ -125,6 +126,8 @@ def _convert(
     gm.add_module(HOLDER, holder)
     operators.insert(gm, tensors, HOLDER)
     install(model, with_rounding(model, gm.graph), shown=gm.graph)
+    for quantized in quantized_layers(model).values():
+        accompany(quantized.weight, list(quantized.weight_quant.parameters()))
     return holder.data
 
 

@@ -71,6 +71,8 @@ class FlatOptimizer(Optimizer):
         self._names: dict[int, str] = {}
         self._buffers = Buffers(model)
         self._replicas = Replicas(model, settings.process_group)
+        mine = {id(p) for group in base.param_groups for p in group["params"]}
+        self._left_out = [p for p in _parameters(self._buffers.walk()) if id(p) not in mine]
         self._building = True
         super().__init__(base.param_groups, base.defaults)
         self._building = False
@@ -175,6 +177,8 @@ class FlatOptimizer(Optimizer):
             self._names = self.names()
         names = [self._names[id(p)] for _, p, _ in live]
         chosen = self.settings.perturbed
+        others = [p for p in _parameters(self._buffers.walk()) if p.requires_grad and id(p) not in mine]
+        self._check_current(others)
         return Step(
             t=self.t,
             model=unwrapped(self.model),
@@ -189,8 +193,20 @@ class FlatOptimizer(Optimizer):
             noise_source=self.settings.noise,
             radius=self.settings.radius,
             clip=self._clip,
-            others=[p for p in _parameters(self._buffers.walk()) if p.requires_grad and id(p) not in mine],
+            others=others,
         )
+
+    def _check_current(self, others: Sequence[nn.Parameter]) -> None:
+        """UserError where the model has gained trainable parameters that would silently not be trained."""
+        known = {id(p) for p in self._left_out} if others else set()
+        new = [p for p in others if id(p) not in known]
+        if new:
+            names = {id(p): name for name, p in unwrapped(self.model).named_parameters()}
+            raise UserError(
+                f"the model has {len(new)} trainable parameters that it did not have when this optimizer was made "
+                f"(first: {names.get(id(new[0]), 'unnamed')}), and the optimizer does not hold them. Make it after "
+                "prune(), quantize() and other changes of the model, or add_param_group them, or freeze them."
+            )
 
     def _run(self, step: Step, closures: Sequence[Closure], second: Sequence[Closure]) -> Run:
         """All passes of the step: once over all closures together, or once for each, averaged."""
