@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from flatcompress import report
 from flatcompress.environment import versions
 from flatcompress.errors import Interrupted, RunError, UserError
 from flatcompress.plan import apply_plan, load_weights
@@ -227,6 +228,7 @@ class Session:
             classes=list(work.data.classes),
             held_out=work.data.held_out_domain,
             skipped=len(work.data.skipped),
+            notes=list(work.data.notes),
             environment=environment(work),
         )
         if work.data.skipped:  # whoever loaded the data was told before there was a log
@@ -292,8 +294,6 @@ class Session:
 
     def report(self) -> Path | None:
         """Write report.html from the folder's files; None, with a warning, where that fails."""
-        from flatcompress import report
-
         said = "the report could not be written"
         return reported(said, lambda: report.build(self.folder.path), None, fatal=(OSError, RunError))
 

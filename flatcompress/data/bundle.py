@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from flatcompress.data.augment import Augment
-from flatcompress.data.images.pixels import Pixels, Shape
+from flatcompress.data.images.pixels import Pixels, Shape, eight_bits
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -80,8 +80,8 @@ class ImageSet(Dataset[Batch]):
         return images.sub_(self._mean).div_(self._std), self.labels[where]
 
     def pixels(self, indices: Sequence[int]) -> Tensor:
-        """uint8 [B, C, H, W]: the stored images, neither augmented nor normalised."""
-        return self.part.pixels.gather(self.part.rows[torch.as_tensor(indices, dtype=torch.int64)])
+        """uint8 [B, C, H, W]: the stored images, neither augmented nor normalised, in eight bits."""
+        return eight_bits(self.part.pixels.gather(self.part.rows[torch.as_tensor(indices, dtype=torch.int64)]))
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that augmentation draws for; without augmentation nothing changes."""
@@ -94,7 +94,8 @@ class DataBundle:
 
     ``train``, ``val`` and ``test`` come from the source domains and share no source image; ``val`` is for model
     selection alone. ``held_out`` is the unseen domain. ``corrupted`` maps "kind/severity" to a corrupted part of
-    ``test``. ``skipped`` says which files were left out, and why, where the recipe allowed that.
+    ``test``. ``skipped`` says which files were left out, and why, where the recipe allowed that. ``notes``: what else
+    the user should know of the data. ``intensity``: what became 0 and 1 of images with more than eight bits.
     """
 
     name: str
@@ -110,6 +111,8 @@ class DataBundle:
     domains: tuple[str, ...] = ()
     held_out_domain: str | None = None
     skipped: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    intensity: tuple[float, float] | None = None
 
     def preview(self, columns: int = 12) -> Image.Image:
         """A sheet of samples, one labelled row per domain, then the corruptions at their highest severity."""

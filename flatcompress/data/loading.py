@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -64,6 +65,8 @@ def load(
         if not len(getattr(raw, label).rows):
             raise UserError(f"data set {name!r}: the {label} part is empty; give it more images or another fraction")
     mean, std = _statistics(raw.train, mean, std, seed)
+    for note in raw.notes:
+        warnings.warn(note, stacklevel=2)
 
     def images(part: Part, augmenter: augmentation.Augment | None = None) -> ImageSet:
         return ImageSet(part, mean, std, augmenter)
@@ -83,6 +86,8 @@ def load(
         domains=raw.domains,
         held_out_domain=raw.held_out_domain,
         skipped=raw.skipped,
+        notes=raw.notes,
+        intensity=raw.intensity,
     )
 
 

@@ -23,6 +23,8 @@ class RawData:
     held_out_domain: str | None = None
     corrupted: dict[str, Part] = field(default_factory=dict)
     skipped: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    intensity: tuple[float, float] | None = None
 
 
 def held_out_name(value: Any, domains: Iterable[str]) -> str | None:

@@ -38,6 +38,7 @@ def ledger_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
+_CLASSES = 12  # that are named when a run begins
 _WHOLE = 5  # lines on layers that stay whole, a stage
 
 
@@ -110,6 +111,11 @@ class Progress:
         self._say(
             f"{text(event.get('name'), 60)}: goes on at {resumed}" if resumed else text(event.get("name"), 60), "dim"
         )
+        classes = event.get("classes")
+        if isinstance(classes, list) and classes:
+            more = f" and {len(classes) - _CLASSES} more" if len(classes) > _CLASSES else ""
+            named = ", ".join(text(c, 30) for c in classes[:_CLASSES])
+            self._say(f"{text(event.get('data'), 60)}: {len(classes)} classes: {named}{more}", "dim")
 
     def _on_stage(self, event: Mapping[str, Any]) -> None:
         self._stage, self._epoch, self._first, self._whole = dict(event), {}, None, 0

@@ -97,7 +97,15 @@ def write(work: Workpiece, config: ExportConfig, path: Path) -> tuple[dict[str, 
 def metadata(work: Workpiece, before: dict[str, Any]) -> dict[str, str]:
     """What makes the file usable alone: preprocessing, data, accuracy, and the recipe it came from."""
     data = work.data
-    size = {"layout": "NCHW", "size": list(data.input_shape), "range": [0, 1], "mean": data.mean, "std": data.std}
+    size: dict[str, Any] = {
+        "layout": "NCHW",
+        "size": list(data.input_shape),
+        "range": [0, 1],
+        "mean": data.mean,
+        "std": data.std,
+    }
+    if data.intensity is not None:  # of images with more than eight bits: what becomes 0 and 1
+        size["intensity"] = list(data.intensity)
     accuracy = {k: round(v, 4) for k, v in before.get("accuracy", {}).items() if v is not None}
     entries = {"preprocessing": size, "accuracy": accuracy, "data": data.name, "recipe_sha256": work.recipe_hash}
     return {k: v if isinstance(v, str) else json.dumps(v, separators=(",", ":")) for k, v in entries.items()}

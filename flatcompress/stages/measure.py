@@ -22,7 +22,9 @@ SHARPNESS_RHO = 0.05
 def measure(work: Workpiece, stage: str, method: str, seconds: float, passes: int) -> dict[str, Any]:
     """A ledger row for ``work`` as it is now: accuracy, sharpness, size and cost. What was not measured is None."""
     twin = float_twin(work)
-    costs = reported("the cost in MACs could not be counted", lambda: graph.macs(twin, work.example().cpu()), {})
+    costs: dict[str, int] = reported(
+        "the cost in MACs could not be counted", lambda: graph.macs(twin, work.example().cpu()), {}
+    )
     row = {
         "stage": stage,
         "method": method,
@@ -123,7 +125,9 @@ def weight_bytes(model: nn.Module) -> int:
 def layer_rows(work: Workpiece, costs: dict[str, int]) -> list[dict[str, Any]]:
     """What the report shows per layer: channels, bits, bytes, sparsity, cost and flatness."""
     original = dict(work.build().named_modules())
-    flatness = reported("the sharpness of each layer could not be measured", lambda: layer_sharpness(work), {})
+    flatness: dict[str, float] = reported(
+        "the sharpness of each layer could not be measured", lambda: layer_sharpness(work), {}
+    )
     inputs = activation_bits(work.model)
     rows = []
     for name, _, values, bits in weights(work.model):

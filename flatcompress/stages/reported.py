@@ -21,9 +21,9 @@ def reported(
     """
     try:
         return measure()
-    except (Interrupted, *fatal):
-        raise
     except Exception as error:
+        if isinstance(error, (Interrupted, *fatal)):
+            raise
         said = str(error).strip().splitlines() or [type(error).__name__]
         reason = "not enough memory" if memory.is_out_of_memory(error) else said[0][:200]
         warnings.warn(f"{problem}: {reason.rstrip('.')}.{hint}", stacklevel=2)

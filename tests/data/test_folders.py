@@ -186,10 +186,10 @@ def test_bad_images_can_be_skipped_and_are_counted(tmp_path):
 
 
 def test_sets_too_large_for_memory_are_decoded_as_they_are_read(tmp_path, monkeypatch):
-    from flatcompress.data.images import decoding
+    from flatcompress.data.images import reading
 
     kept = data.load("folder", path=str(fill(tmp_path)), size=8, corruptions="none")
-    monkeypatch.setattr(decoding, "MOST_BYTES", 100)
+    monkeypatch.setattr(reading, "MOST_BYTES", 100)
     lazy = data.load("folder", path=str(tmp_path), size=8, corruptions="none")
     assert torch.equal(kept.train.__getitems__([3, 1])[0], lazy.train.__getitems__([3, 1])[0])
     (tmp_path / "dog" / "t.png").write_text("no picture")

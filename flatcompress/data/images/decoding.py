@@ -1,4 +1,4 @@
-"""Image files as uint8 tensors of one shape, with every way in which a file can be bad said by name."""
+"""One image file as a tensor of a given shape, with every way in which a file can be bad said by name."""
 
 from __future__ import annotations
 
@@ -6,24 +6,41 @@ import stat
 import struct
 import zlib
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from flatcompress.data.images.pixels import MemoryPixels, Pixels, Shape
+from flatcompress.data.images.pixels import Shape
 from flatcompress.errors import UserError
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"})
+# Not images in themselves, or handed by Pillow to another program or to a reader that is not there.
+_NO_IMAGES = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"})
 MOST_PIXELS = 100_000_000  # a 10,000 x 10,000 image; more is a mistake or a decompression bomb
 # Pillow's readers let through whatever their parsing of a damaged file met.
 DAMAGED = (
     *(OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError),
     *(RuntimeError, AssertionError, struct.error, zlib.error, Image.DecompressionBombError),
 )
-MOST_BYTES = 2 << 30  # of decoded images kept in memory; a larger set is decoded as it is read
+Range = tuple[float, float]
+
+
+@cache
+def suffixes() -> frozenset[str]:
+    """The suffixes of the formats that this Pillow reads, in small letters."""
+    Image.init()
+    known = Image.registered_extensions().items()
+    return frozenset(s for s, name in known if name in Image.OPEN and name not in _NO_IMAGES) | {".mpo"}
+
+
+def readable(path: Path) -> bool:
+    """Does the file's suffix, in any case, say that Pillow reads it?"""
+    return path.suffix.lower() in suffixes()
 
 
 def output_shape(size: int | Sequence[int], channels: int) -> Shape:
@@ -37,10 +54,12 @@ def output_shape(size: int | Sequence[int], channels: int) -> Shape:
     return channels, sides[0], sides[1]
 
 
-def decode(path: Path, shape: Shape) -> Tensor:
-    """uint8 [C, H, W] of an image file: turned as its EXIF says, transparency on white, 16 bits to 8, resized.
+def decode(path: Path, shape: Shape, intensity: Range | None = None) -> Tensor:
+    """[C, H, W] of an image file in 0..255: turned as its EXIF says, transparency on white, resized.
 
-    UserError names the file: missing, unreadable, empty, no image, truncated, too large.
+    uint8; with ``intensity`` float32, and what 16-bit, 32-bit and float images hold is spread from that range. Without
+    one such an image is taken by the full range of 16 bits. UserError names the file: missing, unreadable, empty, no
+    image, truncated, too large, not finite.
     """
     try:
         found = path.stat()
@@ -51,8 +70,7 @@ def decode(path: Path, shape: Shape) -> Tensor:
         with Image.open(path) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise UserError(f"{path}: {image.width} x {image.height} pixels; at most {MOST_PIXELS:,} are read.")
-            plain = _eight_bits(ImageOps.exif_transpose(image), shape[0])
-            resized = plain.resize((shape[2], shape[1]), Image.Resampling.BILINEAR)
+            array = _pixels(ImageOps.exif_transpose(image), path, shape, intensity)
     except UserError:
         raise
     except UnidentifiedImageError:
@@ -60,71 +78,36 @@ def decode(path: Path, shape: Shape) -> Tensor:
     except DAMAGED as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path}: cannot be read ({reason}). Remove it, or use on_bad_sample: skip.") from None
-    array = np.asarray(resized, dtype=np.uint8).reshape(shape[1], shape[2], shape[0])
-    return torch.from_numpy(array.copy()).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(array.reshape(shape[1], shape[2], -1).copy()).permute(2, 0, 1).contiguous()
+
+
+def _pixels(image: Image.Image, path: Path, shape: Shape, intensity: Range | None) -> NDArray[Any]:
+    """[H, W] or [H, W, C] at the wanted size."""
+    size = (shape[2], shape[1])
+    if not is_deep(image):
+        resized = np.asarray(_eight_bits(image, shape[0]).resize(size, Image.Resampling.BILINEAR), dtype=np.uint8)
+        return resized if intensity is None else resized.astype(np.float32)
+    low, high = intensity or (0.0, 65535.0)
+    values = Image.fromarray(_finite(image, path).astype(np.float32))
+    spread = (np.asarray(values.resize(size, Image.Resampling.BILINEAR)) - low) / (high - low) * 255
+    spread = np.repeat(spread.clip(0, 255)[..., None], shape[0], axis=2)
+    return spread.round().astype(np.uint8) if intensity is None else spread.astype(np.float32)
+
+
+def is_deep(image: Image.Image) -> bool:
+    """Does a pixel hold more than eight bits: a 16-bit, 32-bit or float image?"""
+    return image.mode.startswith(("I", "F"))
+
+
+def _finite(image: Image.Image, path: Path) -> NDArray[Any]:
+    values = np.asarray(image)
+    if not np.isfinite(values).all():
+        raise UserError(f"{path}: holds NaN or infinity. Remove it, or use on_bad_sample: skip.")
+    return values
 
 
 def _eight_bits(image: Image.Image, channels: int) -> Image.Image:
-    if image.mode.startswith(("I", "F")):
-        values = np.asarray(image, dtype=np.float64)
-        top = 65535.0 if image.mode.startswith("I") else max(float(values.max(initial=0.0)), 1e-12)
-        image = Image.fromarray((values.clip(0, top) / top * 255).round().astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
     return image.convert("L" if channels == 1 else "RGB")
-
-
-class FilePixels:
-    """Images decoded from their files as they are asked for."""
-
-    def __init__(self, paths: Sequence[Path], shape: Shape) -> None:
-        self.paths, self._shape = list(paths), shape
-
-    @property
-    def shape(self) -> Shape:
-        return self._shape
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def gather(self, rows: Tensor) -> Tensor:
-        return torch.stack([decode(self.paths[row], self._shape) for row in rows.tolist()])
-
-
-def read_all(paths: Sequence[Path], shape: Shape, skip_bad: bool) -> tuple[Pixels, list[int], list[str]]:
-    """Pixels of ``paths``, the positions that could be read, and why the others could not.
-
-    A set that fits in memory is decoded here, so a broken file is found before anything runs; a larger one has only its
-    headers read. UserError at the first bad file unless ``skip_bad``.
-    """
-    channels, height, width = shape
-    in_memory = len(paths) * channels * height * width <= MOST_BYTES
-    good: list[int] = []
-    reasons: list[str] = []
-    images = torch.empty((len(paths) if in_memory else 0, *shape), dtype=torch.uint8)
-    for position, path in enumerate(paths):
-        try:
-            if in_memory:
-                images[len(good)] = decode(path, shape)
-            else:
-                _check_header(path)
-        except UserError as error:
-            if not skip_bad:
-                raise
-            reasons.append(str(error))
-        else:
-            good.append(position)
-    pixels: Pixels = MemoryPixels(images[: len(good)]) if in_memory else FilePixels([paths[i] for i in good], shape)
-    return pixels, good, reasons
-
-
-def _check_header(path: Path) -> None:
-    try:
-        with Image.open(path) as image:
-            size = image.width * image.height
-    except DAMAGED:
-        size = 0
-    if not 0 < size <= MOST_PIXELS:
-        decode(path, (3, 8, 8))  # says what is wrong
-        raise UserError(f"{path}: not an image that can be used.")

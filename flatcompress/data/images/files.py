@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
 
 import torch
 
-from flatcompress.data.images.decoding import SUFFIXES
+from flatcompress.data.images.decoding import readable
 from flatcompress.errors import UserError
 from flatcompress.randomness import generator
 
@@ -29,36 +30,91 @@ def data_root(path: object, name: str) -> Path:
     raise UserError(f"data set {name!r}: {root} {what}. Give the data folder with 'path'.")
 
 
-def subfolders(folder: Path, root: Path) -> list[Path]:
-    """The visible folders in ``folder``, sorted. UserError for a link that leads out of ``root`` or in a ring."""
-    found = []
-    for entry in _entries(folder):
-        if entry.name.startswith((".", "__")):
-            continue
-        path = Path(entry.path)
-        if entry.is_symlink():
-            inside(path, root)
-        if path.is_dir():
-            found.append(path)
-    return found
+class Finder:
+    """Walks the folders below ``root`` and keeps account of what it leaves out.
 
+    ``notes``: sentences for the user about what is there and not used.
+    """
 
-def images(folder: Path, root: Path) -> list[Path]:
-    """Every image file below ``folder``, sorted; linked folders are not entered, so there are no rings."""
-    found: list[Path] = []
-    for entry in _entries(folder):
-        path = Path(entry.path)
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir(follow_symlinks=False):
-            found += images(path, root)
-        elif path.suffix.lower() in SUFFIXES:
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.notes: list[str] = []
+        self._left_out: Counter[str] = Counter()
+        self._first: Path | None = None
+        self._seen: set[Path] = set()
+
+    def note(self, text: str) -> None:
+        """Say ``text`` once."""
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def subfolders(self, folder: Path) -> list[Path]:
+        """The visible folders in ``folder``, sorted. UserError for a link that leads out of the root or in a ring."""
+        found = []
+        for entry in _entries(folder):
+            if entry.name.startswith((".", "__")):
+                continue
+            path = Path(entry.path)
             if entry.is_symlink():
-                inside(path, root)
-            found.append(path)
-    if len(found) > MOST_FILES:
-        raise UserError(f"{folder}: more than {MOST_FILES:,} images.")
-    return found
+                inside(path, self.root)
+            if path.is_dir():
+                found.append(path)
+        return found
+
+    def holds_folders(self, folder: Path) -> bool:
+        """Are there folders in ``folder``, and no image beside them?"""
+        return bool(self.subfolders(folder)) and not self.holds_images(folder)
+
+    def holds_images(self, folder: Path) -> bool:
+        """Is an image file in ``folder`` itself?"""
+        return any(readable(Path(entry.name)) and not entry.is_dir() for entry in _entries(folder))
+
+    def images(self, folder: Path) -> list[Path]:
+        """Every image file below ``folder``, sorted; linked folders are not entered, so there are no rings.
+
+        Every file whose suffix Pillow reads is an image; the others are counted, see `left_out`.
+        """
+        found: list[Path] = []
+        for entry in _entries(folder):
+            path = Path(entry.path)
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                found += self.images(path)
+            elif readable(path):
+                if entry.is_symlink():
+                    inside(path, self.root)
+                found.append(path)
+            else:
+                self._leave_out(path)
+        if len(found) > MOST_FILES:
+            raise UserError(f"{folder}: more than {MOST_FILES:,} images.")
+        return found
+
+    def beside(self, folder: Path) -> None:
+        """Count the files in ``folder`` itself, which hold classes but belong to none."""
+        loose = [Path(e.path) for e in _entries(folder) if not e.is_dir() and readable(Path(e.name))]
+        if loose:
+            self.note(
+                f"{folder}: {len(loose)} images lie beside the class folders and belong to none: {loose[0].name} ..."
+            )
+
+    def _leave_out(self, path: Path) -> None:
+        if path not in self._seen:
+            self._seen.add(path)
+            self._left_out[path.suffix.lower() or "no suffix"] += 1
+            self._first = self._first or path
+
+    def left_out(self) -> list[str]:
+        """The notes, with what was left out for its suffix counted by suffix."""
+        if not self._left_out:
+            return list(self.notes)
+        kinds = ", ".join(f"{suffix} {count}" for suffix, count in self._left_out.most_common(8))
+        total = sum(self._left_out.values())
+        counted = (
+            f"{self.root}: {total} files are no images that Pillow reads and are left out ({kinds}): {self._first}"
+        )
+        return [*self.notes, counted + (" ..." if total > 1 else "")]
 
 
 def drawn(files: list[Path], limit: int, seed: int, name: str) -> list[Path]:

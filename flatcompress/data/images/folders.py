@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from flatcompress.data.bundle import Part
-from flatcompress.data.images.decoding import output_shape, read_all
-from flatcompress.data.images.files import data_root, drawn, images, subfolders
+from flatcompress.data.images.decoding import output_shape
+from flatcompress.data.images.files import Finder, data_root, drawn
+from flatcompress.data.images.layout import class_folders, parts_of, same_classes
 from flatcompress.data.images.pixels import Pixels
-from flatcompress.data.images.published_tests import class_folders, corrupted_folders
+from flatcompress.data.images.published_tests import classes_below, corrupted_folders
+from flatcompress.data.images.reading import Reader
 from flatcompress.data.raw_data import RawData, held_out_name
 from flatcompress.data.split import split_identities
 from flatcompress.errors import UserError
@@ -56,23 +58,27 @@ def folder(
     test_fraction: float = 0.2,
     limit: int = 0,
     on_bad_sample: str = "error",
+    intensity: Any = None,
     held_out_path: Any = None,
     corrupted_path: Any = None,
     corrupted_limit: int = 0,
 ) -> RawData:
     """PATH/CLASS/image, split by the seed; or PATH/train, PATH/val and PATH/test with CLASS/image in each.
 
-    Where only one of val and test is there it is the test part, and ``val_fraction`` of train is for selection.
-    ``limit``: images per class at most (0: all). ``on_bad_sample``: error, or skip and count. ``held_out_path``: a
-    folder of the same classes that is only measured on (ImageNet-V2). ``corrupted_path``: KIND/SEVERITY/CLASS/image in
-    place of computed corruptions (ImageNet-C), ``corrupted_limit`` images of a class in each.
+    The parts are known by their usual names (`layout.PARTS`) in any case. Where only one of val and test is there it is
+    the test part, and ``val_fraction`` of train is for selection. ``limit``: images per class at most (0: all).
+    ``on_bad_sample``: error, or skip and count. ``intensity``: [low, high] of images with more than eight bits, see
+    `Reader`. ``held_out_path``: a folder of the same classes that is only measured on (ImageNet-V2).
+    ``corrupted_path``: KIND/SEVERITY/CLASS/image in place of computed corruptions (ImageNet-C), ``corrupted_limit``
+    images of a class in each.
     """
     root = data_root(path, "folder")
-    shape, skip = output_shape(size, channels), _skips(on_bad_sample)
-    raw = _folder(seed, root, shape, skip, val_fraction, test_fraction, limit)
+    reader = Reader(output_shape(size, channels), _skips(on_bad_sample), intensity)
+    finder = Finder(root)
+    raw = _folder(seed, finder, reader, val_fraction, test_fraction, limit)
     if held_out_path is not None:
         elsewhere = data_root(held_out_path, "held_out_path")
-        unseen, bad = class_folders(elsewhere, raw.classes, shape, limit, skip, seed)
+        unseen, bad = classes_below(Finder(elsewhere), elsewhere, raw.classes, reader, limit, seed)
         raw = replace(
             raw,
             held_out=replace(unseen, domain_ids=torch.ones_like(unseen.labels)),
@@ -81,29 +87,29 @@ def folder(
             skipped=raw.skipped + bad,
         )
     if corrupted_path is not None:
-        changed, bad = corrupted_folders(corrupted_path, raw.classes, shape, corrupted_limit, skip, seed)
+        changed, bad = corrupted_folders(corrupted_path, raw.classes, reader, corrupted_limit, seed)
         raw = replace(raw, corrupted=changed, skipped=raw.skipped + bad)
-    return raw
+    return _with_notes(raw, finder, reader)
+
+
+def _with_notes(raw: RawData, finder: Finder, reader: Reader) -> RawData:
+    return replace(raw, notes=(*finder.left_out(), *reader.notes), intensity=reader.intensity)
 
 
 def _folder(
-    seed: int,
-    root: Path,
-    shape: tuple[int, int, int],
-    skip: bool,
-    val_fraction: float,
-    test_fraction: float,
-    limit: int,
+    seed: int, finder: Finder, reader: Reader, val_fraction: float, test_fraction: float, limit: int
 ) -> RawData:
-    fixed = {name: root / name for name in ("train", "val", "test") if (root / name).is_dir()}
-    if "train" in fixed and len(fixed) > 1:
-        return _fixed_split(root, fixed, shape, val_fraction, limit, skip, seed)
-    found = _decoded(_class_listing(root, root, limit, seed), shape, skip)
-    classes = tuple(p.name for p in subfolders(root, root))
-    _check_counts(found.labels, classes, root)
+    root = finder.root
+    parts = parts_of(root, finder)
+    if parts:
+        return _fixed_split(finder, parts, reader, val_fraction, limit, seed)
+    listing = _class_listing(root, finder, limit, seed)
+    reader.look(listing.paths)
+    found = _decoded(listing, reader)
+    _check_counts(found.labels, listing.classes, root)
     split = split_identities(found.labels, {"test": test_fraction, "val": val_fraction}, seed)
     return RawData(
-        classes=classes,
+        classes=listing.classes,
         train=found.part(split["train"]),
         val=found.part(split["val"]),
         test=found.part(split["test"]),
@@ -122,14 +128,15 @@ def domains(
     test_fraction: float = 0.1,
     limit: int = 0,
     on_bad_sample: str = "error",
+    intensity: Any = None,
 ) -> RawData:
     """PATH/DOMAIN/CLASS/image (PACS, OfficeHome, DomainNet); ``held_out`` is the domain that is never trained on.
 
     Selection and in-domain test images are split off each source domain, class by class, by the seed.
     """
     root = data_root(path, "domains")
-    shape, skip = output_shape(size, channels), _skips(on_bad_sample)
-    names = [p.name for p in subfolders(root, root)]
+    reader, finder = Reader(output_shape(size, channels), _skips(on_bad_sample), intensity), Finder(root)
+    names = [p.name for p in finder.subfolders(root)]
     if len(names) < 2:
         raise UserError(
             f"{root}: expected two domains or more (DOMAIN/CLASS/image), found {', '.join(names) or 'none'}."
@@ -137,15 +144,17 @@ def domains(
     unseen = held_out_name(held_out, names)
     if unseen is None:
         raise UserError(f"data set 'domains': say which domain is held_out: {', '.join(names)}.")
-    listings = [_class_listing(root / name, root, limit, seed) for name in names]
-    classes = _same_classes(names, listings, root)
+    listings = [_class_listing(root / name, finder, limit, seed) for name in names]
+    same_classes({name: one.classes for name, one in zip(names, listings, strict=True)}, root)
+    classes = listings[0].classes
     joined = Listing(
         classes,
         [p for one in listings for p in one.paths],
         [label for one in listings for label in one.labels],
         [d for d, one in enumerate(listings) for _ in one.paths],
     )
-    found = _decoded(joined, shape, skip)
+    reader.look(joined.paths)
+    found = _decoded(joined, reader)
     strata = found.domain_ids * len(classes) + found.labels
     _check_counts(strata, tuple(f"{d}/{c}" for d in names for c in classes), root)
     split = split_identities(strata, {"test": test_fraction, "val": val_fraction}, seed)
@@ -154,7 +163,7 @@ def domains(
     def of_sources(rows: Tensor) -> Part:
         return found.part(rows[source[rows]])
 
-    return RawData(
+    raw = RawData(
         classes=classes,
         train=of_sources(split["train"]),
         val=of_sources(split["val"]),
@@ -164,6 +173,7 @@ def domains(
         held_out_domain=unseen,
         skipped=found.skipped,
     )
+    return _with_notes(raw, finder, reader)
 
 
 def _skips(on_bad_sample: str) -> bool:
@@ -172,39 +182,28 @@ def _skips(on_bad_sample: str) -> bool:
     return on_bad_sample == "skip"
 
 
-def _class_listing(folder: Path, root: Path, limit: int, seed: int) -> Listing:
+def _class_listing(folder: Path, finder: Finder, limit: int, seed: int) -> Listing:
     if isinstance(limit, bool) or limit < 0:
         raise UserError(f"data option 'limit' must be 0 or more, found {limit!r}")
-    classes = subfolders(folder, root)
+    classes = class_folders(folder, finder)
     if len(classes) < 2:
-        found = ", ".join(p.name for p in classes) or "none"
+        found = ", ".join(c.name for c in classes) or "none"
         raise UserError(f"{folder}: expected a folder of images per class, two classes or more; found {found}.")
+    finder.beside(folder)
     paths: list[Path] = []
     labels: list[int] = []
     for label, each in enumerate(classes):
-        files = images(each, root)
+        files = [file for one in each.folders for file in finder.images(one)]
         if not files:
-            raise UserError(f"{each}: the class is empty: no image in it. Remove the folder or fill it.")
+            raise UserError(f"{each.folders[0]}: the class is empty: no image in it. Remove the folder or fill it.")
         files = drawn(files, limit, seed, each.name)
         paths += files
         labels += [label] * len(files)
-    return Listing(tuple(p.name for p in classes), paths, labels, [0] * len(paths))
+    return Listing(tuple(c.name for c in classes), paths, labels, [0] * len(paths))
 
 
-def _same_classes(names: list[str], listings: list[Listing], root: Path) -> tuple[str, ...]:
-    first = set(listings[0].classes)
-    for name, listing in zip(names, listings, strict=True):
-        different = sorted(first ^ set(listing.classes))
-        if different:
-            raise UserError(
-                f"{root}: every part needs the same classes; {names[0]!r} and {name!r} differ in "
-                f"{', '.join(different)}."
-            )
-    return listings[0].classes
-
-
-def _decoded(listing: Listing, shape: tuple[int, int, int], skip: bool) -> Decoded:
-    pixels, good, reasons = read_all(listing.paths, shape, skip)
+def _decoded(listing: Listing, reader: Reader) -> Decoded:
+    pixels, good, reasons = reader.read(listing.paths)
     if reasons:
         warnings.warn(f"{len(reasons)} bad images are left out, the first: {reasons[0]}", stacklevel=3)
     labels = torch.tensor([listing.labels[i] for i in good], dtype=torch.int64)
@@ -221,24 +220,19 @@ def _check_counts(strata: Tensor, names: tuple[str, ...], root: Path) -> None:
 
 
 def _fixed_split(
-    root: Path,
-    fixed: dict[str, Path],
-    shape: tuple[int, int, int],
-    val_fraction: float,
-    limit: int,
-    skip: bool,
-    seed: int,
+    finder: Finder, parts: dict[str, Path], reader: Reader, val_fraction: float, limit: int, seed: int
 ) -> RawData:
-    names = list(fixed)
-    listings = [_class_listing(fixed[name], root, limit, seed) for name in names]
-    classes = _same_classes(names, listings, root)
-    decoded = {name: _decoded(one, shape, skip) for name, one in zip(names, listings, strict=True)}
+    listings = {part: _class_listing(folder, finder, limit, seed) for part, folder in parts.items()}
+    same_classes({parts[part].name: one.classes for part, one in listings.items()}, finder.root)
+    classes = listings["train"].classes
+    reader.look(path for one in listings.values() for path in one.paths)
+    decoded = {part: _decoded(one, reader) for part, one in listings.items()}
     skipped = tuple(reason for one in decoded.values() for reason in one.skipped)
-    whole = {name: one.part(torch.arange(len(one.labels))) for name, one in decoded.items()}
-    if len(fixed) == 3:
+    whole = {part: one.part(torch.arange(len(one.labels))) for part, one in decoded.items()}
+    if len(parts) == 3:
         return RawData(classes, whole["train"], whole["val"], whole["test"], skipped=skipped)
     train = decoded["train"]
-    _check_counts(train.labels, classes, fixed["train"])
+    _check_counts(train.labels, classes, parts["train"])
     split = split_identities(train.labels, {"val": val_fraction}, seed)
     test = whole["test"] if "test" in whole else whole["val"]
     return RawData(classes, train.part(split["train"]), train.part(split["val"]), test, skipped=skipped)

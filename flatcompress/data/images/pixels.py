@@ -12,7 +12,7 @@ Shape = tuple[int, int, int]  # channels, height, width
 
 
 class Pixels(Protocol):
-    """A sequence of uint8 images of one shape."""
+    """A sequence of images of one shape, in 0..255: uint8, or float32 where a file held more than eight bits."""
 
     @property
     def shape(self) -> Shape: ...
@@ -20,16 +20,18 @@ class Pixels(Protocol):
     def __len__(self) -> int: ...
 
     def gather(self, rows: Tensor) -> Tensor:
-        """uint8 [B, C, H, W] for row numbers [B]."""
+        """[B, C, H, W] for row numbers [B]."""
         ...
 
 
 class MemoryPixels:
-    """All images in one uint8 tensor [N, C, H, W]."""
+    """All images in one tensor [N, C, H, W], uint8 or float32 in 0..255."""
 
     def __init__(self, images: Tensor) -> None:
-        if images.dtype != torch.uint8 or images.dim() != 4:
-            raise ValueError(f"images must be uint8 [N, C, H, W], found {images.dtype} {tuple(images.shape)}")
+        if images.dtype not in (torch.uint8, torch.float32) or images.dim() != 4:
+            raise ValueError(
+                f"images must be uint8 or float32 [N, C, H, W], found {images.dtype} {tuple(images.shape)}"
+            )
         self.images = images
 
     @property
@@ -41,6 +43,11 @@ class MemoryPixels:
 
     def gather(self, rows: Tensor) -> Tensor:
         return self.images[rows]
+
+
+def eight_bits(images: Tensor) -> Tensor:
+    """Images in 0..255 as uint8, rounded where they were finer: corruptions and pictures are made of eight bits."""
+    return images if images.dtype == torch.uint8 else images.round().to(torch.uint8)
 
 
 class ChunkedPixels:
@@ -68,7 +75,7 @@ class ChunkedPixels:
             rows = self.rows[number * self.CHUNK : (number + 1) * self.CHUNK]
             while len(self._chunks) >= self.keep:
                 del self._chunks[next(iter(self._chunks))]
-            self._chunks[number] = self.change(self.source.gather(rows), number)
+            self._chunks[number] = self.change(eight_bits(self.source.gather(rows)), number)
         return self._chunks[number]
 
     def gather(self, rows: Tensor) -> Tensor:

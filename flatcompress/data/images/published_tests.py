@@ -14,63 +14,67 @@ import torch
 from torch import Tensor
 
 from flatcompress.data.bundle import Part
-from flatcompress.data.images.decoding import read_all
-from flatcompress.data.images.files import data_root, drawn, images, subfolders
-from flatcompress.data.images.pixels import MemoryPixels, Shape
+from flatcompress.data.images.files import Finder, data_root, drawn
+from flatcompress.data.images.layout import class_folders
+from flatcompress.data.images.pixels import MemoryPixels
+from flatcompress.data.images.reading import Reader
 from flatcompress.errors import UserError
 
 SEVERITIES = ("1", "2", "3", "4", "5")
 Skipped = tuple[str, ...]
 
 
-def class_folders(
-    root: Path, classes: Sequence[str], shape: Shape, limit: int, skip: bool, seed: int
+def classes_below(
+    finder: Finder, folder: Path, classes: Sequence[str], reader: Reader, limit: int, seed: int
 ) -> tuple[Part, Skipped]:
-    """CLASS/image below ``root``: class names are among ``classes``, or are their numbers, 0 first (ImageNet-V2).
+    """CLASS/image below ``folder``: class names are among ``classes``, or are their numbers, 0 first (ImageNet-V2).
 
     ``limit``: images per class at most, drawn by the seed (0: all). UserError for a class that training does not have.
     """
-    found = subfolders(root, root)
+    found = class_folders(folder, finder)
     order = {name: label for label, name in enumerate(classes)}
-    if found and all(p.name.isdecimal() for p in found) and not any(p.name in order for p in found):
+    if found and all(c.name.isdecimal() for c in found) and not any(c.name in order for c in found):
         order = {str(label): label for label in range(len(classes))}
-    strange = [p.name for p in found if p.name not in order]
+    strange = [c.name for c in found if c.name not in order]
     if strange or not found:
         what = f"{len(strange)} folders are no training class: {', '.join(strange[:5])}" if found else "no class folder"
-        raise UserError(f"{root}: {what}. Expected CLASS/image with the training classes, {', '.join(classes[:3])} ...")
+        raise UserError(
+            f"{folder}: {what}. Expected CLASS/image with the training classes, {', '.join(classes[:3])} ..."
+        )
     paths: list[Path] = []
     labels: list[int] = []
     for each in found:
-        files = drawn(images(each, root), limit, seed, each.name)
+        files = drawn([file for one in each.folders for file in finder.images(one)], limit, seed, each.name)
         paths += files
         labels += [order[each.name]] * len(files)
     if not paths:
-        raise UserError(f"{root}: no image in any of its class folders.")
-    pixels, good, reasons = read_all(paths, shape, skip)
+        raise UserError(f"{folder}: no image in any of its class folders.")
+    pixels, good, reasons = reader.read(paths)
     rows = torch.arange(len(good))
     part = Part(pixels, rows, torch.tensor([labels[i] for i in good]), torch.zeros_like(rows), rows)
     return part, tuple(reasons)
 
 
 def corrupted_folders(
-    path: Any, classes: Sequence[str], shape: Shape, limit: int, skip: bool, seed: int
+    path: Any, classes: Sequence[str], reader: Reader, limit: int, seed: int
 ) -> tuple[dict[str, Part], Skipped]:
     """KIND/SEVERITY/CLASS/image, as ImageNet-C (arXiv 1903.12261) is laid out; keys are "kind/severity".
 
     ``limit``: images per class, kind and severity. UserError names the folder that does not fit.
     """
     root = data_root(path, "corrupted_path")
+    finder = Finder(root)
     found: dict[str, Part] = {}
     skipped: list[str] = []
-    for kind in subfolders(root, root):
-        severities = subfolders(kind, root)
+    for kind in finder.subfolders(root):
+        severities = finder.subfolders(kind)
         wrong = [p.name for p in severities if p.name not in SEVERITIES]
         if wrong or not severities:
             raise UserError(
                 f"{kind}: expected folders 1 to 5 (KIND/SEVERITY/CLASS/image), found {', '.join(wrong[:5]) or 'none'}."
             )
         for severity in severities:
-            part, bad = class_folders(severity, classes, shape, limit, skip, seed)
+            part, bad = classes_below(finder, severity, classes, reader, limit, seed)
             found[f"{kind.name}/{severity.name}"] = part
             skipped += bad
     if not found:
