@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from flatcompress.errors import UserError, nearest
+from flatcompress.registry import shown
 from flatcompress.stages.configs import (
     STAGE_CONFIGS,
     ExportConfig,
@@ -290,13 +291,21 @@ def json_schema() -> dict[str, Any]:
 
     schema = Recipe.model_json_schema()
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
-    hyper = {k: v for entry in flat.METHODS.values() for k, v in entry.defaults.items()}
+    hyper = {key: _hyper_schema(defaults) for key, defaults in flat.defaults_by_method().items()}
     for name in ("TrainConfig", "PruneConfig", "SparsifyConfig", "QuantizeConfig"):
         section = schema["$defs"][name]
         section["additionalProperties"] = False
-        for key, default in hyper.items():
-            jsonable = default if isinstance(default, str | int | float | bool | None) else str(default)
-            section["properties"].setdefault(
-                key, {"description": "hyper-parameter of the flat method", "default": jsonable}
-            )
+        for key, described in hyper.items():
+            section["properties"].setdefault(key, described)
     return json.loads(json.dumps(schema))
+
+
+def _hyper_schema(defaults: dict[str, Any]) -> dict[str, Any]:
+    """A hyper-parameter's description; its default where the methods that take it agree."""
+    by_method = {name: shown(value) for name, value in defaults.items()}
+    values = list(by_method.values())
+    if all(value == values[0] for value in values):
+        where = ", ".join(by_method)
+        return {"description": f"hyper-parameter of the flat method ({where})", "default": values[0]}
+    where = ", ".join(f"{name} {value}" for name, value in by_method.items())
+    return {"description": f"hyper-parameter of the flat method; default by method: {where}"}

@@ -2,8 +2,9 @@
 
 A registry holds frozen records of plain data. A record names the thing, says in one line what it is and where
 it comes from, and points to the function or class that does it; the defaults are read from that callable's own
-signature, so they stand in one place. ``flatcompress list`` prints registries, the recipe's schema checks
-against them and the tests run over them.
+signature, so they stand in one place. What others must know about a row stands on the row too, as `Entry.facts`,
+so nobody compares names. ``flatcompress list`` prints registries, the recipe's schema checks against them and the
+tests run over them.
 """
 
 from __future__ import annotations
@@ -11,19 +12,34 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar, overload
 
 from flatcompress.errors import unknown
 
+Facts = TypeVar("Facts")
+
 
 @dataclass(frozen=True)
-class Entry:
-    """One row: ``name`` -> ``make``. ``paper`` is an arXiv id or another short reference, or empty."""
+class NoFacts:
+    """There is nothing to know about such a row beside what it makes."""
+
+
+@dataclass(frozen=True)
+class Entry(Generic[Facts]):
+    """One row: ``name`` -> ``make``; calling the row calls ``make``.
+
+    ``paper`` is an arXiv id or another short reference, or empty. ``facts``: what others must know of the row.
+    """
 
     name: str
     make: Callable[..., Any]
     summary: str
-    paper: str = ""
+    paper: str
+    facts: Facts
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What ``make`` gives."""
+        return self.make(*args, **kwargs)
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -32,27 +48,39 @@ class Entry:
         return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
 
 
-class Registry(Mapping[str, Entry]):
+class Registry(Mapping[str, Entry[Facts]]):
     """An ordered mapping from name to `Entry`; an unknown name raises a UserError with the nearest spelling.
 
-    >>> colours = Registry("colour")
-    >>> _ = colours.add("red", lambda depth=1: depth, "warm")
-    >>> colours["red"].defaults
-    {'depth': 1}
+    ``facts``: the record class of the rows' facts, each of which has a default.
+
+    >>> @dataclass(frozen=True)
+    ... class Light:
+    ...     warm: bool = False
+    >>> colours = Registry("colour", Light)
+    >>> _ = colours.add("red", lambda depth=1: depth, "like fire", warm=True)
+    >>> colours["red"].defaults, colours["red"](), colours["red"].facts.warm
+    ({'depth': 1}, 1, True)
     """
 
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
-        self._entries: dict[str, Entry] = {}
+    @overload
+    def __init__(self: Registry[NoFacts], kind: str) -> None: ...
 
-    def add(self, name: str, make: Callable[..., Any], summary: str, paper: str = "") -> Entry:
-        """Register ``make`` under ``name``. A name can be taken once."""
+    @overload
+    def __init__(self, kind: str, facts: Callable[..., Facts]) -> None: ...
+
+    def __init__(self, kind: str, facts: Callable[..., Any] = NoFacts) -> None:
+        self.kind = kind
+        self._facts = facts
+        self._entries: dict[str, Entry[Facts]] = {}
+
+    def add(self, name: str, make: Callable[..., Any], summary: str, paper: str = "", **facts: Any) -> Entry[Facts]:
+        """Register ``make`` under ``name``. A name can be taken once. ``facts``: the fields that are not at default."""
         if name in self._entries:
             raise ValueError(f"{self.kind} {name!r} is registered twice")
-        entry = self._entries[name] = Entry(name, make, summary, paper)
+        entry = self._entries[name] = Entry(name, make, summary, paper, self._facts(**facts))
         return entry
 
-    def __getitem__(self, name: str) -> Entry:
+    def __getitem__(self, name: str) -> Entry[Facts]:
         try:
             return self._entries[name]
         except KeyError:
@@ -66,3 +94,14 @@ class Registry(Mapping[str, Entry]):
 
     def __len__(self) -> int:
         return len(self._entries)
+
+
+def shown(value: Any) -> Any:
+    """A default as data that can be written down: a function by its name.
+
+    >>> shown(0.05), shown(shown), shown((1, 2))
+    (0.05, 'shown', '(1, 2)')
+    """
+    if isinstance(value, str | int | float | bool | None):
+        return value
+    return getattr(value, "__name__", None) or repr(value)

@@ -11,7 +11,7 @@ from flatcompress import data, flat, models, onnx_export, prune, quant
 from flatcompress.errors import UserError, nearest, unknown
 from flatcompress.pipeline import Pipeline, Result
 from flatcompress.recipe import Recipe, load_recipe, parse_recipe
-from flatcompress.registry import Registry
+from flatcompress.registry import Registry, shown
 from flatcompress.stages.methods import PRUNE_METHODS, QAT_METHODS
 from flatcompress.store import checkpoint
 from flatcompress.store.runfolder import RunFolder
@@ -107,8 +107,7 @@ def catalogue() -> dict[str, list[dict[str, Any]]]:
 
 
 def _plain(defaults: dict[str, Any]) -> dict[str, Any]:
-    simple = (str, int, float, bool, type(None))
-    return {k: v if isinstance(v, simple) else repr(v) for k, v in defaults.items()}
+    return {key: shown(value) for key, value in defaults.items()}
 
 
 def verify_target(target: Path) -> dict[str, Any]:

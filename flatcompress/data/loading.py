@@ -60,7 +60,7 @@ def load(
     """
     entry = DATASETS[name]
     _check_options(entry, options)
-    raw: RawData = entry.make(seed, **options)
+    raw: RawData = entry(seed, **options)
     for label in ("train", "val", "test"):
         if not len(getattr(raw, label).rows):
             raise UserError(f"data set {name!r}: the {label} part is empty; give it more images or another fraction")

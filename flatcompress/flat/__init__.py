@@ -28,14 +28,16 @@ from flatcompress.flat.methods import (
     terms,
     trust,
 )
-from flatcompress.flat.methods.family import COMBINATIONS, METHODS
-from flatcompress.flat.methods.method import Method
+from flatcompress.flat.methods.family import COMBINATIONS, METHODS, defaults_by_method
+from flatcompress.flat.methods.method import Bounds, Facts, Method
 
 __all__ = [
     "COMBINATIONS",
     "HERE",
     "METHODS",
     "Ball",
+    "Bounds",
+    "Facts",
     "FlatOptimizer",
     "Method",
     "Probe",
@@ -45,6 +47,7 @@ __all__ = [
     "averaging",
     "create",
     "curvature",
+    "defaults_by_method",
     "guards",
     "landscape",
     "masked",

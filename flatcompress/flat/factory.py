@@ -16,7 +16,7 @@ from flatcompress.errors import UserError, unknown
 from flatcompress.flat.engine.ball import BALL_OPTIONS
 from flatcompress.flat.engine.context import Step
 from flatcompress.flat.engine.engine import Compose, FlatOptimizer, Radius, Settings
-from flatcompress.flat.engine.when import WHEN, bernoulli, interval
+from flatcompress.flat.engine.when import WHEN
 from flatcompress.flat.methods.family import COMBINATIONS, METHODS
 from flatcompress.flat.methods.method import Method, When, plain
 
@@ -117,21 +117,27 @@ def build(name: str, **hyper: Any) -> Method:
     for key in hyper:
         if key not in allowed:
             raise unknown(f"option of flat method {name!r}:", key, allowed)
-    return cast(Method, entry.make(**hyper))
+    method = cast(Method, entry(**hyper))
+    for key, bounds in entry.facts.bounds.items():
+        problem = bounds.problem(hyper[key]) if isinstance(hyper.get(key), int | float) else None
+        if problem is not None:  # what the method itself did not refuse in its own words
+            raise UserError(f"{key} is {hyper[key]!r}; it {problem}")
+    return method
 
 
 def hyper_only(hyper: dict[str, Any]) -> dict[str, Any]:
     """``hyper`` without the short forms of policies."""
-    return {key: value for key, value in hyper.items() if key not in ("interval", "bernoulli")}
+    return {key: value for key, value in hyper.items() if not _is_policy(key)}
+
+
+def _is_policy(key: str) -> bool:
+    return key in WHEN and WHEN[key].facts.short
 
 
 def _timed(method: Method, when: When | None, hyper: dict[str, Any]) -> Method:
     """Put the policies around the method: a step that one of them leaves out is a plain step."""
     policies = [when] if when is not None else []
-    if "interval" in hyper:
-        policies.append(interval(hyper["interval"]))
-    if "bernoulli" in hyper:
-        policies.append(bernoulli(hyper["bernoulli"]))
+    policies += [WHEN[key](value) for key, value in hyper.items() if _is_policy(key)]
     if not policies:
         return method
 

@@ -88,7 +88,7 @@ def _builtin(name: str, num_classes: int, shape: Shape, options: dict[str, Any])
         raise unknown("model", name, [*MODELS, *_PREFIXES])
     entry = MODELS[name]
     _check_options(entry, options)
-    return entry.make(num_classes, shape, **options)
+    return entry(num_classes, shape, **options)
 
 
 def _check_options(entry: Entry, options: dict[str, Any]) -> None:
@@ -112,4 +112,4 @@ def _external(
         return external.factory(name, num_classes, shape, **options)
     if config is not None:
         options = {**options, "config": config}
-    return external.SOURCES[source].make(rest, num_classes, shape, **options)
+    return external.SOURCES[source](rest, num_classes, shape, **options)

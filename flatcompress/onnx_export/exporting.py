@@ -60,7 +60,7 @@ def export(
     the model cannot be traced or written, or does not go with the profile; nothing is left at ``path`` then.
     Profile ``c`` writes its sources into the folder ``c`` beside ``path``, or beside it where that is its folder.
     """
-    chosen: Profile = PROFILES[profile].make()
+    chosen: Profile = PROFILES[profile]()
     reference = lower(model, example_input)
     _check_fits(reference, chosen)
     decided = c_model.prepare(reference) if chosen.c else None

@@ -14,7 +14,7 @@ from flatcompress.plan import Plan
 from flatcompress.prune.budgets.choice import Budget, choose
 from flatcompress.prune.budgets.cost import CostModel
 from flatcompress.prune.dependency.survey import survey
-from flatcompress.prune.importance import IMPORTANCES, NEEDS_GRADIENTS, RunningScore, score
+from flatcompress.prune.importance import IMPORTANCES, RunningScore, score
 from flatcompress.prune.masks import WeightMasks, enforce_, parse_pattern
 from flatcompress.prune.oneshot import nothing_pruned, require_groups
 from flatcompress.prune.radius import Radius, adaptive_radius
@@ -47,7 +47,7 @@ class ChannelSchedule:
         ignore: Sequence[str] = (),
         **options: Any,
     ) -> None:
-        _ = IMPORTANCES[importance]
+        facts = IMPORTANCES[importance].facts
         if every < 1:
             raise UserError(f"prune events must be at least 1 step apart, found every={every}.")
         self.at = [every * (i + 1) for i in range(events)] if isinstance(events, int) else list(events)
@@ -61,7 +61,7 @@ class ChannelSchedule:
         self.mask = SoftMask(self.groups)
         self.steps = self.event = 0
         self.costs = None if self.budget.kind == "ratio" else CostModel(model, example_input)
-        self._running = RunningScore(self.groups, importance, **options) if importance in NEEDS_GRADIENTS else None
+        self._running = RunningScore(self.groups, importance, **options) if facts.needs_gradients else None
         self._check_reachable()
 
     def _check_reachable(self) -> None:

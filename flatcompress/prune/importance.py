@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,16 +22,24 @@ from flatcompress.prune.dependency.groups import Group, Member
 from flatcompress.randomness import mixed
 from flatcompress.registry import Registry
 
-IMPORTANCES = Registry("importance")
-NEEDS_GRADIENTS = frozenset({"taylor", "taylor_abs", "bn_taylor", "hessian"})
+
+@dataclass(frozen=True)
+class Facts:
+    """``needs_gradients``: reads ``.grad``. ``per_sample``: of one sample at a time. ``normalised``: its scores can be
+    compared between layers as they are."""
+
+    needs_gradients: bool = False
+    per_sample: bool = False
+    normalised: bool = False
+
+
+IMPORTANCES: Registry[Facts] = Registry("importance", Facts)
 _NORMALIZERS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": torch.ones_like,
     "mean": lambda s: s.mean(),
     "max": lambda s: s.max(),
     "sum": lambda s: s.sum(),
 }
-# Scores that are already comparable between layers.
-_UNNORMALISED = frozenset({"lamp", "random"})
 
 
 def _weights(group: Group) -> Iterator[tuple[Member, nn.Parameter, int]]:
@@ -180,13 +189,19 @@ def random(group: Group, seed: int = 0) -> Tensor:
 
 IMPORTANCES.add("group_l2", group_l2, "squared weights of all coupled layers", "2301.12900")
 IMPORTANCES.add("bn_scale", bn_scale, "size of BatchNorm's gamma", "1708.06519")
-IMPORTANCES.add("taylor", taylor, "first-order change of the loss, squared", "1906.10771")
-IMPORTANCES.add("taylor_abs", taylor_abs, "sum of |gradient * weight|", "1906.10771")
-IMPORTANCES.add("bn_taylor", bn_taylor, "first-order change of the loss at the BatchNorm gate", "2110.10811")
-IMPORTANCES.add("hessian", hessian, "second-order change of the loss, diagonal", "OBD, NeurIPS 1989")
+IMPORTANCES.add("taylor", taylor, "first-order change of the loss, squared", "1906.10771", needs_gradients=True)
+IMPORTANCES.add("taylor_abs", taylor_abs, "sum of |gradient * weight|", "1906.10771", needs_gradients=True)
+IMPORTANCES.add(
+    "bn_taylor", bn_taylor, "first-order change of the loss at the BatchNorm gate", "2110.10811", needs_gradients=True
+)
+IMPORTANCES.add(
+    "hessian", hessian, "second-order change of the loss, diagonal", "OBD, NeurIPS 1989",
+    needs_gradients=True, per_sample=True,
+)  # fmt: skip
 IMPORTANCES.add("fpgm", fpgm, "distance to the layer's other filters", "1811.00250")
-IMPORTANCES.add("lamp", lamp, "layer-adaptive magnitude", "2010.07611")
-IMPORTANCES.add("random", random, "a seeded coin")
+IMPORTANCES.add("lamp", lamp, "layer-adaptive magnitude", "2010.07611", normalised=True)
+IMPORTANCES.add("random", random, "a seeded coin", normalised=True)
+NEEDS_GRADIENTS = frozenset(name for name, entry in IMPORTANCES.items() if entry.facts.needs_gradients)  # built-in ones
 
 
 def score(
@@ -203,13 +218,13 @@ def score(
 
 def raw_scores(groups: Sequence[Group], importance: str, **options: Any) -> list[Tensor]:
     """`score` before normalisation."""
-    function = IMPORTANCES[importance].make
+    function = IMPORTANCES[importance]
     return [function(group, **options).float().cpu() for group in groups]
 
 
 def normalized(raw: Tensor, importance: str, normalize: str | None = None) -> Tensor:
     """``raw`` [units] divided by its own mean (or max, sum, 1)."""
-    name = normalize or ("none" if importance in _UNNORMALISED else "mean")
+    name = normalize or ("none" if IMPORTANCES[importance].facts.normalised else "mean")
     if name not in _NORMALIZERS:
         raise unknown("normalizer", name, _NORMALIZERS)
     return raw / _NORMALIZERS[name](raw).clamp(min=1e-12)

@@ -16,7 +16,7 @@ from flatcompress.prune.budgets.choice import Budget, choose
 from flatcompress.prune.budgets.cost import CostModel
 from flatcompress.prune.dependency.groups import Group, Survey
 from flatcompress.prune.dependency.survey import survey
-from flatcompress.prune.importance import IMPORTANCES, NEEDS_GRADIENTS, RunningScore, score
+from flatcompress.prune.importance import IMPORTANCES, RunningScore, score
 from flatcompress.prune.ranking import Limits
 from flatcompress.prune.soft import shrink
 
@@ -104,10 +104,10 @@ def _one_budget(
 def _scores(
     model: nn.Module, groups: list[Group], importance: str, batches: Batches | None, loss: Loss, options: dict[str, Any]
 ) -> list[Tensor]:
-    if importance not in NEEDS_GRADIENTS or batches is None:
+    if not IMPORTANCES[importance].facts.needs_gradients or batches is None:
         return score(groups, importance, **options)
     running = RunningScore(groups, importance, **options)
-    observe(model, running, batches, loss, per_sample=importance == "hessian")
+    observe(model, running, batches, loss, per_sample=IMPORTANCES[importance].facts.per_sample)
     return running.scores()
 
 

@@ -106,7 +106,7 @@ class Ladder:
         self._order = [s.argsort(stable=True) for s in ranked]
         self._size = [group.channels / group.units for group in self.groups]
         self.rungs: list[_Rung] = []
-        for scope in RANKINGS[limits.ranking].make(self.groups):
+        for scope in RANKINGS[limits.ranking](self.groups):
             self.rungs += self._scope_rungs(scope, ranked, limits)
         self.rungs.sort(key=lambda rung: rung.share)
 

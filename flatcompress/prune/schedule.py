@@ -42,5 +42,5 @@ def left_after(kind: str, start: float, end: float, event: int, events: int) -> 
     """What is to be left after prune event ``event`` of ``events`` (event 0: nothing cut yet)."""
     if events < 1:
         raise UserError(f"a schedule needs at least one prune event, found {events}.")
-    curve: Callable[[float, float, float], float] = SCHEDULES[kind].make
+    curve: Callable[[float, float, float], float] = SCHEDULES[kind]
     return curve(start, end, min(event, events) / events)

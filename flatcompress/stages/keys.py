@@ -105,6 +105,7 @@ class TrainingKeys(BaseModel):
                     f"the stage takes {', '.join(type(self).model_fields)}.",
                 )
             extras[key] = coerce(key, value, accepted[key])
+            _within(self.flat_method(), key, extras[key])
         return self
 
 
@@ -142,14 +143,19 @@ def _number(key: str, value: Any, kind: type) -> float | int:
             raise KeyProblem(key, f"expected a number, found {value!r}.") from None
     if isinstance(value, bool) or not isinstance(value, int | float) or value != value or abs(value) == float("inf"):
         raise KeyProblem(key, f"expected a finite number, found {value!r}.")
-    if key in _NON_NEGATIVE and value < 0:
-        raise KeyProblem(key, f"must be 0 or greater, found {value!r}.")
     if kind is int and float(value).is_integer():
         return int(value)
     return value
 
 
-_NON_NEGATIVE = frozenset({"rho", "eta", "sigma", "grad_rho", "grad_norm_rho"})
+def _within(method: str, key: str, value: Any) -> None:
+    """KeyProblem for a hyper-parameter outside the bounds that stand on its method's row."""
+    from flatcompress import flat
+
+    bounds = flat.METHODS[method].facts.bounds.get(key)
+    problem = bounds.problem(value) if bounds is not None and isinstance(value, int | float) else None
+    if problem is not None:
+        raise KeyProblem(key, f"{problem}, found {value!r}.")
 
 
 def known_method(value: str, table: Mapping[str, Any], kind: str) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from flatcompress import quant
+from flatcompress import flat, quant
 from flatcompress.prune import masks
 from flatcompress.stages.configs import QuantizeConfig
 from flatcompress.stages.methods import QatMethod
@@ -125,5 +125,5 @@ def _conflict(model: nn.Module, config: QuantizeConfig) -> Any:
         granularity=config.granularity,
         refreeze=config.refreeze,
         remedy=config.remedy,
-        mix=(0.5, 0.5) if config.flat_method() == "sagm" else (0.0, 1.0),
+        mix=flat.METHODS[config.flat_method()].facts.mix,
     )

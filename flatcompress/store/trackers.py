@@ -23,7 +23,7 @@ _NOT_SCALARS = {"event", "time", "stage", "epochs", *_CLOCKS}
 
 def open_tracker(name: str, folder: str | Path, run_name: str = "flatcompress") -> Tracker:
     """The tracker ``name`` writing beside the run in ``folder``. UserError: unknown name, or the extra is missing."""
-    return TRACKERS[name].make(Path(folder), run_name)
+    return TRACKERS[name](Path(folder), run_name)
 
 
 def scalars(event: Mapping[str, Any]) -> tuple[int, dict[str, float]]:

@@ -56,7 +56,7 @@ def corrupt(images: Tensor, kind: str, severity: int, seed: int = 0) -> Tensor:
     """
     if severity not in SEVERITIES:
         raise UserError(f"severity of {kind} must be one of 1, 2, 3, 4, 5, found {severity!r}")
-    make = CORRUPTIONS[kind].make
+    make = CORRUPTIONS[kind]
     changed = make(images.float() / 255, severity, generator(seed, kind, severity))
     return changed.clamp(0, 1).mul(255).round().to(torch.uint8)
 

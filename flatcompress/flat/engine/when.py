@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass
 
 from flatcompress.errors import UserError
 from flatcompress.flat.methods.method import When, always
@@ -31,8 +32,15 @@ def window(start: int = 0, end: int | None = None) -> When:
     return lambda step: step.t >= start and (end is None or step.t < end)
 
 
-WHEN = Registry("policy")
+@dataclass(frozen=True)
+class Facts:
+    """``short``: can be asked for as an option of that name, ``interval=2`` for ``when=interval(2)``."""
+
+    short: bool = False
+
+
+WHEN: Registry[Facts] = Registry("policy", Facts)
 WHEN.add("always", lambda: always, "every step")
-WHEN.add("interval", interval, "every k-th step")
-WHEN.add("bernoulli", bernoulli, "each step with a probability", "2203.09962")
+WHEN.add("interval", interval, "every k-th step", short=True)
+WHEN.add("bernoulli", bernoulli, "each step with a probability", "2203.09962", short=True)
 WHEN.add("window", window, "the steps from start to end")

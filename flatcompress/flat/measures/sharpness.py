@@ -178,7 +178,7 @@ def layerwise(
     if measure == "one_step":
         return _layerwise_one_step(model, batches, loss, rho, **options)
     held = listed(batches, model)
-    run = MEASURES[measure].make if isinstance(measure, str) else measure
+    run = MEASURES[measure] if isinstance(measure, str) else measure
     chosen = options.pop("perturbed", None)
     names = [n for n, p in model.named_parameters() if p.requires_grad and (chosen is None or chosen(n, p))]
     return {name: run(model, held, loss, rho, perturbed=_only(name), **options) for name in names}
@@ -237,7 +237,7 @@ def sharpness(
     model: nn.Module, batches: Batches, loss: Loss, rho: float = 0.05, *, measure: str = "one_step", **options: Any
 ) -> float:
     """One number by the name of its measure; see `MEASURES`. ``options`` are those of the measure's function."""
-    return float(MEASURES[measure].make(model, batches, loss, rho, **options))
+    return float(MEASURES[measure](model, batches, loss, rho, **options))
 
 
 def report(

@@ -25,7 +25,7 @@ from flatcompress.flat.methods import (
     onepass,
     trust,
 )
-from flatcompress.flat.methods.method import Method
+from flatcompress.flat.methods.method import Bounds, Facts, Method
 from flatcompress.registry import Registry
 
 
@@ -225,29 +225,82 @@ def bloop(lam: float = 0.1, decay: float = 0.99) -> Method:
     return Method(program, remember=remember, keeps=True)
 
 
-METHODS = Registry("flat method")
-METHODS.add("none", none, "the base optimizer alone")
-METHODS.add("sam", sam, "sharpness-aware minimization: the gradient at the worst point of a ball", "2010.01412")
-METHODS.add("asam", asam, "SAM in a ball that scales with the weights", "2102.11600")
-METHODS.add("fisher_sam", fisher_sam, "SAM in the ellipsoid of the diagonal Fisher information", "2206.04920")
-METHODS.add("gsam", gsam, "surrogate gap: SAM that also lowers perturbed loss minus loss", "2203.08065")
-METHODS.add("sagm", sagm, "gradient matching: loss, perturbed loss and their agreement", "2303.10353")
-METHODS.add("gam", gam, "first-order flatness: lowers the largest gradient norm nearby (4 passes)", "2303.03108")
-METHODS.add("wsam", wsam, "sharpness as a weighted, decoupled regulariser", "2305.15817")
-METHODS.add("looksam", looksam, "SAM every k-th step, its direction reused in between", "2203.02714")
-METHODS.add("esam", masked.esam, "efficient SAM: random tensors perturbed, sharpest samples kept", "2110.03141")
-METHODS.add("friendlysam", friendlysam, "SAM along the batch's own part of the gradient", "2403.12350")
-METHODS.add("rsam", noisy.rsam, "random smoothing first, then one ascent", "NeurIPS 2022")
-METHODS.add("msam", onepass.msam, "Momentum-SAM: perturb along the momentum, one pass", "2401.12033")
-METHODS.add("samon", masked.samon, "SAM on the normalisation layers only", "2306.04226")
-METHODS.add("ssam", masked.ssam, "sparse SAM: only the entries of a Fisher or dynamic mask", "2210.05177")
-METHODS.add("lpf_sgd", noisy.lpf_sgd, "low-pass filter: the mean gradient under Gaussian noise", "2201.08025")
-METHODS.add(
-    "dpsat", onepass.dpsat, "perturb along the last gradient, one pass, private gradients welcome", "2306.05651"
-)
-METHODS.add("bsam", noisy.bsam, "Bayes by SAM: a Gaussian posterior with its own update", "2210.01620")
-METHODS.add("tram", trust.tram, "SAM whose radius is a trust-region distance", "2310.03646")
-METHODS.add("ggpo", noisy.ggpo, "noise on the frozen weights of LoRA layers, built from their norms", "2502.14538")
+_NOT_NEGATIVE, _SHARE, _COUNT = Bounds(0), Bounds(0, 1), Bounds(1)
+_RADIUS = {"rho": _NOT_NEGATIVE}
+_METRIC = {"rho": _NOT_NEGATIVE, "eta": _NOT_NEGATIVE}
 
-COMBINATIONS = Registry("combination of two losses")
+METHODS: Registry[Facts] = Registry("flat method", Facts)
+METHODS.add("none", none, "the base optimizer alone")
+METHODS.add(
+    "sam", sam, "sharpness-aware minimization: the gradient at the worst point of a ball", "2010.01412", bounds=_RADIUS
+)
+METHODS.add("asam", asam, "SAM in a ball that scales with the weights", "2102.11600", bounds=_METRIC)
+METHODS.add(
+    "fisher_sam", fisher_sam, "SAM in the ellipsoid of the diagonal Fisher information", "2206.04920", bounds=_METRIC
+)
+METHODS.add(
+    "gsam", gsam, "surrogate gap: SAM that also lowers perturbed loss minus loss", "2203.08065",
+    bounds={**_RADIUS, "alpha": _NOT_NEGATIVE},
+)  # fmt: skip
+METHODS.add(
+    "sagm", sagm, "gradient matching: loss, perturbed loss and their agreement", "2303.10353",
+    bounds={**_RADIUS, "alpha": _NOT_NEGATIVE}, mix=(0.5, 0.5),
+)  # fmt: skip
+METHODS.add(
+    "gam", gam, "first-order flatness: lowers the largest gradient norm nearby (4 passes)", "2303.03108",
+    bounds={"grad_rho": _NOT_NEGATIVE, "grad_norm_rho": _NOT_NEGATIVE, "gamma": _NOT_NEGATIVE},
+)  # fmt: skip
+METHODS.add(
+    "wsam", wsam, "sharpness as a weighted, decoupled regulariser", "2305.15817",
+    bounds={**_RADIUS, "gamma": Bounds(0, 1, open_high=True)},
+)  # fmt: skip
+METHODS.add(
+    "looksam", looksam, "SAM every k-th step, its direction reused in between", "2203.02714",
+    bounds={**_RADIUS, "k": _COUNT, "alpha": _NOT_NEGATIVE},
+)  # fmt: skip
+METHODS.add(
+    "esam", masked.esam, "efficient SAM: random tensors perturbed, sharpest samples kept", "2110.03141",
+    bounds={**_RADIUS, "beta": Bounds(0, 1, open_low=True), "gamma": _SHARE},
+)  # fmt: skip
+METHODS.add(
+    "friendlysam", friendlysam, "SAM along the batch's own part of the gradient", "2403.12350",
+    bounds={**_RADIUS, "sigma": _NOT_NEGATIVE, "lam": _SHARE},
+)  # fmt: skip
+METHODS.add(
+    "rsam", noisy.rsam, "random smoothing first, then one ascent", "NeurIPS 2022",
+    bounds={**_RADIUS, "sigma": _NOT_NEGATIVE},
+)  # fmt: skip
+METHODS.add("msam", onepass.msam, "Momentum-SAM: perturb along the momentum, one pass", "2401.12033", bounds=_RADIUS)
+METHODS.add("samon", masked.samon, "SAM on the normalisation layers only", "2306.04226", bounds=_METRIC)
+METHODS.add(
+    "ssam", masked.ssam, "sparse SAM: only the entries of a Fisher or dynamic mask", "2210.05177", bounds=_RADIUS
+)
+METHODS.add(
+    "lpf_sgd", noisy.lpf_sgd, "low-pass filter: the mean gradient under Gaussian noise", "2201.08025",
+    bounds={"std": _NOT_NEGATIVE, "growth": _NOT_NEGATIVE, "samples": _COUNT},
+)  # fmt: skip
+METHODS.add(
+    "dpsat", onepass.dpsat, "perturb along the last gradient, one pass, private gradients welcome", "2306.05651",
+    bounds=_RADIUS,
+)  # fmt: skip
+METHODS.add("bsam", noisy.bsam, "Bayes by SAM: a Gaussian posterior with its own update", "2210.01620", bounds=_RADIUS)
+METHODS.add(
+    "tram", trust.tram, "SAM whose radius is a trust-region distance", "2310.03646",
+    bounds={"scale": _NOT_NEGATIVE, "decay": _SHARE},
+)  # fmt: skip
+METHODS.add(
+    "ggpo", noisy.ggpo, "noise on the frozen weights of LoRA layers, built from their norms", "2502.14538",
+    bounds={"sigma": _NOT_NEGATIVE, "beta": _NOT_NEGATIVE},
+)  # fmt: skip
+
+COMBINATIONS: Registry[Facts] = Registry("combination of two losses", Facts)
 COMBINATIONS.add("bloop", bloop, "a second loss that does not disturb the first", "2402.02998")
+
+
+def defaults_by_method() -> dict[str, dict[str, Any]]:
+    """Every hyper-parameter of the family with its default in each method that takes it."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, entry in METHODS.items():
+        for key, default in entry.defaults.items():
+            found.setdefault(key, {})[name] = default
+    return found

@@ -13,8 +13,9 @@ UPDATE    what applies the combined gradient: normally the base optimizer, with 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from flatcompress.flat.engine.ball import Ball
 from flatcompress.flat.engine.context import HERE, Program, Step
@@ -38,6 +39,43 @@ def plain(step: Step) -> Program:
 def base_update(step: Step, kept: Sequence[Vector], combined: Vector, apply: Callable[[], None]) -> None:
     """UPDATE: the base optimizer's own step."""
     apply()
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What a hyper-parameter may be."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    open_low: bool = False
+    open_high: bool = False
+
+    def problem(self, value: float) -> str | None:
+        """What is wrong with ``value``; None when nothing is.
+
+        >>> Bounds(0).problem(-1.0), Bounds(0, 1, open_high=True).problem(1.0), Bounds(0).problem(0.0)
+        ('must be 0 or greater', 'must lie in 0 <= value < 1', None)
+        """
+        above = value > self.low if self.open_low else value >= self.low
+        below = value < self.high if self.open_high else value <= self.high
+        if above and below:
+            return None
+        if self.high == math.inf:
+            return f"must be above {self.low:g}" if self.open_low else f"must be {self.low:g} or greater"
+        low, high = ("<" if open_end else "<=" for open_end in (self.open_low, self.open_high))
+        return f"must lie in {self.low:g} {low} value {high} {self.high:g}"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What others must know of a row.
+
+    bounds: of hyper-parameters, by name. mix: how the returned gradient is made of the one at w and the perturbed one,
+    as (share of the gradient at w, share of the perturbed one).
+    """
+
+    bounds: Mapping[str, Bounds] = field(default_factory=dict)
+    mix: tuple[float, float] = (0.0, 1.0)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ PROFILES = Registry("export profile")
 
 def emitters(profile: Profile) -> Emitters:
     """Module and function emitters of a profile."""
-    return (QONNX_MODULES if profile.name == "qonnx" else MODULES), FUNCTIONS
+    return (profile.modules or MODULES), FUNCTIONS
 
 
 def packed() -> Profile:
@@ -37,7 +37,7 @@ def int4() -> Profile:
 
 def qonnx() -> Profile:
     """Real tensors between QONNX's Quant nodes."""
-    return Profile("qonnx", store_nothing, integer_kernels=False, functions=(quant_function,))
+    return Profile("qonnx", store_nothing, integer_kernels=False, functions=(quant_function,), modules=QONNX_MODULES)
 
 
 def c() -> Profile:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx
@@ -48,6 +48,7 @@ class Profile:
     ``fold_weight_only``: integer weights on real inputs become float weights on load. ``pack_vectors``: scales
     and biases are stored in the bits they need. ``integer_kernels``: onnxruntime is expected to run the layers on
     integers. ``functions``: of the opset, definitions that the file carries. ``c``: C sources are written beside it.
+    ``modules``: writers of modules in place of the ordinary ones.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Profile:
     integer_kernels: bool = True
     functions: tuple[Callable[[int], onnx.FunctionProto], ...] = ()
     c: bool = False
+    modules: dict[type, Callable[..., str]] = field(default_factory=dict)
 
 
 def store_packed(builder: GraphBuilder, weights: Weights) -> dict[str, Stored]:

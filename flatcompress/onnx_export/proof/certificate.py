@@ -189,7 +189,7 @@ def _size(exported: Exported) -> dict[str, Any]:
 
 
 def _kernels(found: Kernels, exported: Exported) -> dict[str, Any]:
-    layers, expected = exported.layers, PROFILES[exported.profile].make().integer_kernels
+    layers, expected = exported.layers, PROFILES[exported.profile]().integer_kernels
     integer = [row["name"] for row in layers if found.of.get(row["name"]) in INTEGER_KERNELS]
     quantized = [row["name"] for row in layers if row["activation_bits"] is not None]
     floating = [row["name"] for row in layers if row["name"] not in integer]
@@ -212,7 +212,7 @@ def _parity(
     step = parity.output_step(reference)
     compared: dict[str, Any] = {name: parity.compare(reference, found, step) for name, found in measured.items()}
     differing = None
-    codes = PROFILES[exported.profile].make().integer_kernels
+    codes = PROFILES[exported.profile]().integer_kernels
     if compared["optimized"]["bit_equal"] != 1.0 and codes:
         differing = first_diverging_layer(exported, inputs[0])
     return {"step": step, "step_definition": parity.STEP, **compared, "first_diverging_layer": differing}
