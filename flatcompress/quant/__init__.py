@@ -28,7 +28,7 @@ from flatcompress.quant.qat.distill import distillation_loss
 from flatcompress.quant.qat.oscillation import OscillationTracker, anneal, dampening_loss
 from flatcompress.quant.qat.rounding import set_bias_rounding
 from flatcompress.quant.qat.saq import QuantizedPoint
-from flatcompress.quant.quantizers.table import QUANTIZERS
+from flatcompress.quant.quantizers.table import QUANTIZERS, Quantizer
 from flatcompress.quant.sensitivity import flatness_map, hessian_traces, rounded_loss, sensitivities
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "OscillationTracker",
     "PostTraining",
     "QuantizedPoint",
+    "Quantizer",
     "ScaleBloop",
     "ScaleConflict",
     "activation_quantizers",

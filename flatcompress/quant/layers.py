@@ -15,9 +15,10 @@ from flatcompress.modules import evaluating
 from flatcompress.plan import Plan, Step
 from flatcompress.quant import operators, placement
 from flatcompress.quant.qat.rounding import with_rounding
-from flatcompress.quant.quantizers.lsq import Observer, StepQuantizer
+from flatcompress.quant.quantizers.lsq import Observer
 from flatcompress.quant.quantizers.modules import ActivationQuantizer, QuantizedLayer, quantize_layer
-from flatcompress.quant.quantizers.table import QUANTIZERS, float_dtype
+from flatcompress.quant.quantizers.protocol import learns_step
+from flatcompress.quant.quantizers.table import QUANTIZERS, Quantizer, float_dtype
 from flatcompress.stale import accompany
 
 HOLDER = "quantizers"
@@ -111,15 +112,15 @@ def _convert(
     gm = trace(model, example)
     operators.hoist_scalars(gm)
     layers, tensors, floats = placement.place(gm, model, settings)
-    make = QUANTIZERS[method].make
+    chosen: Quantizer = QUANTIZERS[method]()
     holder = Quantizers()
     for row in tensors:
-        injected = make("activation", f"{HOLDER}.{row.name}", bits=row.bits, signed=row.signed)
+        injected = chosen.activation(f"{HOLDER}.{row.name}", bits=row.bits, signed=row.signed)
         holder[row.name] = ActivationQuantizer(injected, row.bits, row.signed)
     holder.data = _data(example, method, per_channel, settings, layers, tensors, floats)
     for layer in layers:
         module = model.get_submodule(layer.name)
-        made = make("weight", layer.name, bits=layer.bits, signed=True, layer=module, per_channel=per_channel)
+        made = chosen.weight(layer.name, module, bits=layer.bits, per_channel=per_channel)
         quantize_layer(module, made)
     holder.to(example.device, float_dtype(model)).train(model.training)
     model.add_module(HOLDER, holder)
@@ -234,7 +235,7 @@ def calibrate(model: nn.Module, batches: Iterable[torch.Tensor]) -> None:
     own statistics in training mode instead.
     """
     holder_of(model)
-    chosen = {n: q for n, q in tensor_quantizers(model).items() if isinstance(q, StepQuantizer) and q.per_sample}
+    chosen = {n: q for n, q in tensor_quantizers(model).items() if learns_step(q) and q.per_sample}
     for name, quantizer in chosen.items():
         quantizer.observer = Observer(name)
     count = 0

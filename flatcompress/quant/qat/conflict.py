@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from flatcompress.errors import UserError, unknown
 from flatcompress.quant.layers import graph_of, scale_parameters, tensor_quantizers
 from flatcompress.quant.placement import readers_of_quantizers
-from flatcompress.quant.quantizers.lsq import StepQuantizer
+from flatcompress.quant.quantizers.protocol import learns_step
 
 MODES = ("paper", "gated", "opposed")
 REMEDIES = ("freeze", "slow", "project")
@@ -267,7 +267,7 @@ class ScaleConflict:
         parts = []
         for name, scale in self.scales.items():
             quantizer = made.get(name)
-            start = quantizer.initial if isinstance(quantizer, StepQuantizer) else scale
+            start = quantizer.initial if learns_step(quantizer) else scale
             parts.append(start.detach().flatten().clone())
         return torch.cat(parts)
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from flatcompress.errors import UserError
 from flatcompress.quant.layers import quantized_layers
-from flatcompress.quant.quantizers.lsq import StepQuantizer
 from flatcompress.quant.quantizers.modules import QuantizedLayer
+from flatcompress.quant.quantizers.protocol import LearnedStep, learns_step
 
 
 @dataclass
@@ -66,7 +66,7 @@ class OscillationTracker:
         track.direction = torch.where(change == 0, track.direction, change)
         track.integers = now
 
-    def _freeze(self, track: _Track, layer: QuantizedLayer, quantizer: StepQuantizer, threshold: float) -> None:
+    def _freeze(self, track: _Track, layer: QuantizedLayer, quantizer: LearnedStep, threshold: float) -> None:
         new = (track.frequency > threshold) & ~track.frozen
         track.mean = torch.where(new, track.mean.round(), track.mean)
         track.frozen |= new
@@ -123,6 +123,6 @@ def anneal(start: float, end: float, progress: float) -> float:
 
 def _bits(layer: QuantizedLayer) -> int:
     quantizer = layer.weight_quant.tensor_quant
-    if not isinstance(quantizer, StepQuantizer):
+    if not learns_step(quantizer):
         raise UserError("oscillations are tracked for lsq, lsq+ and pact weights, not for stock Brevitas quantizers.")
     return quantizer.bits

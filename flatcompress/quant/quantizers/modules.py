@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from flatcompress.errors import UserError
 from flatcompress.graph import ActivationSpec, WeightSpec
-from flatcompress.quant.quantizers.lsq import StepQuantizer
+from flatcompress.quant.quantizers.protocol import LearnedStep, learns_step
 
 
 class WeightProxy(WeightQuantProxyFromInjector):
@@ -44,7 +44,7 @@ class ActivationProxy(ActQuantProxyFromInjector):
             super().init_tensor_quant()
 
 
-def injector(proxy: type[nn.Module], quantizer: StepQuantizer) -> type[ExtendedInjector]:
+def injector(proxy: type[nn.Module], quantizer: LearnedStep) -> type[ExtendedInjector]:
     """A Brevitas injector that hands out ``quantizer``."""
     rows = {"proxy_class": proxy, "signed": quantizer.signed, "narrow_range": False, "tensor_quant": quantizer}
     return type("Learned", (ExtendedInjector,), rows)
@@ -61,7 +61,7 @@ class QuantizedLayer(nn.Module):
     def quantized_weight(self) -> torch.Tensor:
         """Q(w), the shape of ``weight``; with the offset of a perturbed point when there is one."""
         quantizer = self.weight_quant.tensor_quant
-        if isinstance(quantizer, StepQuantizer):
+        if learns_step(quantizer):
             weight = quantizer.quantize(self.weight)
         else:
             weight = self.weight_quant(self.weight).value
@@ -71,7 +71,7 @@ class QuantizedLayer(nn.Module):
     def weight_spec(self) -> WeightSpec:
         """Integers (int8, the shape of ``weight``), scale ([out] or [1]) and bits: exactly what the forward uses."""
         quantizer = self.weight_quant.tensor_quant
-        if isinstance(quantizer, StepQuantizer):
+        if learns_step(quantizer):
             values, scale, bits = quantizer.integers(self.weight), quantizer.step(), quantizer.bits
         else:
             found = self.weight_quant(self.weight)
@@ -140,14 +140,14 @@ class ActivationQuantizer(QuantIdentity):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         quantizer = self.tensor_quant
-        if isinstance(quantizer, StepQuantizer):
+        if learns_step(quantizer):
             return quantizer.quantize(x)
         return super().forward(x)
 
     def activation_spec(self) -> ActivationSpec:
         """The grid as plain numbers. UserError while no data has set the scale."""
         quantizer = self.tensor_quant
-        if isinstance(quantizer, StepQuantizer):
+        if learns_step(quantizer):
             return quantizer.activation_spec()
         scale, zero_point = self.act_quant.scale(), self.act_quant.zero_point()
         if scale is None:
