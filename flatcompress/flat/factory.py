@@ -15,7 +15,8 @@ from torch.optim import Optimizer
 from flatcompress.errors import UserError, unknown
 from flatcompress.flat.engine.ball import BALL_OPTIONS
 from flatcompress.flat.engine.context import Step
-from flatcompress.flat.engine.engine import Compose, FlatOptimizer, Radius, Settings
+from flatcompress.flat.engine.engine import FlatOptimizer
+from flatcompress.flat.engine.settings import Compose, Radius, Settings
 from flatcompress.flat.engine.when import WHEN
 from flatcompress.flat.methods.family import COMBINATIONS, METHODS
 from flatcompress.flat.methods.method import Method, When, plain
@@ -94,8 +95,9 @@ def create(
     optimizer, scaler = _inside_accelerate(optimizer, scaler)
     _check_optimizer(optimizer)
     settings = Settings(
-        perturb, chunks, max_grad_norm, scaler, compose, radius, perturbed,
-        tuple(filters), safety, process_group, replay_noise, freeze_buffers, noise, seed,
+        perturb=perturb, chunks=chunks, max_grad_norm=max_grad_norm, scaler=scaler, compose=compose, radius=radius,
+        perturbed=perturbed, filters=tuple(filters), safety=safety, process_group=process_group,
+        replay_noise=replay_noise, freeze_buffers=freeze_buffers, noise=noise, seed=seed,
     )  # fmt: skip
     flat = FlatOptimizer(name, model, optimizer, method, settings)
     if name != "none":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -147,5 +146,5 @@ def _halve(job: Job, x: Tensor, y: Tensor, step: int, reason: str) -> None:
 
 def share_perturbation(job: Job) -> None:
     """A batch in parts takes one perturbation from all of them, as the whole batch would."""
-    if hasattr(job.optimizer, "settings"):
-        job.optimizer.settings = replace(job.optimizer.settings, chunks="joint")
+    if hasattr(job.optimizer, "join_chunks"):  # a plain optimizer perturbs nothing
+        job.optimizer.join_chunks()

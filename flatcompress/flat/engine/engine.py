@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -19,37 +19,15 @@ from torch.optim import Optimizer
 from flatcompress.errors import UserError
 from flatcompress.flat.engine import vectors
 from flatcompress.flat.engine.closures import ZEROED, Closure, as_closures
-from flatcompress.flat.engine.context import Memory, Noise, Program, Step
+from flatcompress.flat.engine.context import Memory, Program, Step
 from flatcompress.flat.engine.distributed import Replicas, update_scaler
 from flatcompress.flat.engine.passes import Passes, Points, Run
+from flatcompress.flat.engine.settings import Settings
 from flatcompress.flat.engine.snapshot import Buffers
 from flatcompress.flat.engine.vectors import Vector
 from flatcompress.flat.methods.method import Method
 
-Compose = Callable[[list[nn.Parameter], list[list[Tensor | None]], list[Tensor | None]], None]
-Radius = Callable[[list[nn.Parameter]], Sequence[Tensor | float]]
-Filter = Callable[[Step, Vector], Vector]
 FORMAT = 1
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Everything about a FlatOptimizer that is not the method. See `flatcompress.flat.factory`."""
-
-    perturb: str = "per_replica"
-    chunks: str = "independent"
-    max_grad_norm: float | None = None
-    scaler: Any = None
-    compose: Compose | None = None
-    radius: Radius | None = None
-    perturbed: Callable[[str, nn.Parameter], bool] | None = None
-    filters: Sequence[Filter] = ()
-    safety: Any = None
-    process_group: Any = None
-    replay_noise: bool = True
-    freeze_buffers: bool = True
-    noise: Noise | None = None
-    seed: int = 0
 
 
 class FlatOptimizer(Optimizer):
@@ -162,6 +140,10 @@ class FlatOptimizer(Optimizer):
         self._pair = (run.losses[0], run.losses[1]) if run.from_here and len(run.losses) > 1 else None
         return run.losses[0]
 
+    def join_chunks(self) -> None:
+        """From now on the closures of a step are parts of one batch: one perturbation from all of them."""
+        self.settings = replace(self.settings, chunks="joint")
+
     def names(self) -> dict[int, str]:
         """The name of every parameter by its id."""
         return names_of(self.model, [p for group in self.param_groups for p in group["params"]])
@@ -238,21 +220,7 @@ class FlatOptimizer(Optimizer):
         return total.over(len(closures))
 
     def _passes(self, step: Step) -> Passes:
-        s = self.settings
-        synced = s.perturb == "synced"
-        keep, compose = self.method.keeps, s.compose is not None
-        return Passes(
-            step,
-            self._points,
-            self._buffers,
-            self._replicas,
-            s.scaler,
-            synced,
-            s.replay_noise,
-            keep,
-            compose,
-            s.freeze_buffers,
-        )
+        return Passes(step, self._points, self._buffers, self._replicas, self.settings, keep=self.method.keeps)
 
     def _reduce(self, run: Run) -> None:
         """One reduction of the combined gradient, and of what COMPOSE, REMEMBER and UPDATE decide by where they are."""

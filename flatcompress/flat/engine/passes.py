@@ -15,6 +15,7 @@ from flatcompress.flat.engine import vectors
 from flatcompress.flat.engine.closures import Closure, evaluate, takes_keep
 from flatcompress.flat.engine.context import Probe, Program, Result, Step
 from flatcompress.flat.engine.distributed import Replicas, unscale_
+from flatcompress.flat.engine.settings import Settings
 from flatcompress.flat.engine.snapshot import Buffers
 from flatcompress.flat.engine.vectors import Vector
 from flatcompress.randomness import RandomState, replayed
@@ -109,18 +110,14 @@ class Points:
 
 @dataclass
 class Passes:
-    """Evaluates the probes of one program over its closures."""
+    """Evaluates the probes of one program over its closures. ``keep``: the method wants the gradients at its probes."""
 
     step: Step
     points: Points
     buffers: Buffers
     replicas: Replicas
-    scaler: Any
-    synced: bool
-    replay: bool
+    settings: Settings
     keep: bool
-    compose: bool
-    freeze: bool
     probes: list[Vector] = field(default_factory=list)
     present: list[list[bool]] = field(default_factory=list)
     fillers: list[Tensor] = field(default_factory=list)
@@ -132,7 +129,7 @@ class Passes:
         """Send every gradient to the program until it returns the combined one."""
         self.step.losses = []
         self.step.selective = lambda: all(takes_keep(closure) for closure in closures)
-        if self.replay:
+        if self.settings.replay_noise:
             self._noise = RandomState.now(self._devices())
         # The last gradient and the next probe are handed on without a name here: where the program drops them too,
         # their memory is free during the next pass.
@@ -154,7 +151,7 @@ class Passes:
         kept = list(result.kept) if isinstance(result, Result) else self.probes if len(self.probes) > 1 else []
         return Run(
             combined,
-            self.probes if self.compose else [],
+            self.probes if self.settings.compose is not None else [],
             kept if self.keep else [],
             [loss.mean() for loss in self.step.losses],
             absent,
@@ -179,7 +176,7 @@ class Passes:
             stack.enter_context(self.points.at(self.step.params, probe))
             del probe
             if not first:
-                stack.enter_context(self.buffers.frozen() if self.freeze else nullcontext())
+                stack.enter_context(self.buffers.frozen() if self.settings.freeze_buffers else nullcontext())
                 stack.enter_context(_untouched(self.step.others))
                 stack.enter_context(replayed(self._noise, self._devices()))
             total, present, losses = self._sum(used, unmoved)
@@ -207,13 +204,13 @@ class Passes:
         return total, present, losses
 
     def _collect(self, total: Vector, present: list[bool]) -> Vector:
-        self.finite = unscale_(total, self.scaler) and self.finite
-        if self.synced:
+        self.finite = unscale_(total, self.settings.scaler) and self.finite
+        if self.settings.perturb == "synced":
             gone, self.finite = self.replicas.mean_(total, [not there for there in present], self.finite)
             present = [not g for g in gone]
         self.present.append(present)
         self.fillers.extend(g for g, there in zip(total, present) if not there)
-        if self.compose or self.keep:
+        if self.keep or self.settings.compose is not None:
             self.probes.append(total)
         return total
 
