@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from flatcompress.models.external import SOURCES
 from flatcompress.models.factory import MODELS, build
+from flatcompress.models.from_onnx import from_onnx
 from flatcompress.models.weights import load_weights
 
-__all__ = ["MODELS", "SOURCES", "build", "load_weights"]
+__all__ = ["MODELS", "SOURCES", "build", "from_onnx", "load_weights"]

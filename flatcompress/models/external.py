@@ -1,4 +1,5 @@
-"""Models from elsewhere: ``timm:NAME``, ``torchvision:NAME``, ``transformers:TYPE``, ``package.module:factory``.
+"""Models from elsewhere: ``timm:NAME``, ``torchvision:NAME``, ``transformers:TYPE``, ``onnx:FILE`` and
+``package.module:factory``.
 
 Nothing here is imported before it is asked for; each library is an extra. ``package.module:factory`` imports
 and runs the user's own code, with the current folder on the path.
@@ -83,6 +84,15 @@ def _with_channels(model: nn.Module, channels: int) -> nn.Module:
     )
     setattr(model.get_submodule(owner), leaf, fresh)
     return model
+
+
+def onnx(name: str, num_classes: int, input_shape: Shape, **options: Any) -> nn.Module:
+    """The network in an ONNX file, float or QDQ (dequantized); see `from_onnx`. It takes no options."""
+    from flatcompress.models.from_onnx import from_onnx
+
+    if options:
+        raise UserError(f"onnx:{name} takes no options, found {next(iter(options))!r}")
+    return from_onnx(Path(name).expanduser(), torch.zeros(2, *input_shape))
 
 
 class Logits(nn.Module):
@@ -214,4 +224,5 @@ def checked(name: str, model: Any, num_classes: int, input_shape: Shape) -> nn.M
 SOURCES = Registry("model source")
 SOURCES.add("timm", timm, "any model of timm: timm:NAME")
 SOURCES.add("torchvision", torchvision, "any classifier of torchvision: torchvision:NAME")
+SOURCES.add("onnx", onnx, "a network read from an ONNX file, float or QDQ: onnx:FILE")
 SOURCES.add("transformers", transformers, "any image classifier of transformers by type or local folder")

@@ -243,7 +243,7 @@ def _reshape(a: dict[str, Any], x: Any, sizes: Any = None) -> Any:
 
 
 def _is(size: Any, wanted: tuple[Any, ...]) -> bool:
-    return isinstance(size, int) and size in [w for w in wanted if isinstance(w, int)] or size is wanted[1]
+    return (isinstance(size, int) and size in [w for w in wanted if isinstance(w, int)]) or size is wanted[1]
 
 
 def _flatten(a: dict[str, Any], x: Tensor) -> Tensor:
@@ -292,7 +292,9 @@ def _slice(a: dict[str, Any], x: Any, starts: Any = None, ends: Any = None, axes
         if step < 0:
             made, first, last, step = made.flip(axis), -first - 1, -last - 1, -step
             first, last = max(first, 0), min(last, (1 << 63) - 1) if last >= 0 else (1 << 63) - 1
-        made = torch.ops.aten.slice(made, axis, first, min(last, (1 << 63) - 1) if isinstance(last, int) else last, step)
+        made = torch.ops.aten.slice(
+            made, axis, first, min(last, (1 << 63) - 1) if isinstance(last, int) else last, step
+        )
     return made
 
 

@@ -26,6 +26,7 @@ _TABLE = {**OPERATORS, **WINDOWS}
 _NUMBERS = {"Add", "Sub", "Mul", "Div", "Pow"}
 _MOVES = {"Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Split", "Gather", "MaxPool", "Identity",
           "DepthToSpace", "SpaceToDepth", "Concat", "Expand", "Tile"}  # fmt: skip
+_POSITIVE = {"Relu", "Sigmoid", "HardSigmoid", "Softmax", "QuantizeLinear"}
 _GROWING = {"ConstantOfShape": 0, "Expand": 1, "Tile": 1}
 
 
@@ -43,12 +44,15 @@ def from_onnx(path: str | Path, example_input: Any = None) -> nn.Module:
         if model.functions:
             model = inliner.inline_local_functions(model)
         reader = _Reader(file, model)
-        return reader.read(_examples(file, reader.inputs, example_input)).eval()
+        examples = _examples(file, reader.inputs, example_input)
+        return reader.read([_with_batch(x, _fixed_batch(reader.inputs)) for x in examples]).eval()
     except UserError as error:
         raise error if str(error).startswith(str(file)) else UserError(f"{file}: {error}") from None
     except Exception as error:  # a malformed graph fails in whatever it reaches first
         lines = str(error).splitlines() or [""]
-        raise UserError(f"{file}: not a network that can be read ({type(error).__name__}: {lines[0][:200]}).") from error
+        raise UserError(
+            f"{file}: not a network that can be read ({type(error).__name__}: {lines[0][:200]})."
+        ) from error
 
 
 def _examples(file: Path, inputs: list[onnx.ValueInfoProto], given: Any) -> list[Tensor]:
@@ -69,6 +73,11 @@ def _examples(file: Path, inputs: list[onnx.ValueInfoProto], given: Any) -> list
     return made
 
 
+def _with_batch(x: Tensor, batch: int | None) -> Tensor:
+    """x with as many samples as a file that is fixed to a batch takes."""
+    return x if batch is None or not x.dim() else x[torch.arange(batch) % max(1, len(x))]
+
+
 class _Reader:
     """One pass over the nodes: constants are computed, layers built, the rest becomes steps; the example's values tell
     ranks and sizes."""
@@ -77,10 +86,13 @@ class _Reader:
         self.file, self.graph = file, model.graph
         self.opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 1)
         self.imports = list(model.opset_import)
-        self.constants: dict[str, NDArray[Any]] = {t.name: _real(numpy_helper.to_array(t)) for t in self.graph.initializer}
+        self.constants: dict[str, NDArray[Any]] = {
+            t.name: _real(numpy_helper.to_array(t)) for t in self.graph.initializer
+        }
         self.inputs = [value for value in self.graph.input if value.name not in self.constants]
         self.values: dict[str, Any] = {}
         self.same: dict[str, str] = {}
+        self.made_by: dict[str, str] = {}
         self.grids: dict[str, tuple[float, float]] = {}
         self.users: dict[str, list[onnx.NodeProto]] = {}
         for node in self.graph.node:
@@ -118,7 +130,10 @@ class _Reader:
             self._operator(node)
 
     def _compute(self, node: onnx.NodeProto) -> None:
-        """A node of constants, by onnx's own reference."""
+        """A node of constants, by onnx's own reference (which lacks some versions of DequantizeLinear)."""
+        if node.op_type == "DequantizeLinear":
+            self._keep(node, [_dequantized(node, [self.constants[name] for name in node.input if name])])
+            return
         self._check_growth(node)
         inputs = [helper.make_value_info(name, onnx.TypeProto()) for name in dict.fromkeys(node.input) if name]
         outputs = [helper.make_value_info(name, onnx.TypeProto()) for name in node.output if name]
@@ -128,13 +143,17 @@ class _Reader:
         try:
             results = ReferenceEvaluator(model).run(None, feeds)
         except Exception as error:  # the reference raises whatever numpy does
-            raise UserError(f"{_called(node)} cannot be computed ({type(error).__name__}: {str(error)[:100]}).") from None
+            raise UserError(
+                f"{_called(node)} cannot be computed ({type(error).__name__}: {str(error)[:100]})."
+            ) from None
+        self._keep(node, results)
+
+    def _keep(self, node: onnx.NodeProto, results: list[Any]) -> None:
+        """Results of constants are constants, known by the name of the first of them."""
         for name, value in zip([n for n in node.output if n], results):
             self.constants[name] = _real(np.asarray(value))
-            if node.input and node.input[0] in self.names:
-                self.names[name] = self.names[node.input[0]]
-            elif node.input:
-                self.names[name] = node.input[0]
+            if node.input:
+                self.names[name] = self.names.get(node.input[0], node.input[0])
 
     def _check_growth(self, node: onnx.NodeProto) -> None:
         index = _GROWING.get(node.op_type)
@@ -152,12 +171,24 @@ class _Reader:
         source = node.input[0]
         if source not in self.values and source not in self.same:
             raise UserError(f"{_called(node)} has a scale or zero point that is computed.")
-        self._alias(node.output[0], source)
-        if node.op_type == "QuantizeLinear":
-            scale = self.constants[node.input[1]]
-            zero = self.constants[node.input[2]] if len(node.input) > 2 and node.input[2] else np.zeros(1)
-            if scale.size == 1:
-                self.grids[node.output[0]] = (float(scale.reshape(-1)[0]), float(zero.reshape(-1)[0]))
+        if node.op_type == "DequantizeLinear":
+            self._alias(node.output[0], source)
+            return
+        scale = self.constants[node.input[1]]
+        zero = self.constants[node.input[2]] if len(node.input) > 2 and node.input[2] else np.zeros(1, np.uint8)
+        if (
+            zero.dtype == np.uint8
+            and not zero.any()
+            and self.made_by.get(self.same.get(source, source)) not in _POSITIVE
+        ):
+            # Quantizing tools take away a ReLU or ReLU6 before codes that have no negative values.
+            six = scale.size == 1 and abs(255 * float(scale.reshape(-1)[0]) - 6) < float(scale.reshape(-1)[0]) / 2
+            function = _TABLE["Relu"] if not six else _relu6
+            self._append(node, Step(_called(node), (node.output[0],), (self._slot(source),), function=function))
+        else:
+            self._alias(node.output[0], source)
+        if scale.size == 1:
+            self.grids[node.output[0]] = (float(scale.reshape(-1)[0]), float(zero.reshape(-1)[0]))
 
     def _alias(self, name: str, source: str) -> None:
         self.same[name] = self.same.get(source, source)
@@ -193,7 +224,9 @@ class _Reader:
         weight = self.constants.get(node.input[1])
         if len(users) != 1 or users[0].op_type != "Add" or weight is None or weight.ndim != 2:
             return None
-        other = next(name for name in [*users[0].input, node.output[0]] if name != node.output[0] or name == users[0].input[1])
+        other = next(
+            name for name in [*users[0].input, node.output[0]] if name != node.output[0] or name == users[0].input[1]
+        )
         bias = self.constants.get(other)
         if bias is None or bias.size != weight.shape[1] or bias.shape[-1:] != (weight.shape[1],):
             return None
@@ -219,6 +252,7 @@ class _Reader:
             raise UserError(f"{step.name} does not run on the example ({lines[0][:200]}).") from None
         self.values.update(zip(step.outputs, result if isinstance(result, tuple) else (result,)))
         self.module.steps.append(step)
+        self.made_by.update(dict.fromkeys(node.output, node.op_type))
         carried = self._grid(node.input[0]) if node.op_type in _MOVES and node.input else None
         if carried:
             self.grids.update(dict.fromkeys(node.output, carried))
@@ -303,6 +337,19 @@ class _Reader:
         return parts or [f"{node.op_type.lower()}_{len(self.module.steps)}"]
 
 
+def _dequantized(node: onnx.NodeProto, inputs: list[NDArray[Any]]) -> NDArray[Any]:
+    """(codes - zero point) * scale, both per tensor or along an axis."""
+    codes, scale, *zero = inputs
+    axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
+    shape = [1] * codes.ndim
+    if scale.size > 1:
+        if scale.ndim != 1:
+            raise UserError(f"{_called(node)} has scales in blocks, which are not read.")
+        shape[axis % codes.ndim] = scale.size
+    base = zero[0].astype(np.float64).reshape(shape) if zero else 0.0
+    return ((codes.astype(np.float64) - base) * scale.astype(np.float64).reshape(shape)).astype(np.float32)
+
+
 def _of_node(name: str) -> str:
     """The module path in a node's name: "/layer1/layer1.0/conv1/Conv" is layer1.0.conv1."""
     if "/" not in name:
@@ -314,6 +361,10 @@ def _of_node(name: str) -> str:
         else:
             parts.append(part)
     return ".".join(parts) or name.strip("/")
+
+
+def _relu6(a: dict[str, Any], x: Tensor) -> Tensor:
+    return nn.functional.relu6(x)
 
 
 def _called(node: onnx.NodeProto) -> str:
