@@ -8,7 +8,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from flatcompress.errors import UserError
 from flatcompress.onnx_export import export
 from flatcompress.onnx_export.runtime.sessions import run, session
 
@@ -176,18 +175,3 @@ class PositionMask(nn.Module):
 def test_shared_layers_and_position_masks(model, tmp_path):
     torch.manual_seed(0)
     check(model(), tmp_path / "m.onnx")
-
-
-@pytest.mark.parametrize(
-    ("function", "message"),
-    [
-        (lambda x: torch.roll(x, 1), "flattened"),
-        (lambda x: F.adaptive_avg_pool2d(x, 3), "even windows"),
-        (lambda x: F.avg_pool2d(x, 3, 2, ceil_mode=True), "ceil_mode"),
-        (lambda x: torch.cumsum(x, 1), "no ONNX form"),
-        (lambda x: F.adaptive_max_pool2d(x, 2), "more than one"),
-    ],
-)
-def test_a_form_that_does_not_exist_is_named(function, message, tmp_path):
-    with pytest.raises(UserError, match=message):
-        export(Wrapped(function), torch.zeros(2, 2, 8, 8), tmp_path / "m.onnx", "float32")

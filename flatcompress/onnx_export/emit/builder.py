@@ -17,7 +17,10 @@ from onnx import TensorProto, helper, numpy_helper
 ALPHABET = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 # First opset in which each operator has the form that this package writes; anything not listed is older than 13.
-SINCE = {"LayerNormalization": 17, "Mish": 18, "HardSwish": 14, "Gelu": 20}
+SINCE = {
+    "LayerNormalization": 17, "Mish": 18, "HardSwish": 14, "Gelu": 20, "Trilu": 14, "GridSample": 16,
+    **dict.fromkeys(("BitwiseAnd", "BitwiseOr", "BitwiseXor", "BitwiseNot"), 18),
+}
 
 
 def letters(number: int) -> str:
@@ -97,6 +100,44 @@ class GraphBuilder:
     def shape(self, tensor: str, kind: int, sizes: Sequence[int]) -> None:
         """Write down the shape of a tensor that shape inference cannot tell."""
         self._shapes.append(helper.make_tensor_value_info(tensor, kind, list(sizes)))
+
+    def inline(self, model: onnx.ModelProto, feeds: Sequence[str]) -> list[str]:
+        """Put another model's nodes here, its inputs being ``feeds``; returns the names of its outputs."""
+        graph = model.graph
+        names = {value.name: feed for value, feed in zip(graph.input, feeds)}
+        for tensor in graph.initializer:
+            copy = onnx.TensorProto()
+            copy.CopyFrom(tensor)
+            names[tensor.name] = self.raw(copy)
+        for node in graph.node:
+            self.nodes.append(self._renamed(node, names))
+        return [names[value.name] for value in graph.output]
+
+    def _renamed(self, node: onnx.NodeProto, names: dict[str, str]) -> onnx.NodeProto:
+        """A copy under names of this graph; what its branches and loops define gets new names too."""
+        copy = onnx.NodeProto()
+        copy.CopyFrom(node)
+        copy.ClearField("name")
+        copy.ClearField("doc_string")
+        del copy.metadata_props[:]
+        copy.input[:] = [names.get(name, name) for name in node.input]
+        for given in copy.attribute:
+            for body in ([given.g] if given.HasField("g") else []) + list(given.graphs):
+                self._rename_body(body, dict(names))
+        for name in node.output:
+            names[name] = self.fresh() if name else ""
+        copy.output[:] = [names[name] for name in node.output]
+        return copy
+
+    def _rename_body(self, body: onnx.GraphProto, names: dict[str, str]) -> None:
+        for value in [*body.input, *body.initializer]:
+            names[value.name] = self.fresh()
+            value.name = names[value.name]
+        renamed = [self._renamed(node, names) for node in body.node]
+        del body.node[:], body.value_info[:]
+        body.node.extend(renamed)
+        for value in body.output:
+            value.name = names.get(value.name, value.name)
 
     def rename(self, old: str, new: str) -> None:
         """Give a tensor that people see (the graph's output) a readable name."""

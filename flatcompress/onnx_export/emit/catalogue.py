@@ -9,6 +9,7 @@ from flatcompress.onnx_export.emit.operators import FUNCTIONS
 from flatcompress.onnx_export.emit.profiles import Profile, store_int4, store_int8, store_packed
 from flatcompress.onnx_export.emit.qonnx import QONNX_MODULES, quant_function
 from flatcompress.onnx_export.emit.qonnx import store as store_nothing
+from flatcompress.onnx_export.emit.translated import translate
 from flatcompress.onnx_export.emit.writer import Emitters
 from flatcompress.registry import Registry
 
@@ -16,8 +17,8 @@ PROFILES = Registry("export profile")
 
 
 def emitters(profile: Profile) -> Emitters:
-    """Module and function emitters of a profile."""
-    return (profile.modules or MODULES), FUNCTIONS
+    """Module and function emitters of a profile, and what writes the operators that have none."""
+    return (profile.modules or MODULES), FUNCTIONS, translate
 
 
 def packed() -> Profile:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 from torch import fx, nn
 
-from flatcompress.errors import UserError
 from flatcompress.onnx_export.emit.builder import FLOAT
+from flatcompress.onnx_export.emit.norms import NORM_LAYERS
 from flatcompress.onnx_export.emit.writer import ModuleEmitter, Writer, array, as_matrix
 from flatcompress.onnx_export.lower import integer
 from flatcompress.onnx_export.lower.prepare import PADS
@@ -130,6 +129,20 @@ def conv(w: Writer, inputs: list[str], attributes: dict[str, Any], kernel: tuple
     return w.builder.op("Conv", inputs, name=name, **written)
 
 
+def conv_transpose(w: Writer, inputs: list[str], attributes: dict[str, Any], kernel: tuple[int, ...], name: str) -> str:
+    """A ConvTranspose with torch's attributes; those at their default are left out."""
+    rank, written = len(kernel), {"kernel_shape": kernel}
+    for key, ours, default in (("stride", "strides", 1), ("dilation", "dilations", 1), ("output_padding",) * 2 + (0,)):
+        values = _tuple(attributes[key], rank)
+        if any(v != default for v in values):
+            written[ours] = values
+    if any(pads := list(_tuple(attributes["padding"], rank)) * 2):
+        written["pads"] = pads
+    if attributes["groups"] != 1:
+        written["group"] = attributes["groups"]
+    return w.builder.op("ConvTranspose", inputs, name=name, **written)
+
+
 def _tuple(value: Any, rank: int) -> tuple[int, ...]:
     return tuple(value) * (rank // len(value)) if isinstance(value, list | tuple) else (value,) * rank
 
@@ -194,6 +207,18 @@ def _float_conv(w: Writer, node: fx.Node, module: Any) -> str:
     return conv(w, inputs, given, tuple(module.kernel_size), node.meta["path"])
 
 
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def _float_transposed(w: Writer, node: fx.Node, module: Any) -> str:
+    w.note_layer(node, module)
+    inputs = [w.tensor(node.args[0]), w.constant(module.weight)]
+    if module.bias is not None:
+        inputs.append(w.constant(module.bias))
+    given = {key: getattr(module, key) for key in ("stride", "padding", "dilation", "groups", "output_padding")}
+    return conv_transpose(w, inputs, given, tuple(module.kernel_size), node.meta["path"])
+
+
 def _float_linear(w: Writer, node: fx.Node, module: nn.Linear) -> str:
     w.note_layer(node, module)
     b, x = w.builder, w.tensor(node.args[0])
@@ -202,43 +227,6 @@ def _float_linear(w: Writer, node: fx.Node, module: nn.Linear) -> str:
         return b.op("Gemm", [x, w.constant(module.weight), *bias], name=node.meta["path"], transB=1)
     product = b.op("MatMul", [x, w.constant(module.weight.T.contiguous())], name=node.meta["path"])
     return b.op("Add", [product, *bias]) if bias else product
-
-
-def _batch_norm(w: Writer, node: fx.Node, module: Any) -> str:
-    if module.running_mean is None:
-        raise UserError(f"module {node.meta['path']!r}: a BatchNorm without running statistics.")
-    channels = module.num_features
-    weight = module.weight if module.affine else torch.ones(channels)
-    bias = module.bias if module.affine else torch.zeros(channels)
-    inputs = [w.constant(t) for t in (weight, bias, module.running_mean, module.running_var)]
-    x = w.tensor(node.args[0])
-    return w.builder.op("BatchNormalization", [x, *inputs], name=node.meta["path"], epsilon=float(module.eps))
-
-
-def _layer_norm(w: Writer, node: fx.Node, module: nn.LayerNorm) -> str:
-    shape = module.normalized_shape
-    weight = module.weight if module.weight is not None else torch.ones(shape)
-    inputs = [w.tensor(node.args[0]), w.constant(weight)]
-    if module.bias is not None:
-        inputs.append(w.constant(module.bias))
-    return w.builder.op(
-        "LayerNormalization", inputs, name=node.meta["path"], axis=-len(shape), epsilon=float(module.eps)
-    )
-
-
-def _group_norm(w: Writer, node: fx.Node, module: nn.GroupNorm) -> str:
-    """InstanceNormalization over the groups, then weight and bias per channel."""
-    b, x, shape = w.builder, w.tensor(node.args[0]), node.args[0].meta["shape"]  # type: ignore[union-attr]
-    groups = module.num_groups
-    grouped = b.op("Reshape", [x, b.ints([0, groups, -1])])
-    ones, zeros = w.number([1.0] * groups), w.number([0.0] * groups)
-    normal = b.op("InstanceNormalization", [grouped, ones, zeros], name=node.meta["path"], epsilon=float(module.eps))
-    back = b.op("Reshape", [normal, b.ints([0, *shape[1:]])])
-    if not module.affine:
-        return back
-    per_channel = [-1] + [1] * (len(shape) - 2)
-    scaled = b.op("Mul", [back, w.constant(module.weight.reshape(per_channel))])
-    return b.op("Add", [scaled, w.constant(module.bias.reshape(per_channel))])
 
 
 def _embedding(w: Writer, node: fx.Node, module: nn.Embedding) -> str:
@@ -258,9 +246,7 @@ MODULES: dict[type[nn.Module], ModuleEmitter] = {
     nn.Conv2d: _float_conv,
     nn.Conv3d: _float_conv,
     nn.Linear: _float_linear,
-    nn.BatchNorm1d: _batch_norm,
-    nn.BatchNorm2d: _batch_norm,
-    nn.LayerNorm: _layer_norm,
-    nn.GroupNorm: _group_norm,
+    **NORM_LAYERS,
+    **dict.fromkeys(TRANSPOSED, _float_transposed),
     nn.Embedding: _embedding,
 }

@@ -28,7 +28,7 @@ from flatcompress.onnx_export.pack.vectors import store_floats, store_integers
 
 ModuleEmitter = Callable[["Writer", fx.Node, Any], str]
 FunctionEmitter = Callable[..., Any]
-Emitters = tuple[dict[type[nn.Module], ModuleEmitter], dict[Any, FunctionEmitter]]
+Emitters = tuple[dict[type[nn.Module], ModuleEmitter], dict[Any, FunctionEmitter], FunctionEmitter]
 
 WEIGHTED = (integer.IntegerLayer, integer.WeightOnlyLayer)
 FLOAT_WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
@@ -49,7 +49,7 @@ class Writer:
 
     def __init__(self, gm: fx.GraphModule, profile: Profile, opset: int, emitters: Emitters) -> None:
         self.gm, self.profile = gm, profile
-        self.modules, self.functions = emitters
+        self.modules, self.functions, self.translate = emitters
         self.builder = GraphBuilder(opset)
         self.env: dict[fx.Node, Any] = {}
         self.layers: list[dict[str, Any]] = []
@@ -124,14 +124,20 @@ class Writer:
         return emit(self, node, module)
 
     def _call_function(self, node: fx.Node) -> Any:
+        """By the operator's own emitter, or, where it has none for these arguments, by torch's exporter."""
         emit = self.functions.get(node.target)
-        if emit is None:
-            where = node.meta.get("path") or "the model's forward"
-            raise UserError(f"module {where!r}: the operator {node.target} has no ONNX form here.")
+        reason = None
+        if emit is not None:
+            try:
+                return emit(self, node, *node.args, **node.kwargs)
+            except (UserError, TypeError) as error:  # TypeError: an overload's argument that the emitter does not take
+                reason = str(error)
         try:
-            return emit(self, node, *node.args, **node.kwargs)
+            return self.translate(self, node)
         except UserError as error:
-            raise UserError(f"module {node.meta.get('path')!r}, operator {node.target}: {error}") from None
+            where = repr(node.meta["path"]) if node.meta.get("path") else "(the model's own forward)"
+            because = f"{reason} " if reason else ""
+            raise UserError(f"module {where}, operator {node.target}: {because}{error}") from None
 
     def _finish(self, node: fx.Node) -> str:
         last = self.env[node.args[0]]  # type: ignore[index]
@@ -143,6 +149,12 @@ class Writer:
         return "output"
 
     # --- values, for emitters ---------------------------------------------------------------------------------
+
+    def value_of(self, node: fx.Node) -> torch.Tensor:
+        """A constant's value. UserError for what the network computes."""
+        if node.op != "get_attr":
+            raise UserError(f"it takes constants only, and {node.name} is computed.")
+        return getattr(self.gm, str(node.target))
 
     def tensor(self, value: Any) -> str:
         """The tensor name of a node, or of a Python number as a real constant."""

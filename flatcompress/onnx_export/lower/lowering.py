@@ -30,7 +30,11 @@ from flatcompress.onnx_export.lower.prepare import (
     prepare,
 )
 
-_KEPT = (nn.LayerNorm, nn.GroupNorm, nn.Embedding, nn.BatchNorm1d, nn.BatchNorm2d)
+_KEPT = (
+    *(nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.Embedding, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
+    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+)
 _POOLS = (aten.adaptive_avg_pool2d.default, aten.mean.dim)
 _MATMULS = (aten.matmul.default, aten.bmm.default, aten.mm.default)
 
@@ -279,6 +283,11 @@ def is_global_pool(node: fx.Node) -> bool:
     return rank == 4 and isinstance(dims, list | tuple) and sorted(d % 4 for d in dims) == [2, 3]
 
 
+def is_global_pool_shape(x: fx.Node, dim: Any) -> bool:
+    """Whether ``dim`` are height and width of a lowered [B, C, H, W]."""
+    return len(x.meta["shape"]) == 4 and isinstance(dim, list | tuple) and sorted(d % 4 for d in dim) == [2, 3]
+
+
 def _keeps_dims(node: fx.Node) -> bool:
     return bool(node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False))
 
@@ -307,15 +316,29 @@ def _within_int8(values: Tensor) -> Tensor:
 
 
 class _Shapes(fx.Interpreter):
-    """Runs the graph once and notes every tensor's shape; dimension 0 follows the batch."""
+    """Runs the graph and notes every tensor's shape and type; dimensions that another run finds larger are open."""
+
+    def __init__(self, gm: fx.GraphModule, again: bool) -> None:
+        super().__init__(gm)
+        self.again = again
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         if isinstance(result, Tensor):
-            n.meta["shape"], n.meta["dtype"] = tuple(result.shape), result.dtype
+            shape = tuple(result.shape)
+            if self.again:
+                n.meta["dynamic"] = {axis for axis, size in enumerate(n.meta["shape"]) if shape[axis] != size}
+            else:
+                n.meta["shape"], n.meta["dtype"] = shape, result.dtype
+        elif isinstance(result, int) and not self.again:
+            n.meta["size"] = result
         return result
 
 
 def _note_shapes(lowered: fx.GraphModule, example_input: Tensor) -> None:
-    with torch.no_grad():
-        _Shapes(lowered).run(example_input.detach().cpu().float())
+    """Twice, with two and with three samples: what differs follows the batch."""
+    for again in (False, True):
+        x = example_input.detach().cpu().float()
+        repeated = x[torch.arange(2 + int(again)) % len(x)]
+        with torch.no_grad():
+            _Shapes(lowered, again).run(repeated)
