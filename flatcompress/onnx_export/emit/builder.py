@@ -18,7 +18,12 @@ ALPHABET = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 # First opset in which each operator has the form that this package writes; anything not listed is older than 13.
 SINCE = {
-    "LayerNormalization": 17, "Mish": 18, "HardSwish": 14, "Gelu": 20, "Trilu": 14, "GridSample": 16,
+    "LayerNormalization": 17,
+    "Mish": 18,
+    "HardSwish": 14,
+    "Gelu": 20,
+    "Trilu": 14,
+    "GridSample": 16,
     **dict.fromkeys(("BitwiseAnd", "BitwiseOr", "BitwiseXor", "BitwiseNot"), 18),
 }
 

@@ -131,7 +131,8 @@ def conv(w: Writer, inputs: list[str], attributes: dict[str, Any], kernel: tuple
 
 def conv_transpose(w: Writer, inputs: list[str], attributes: dict[str, Any], kernel: tuple[int, ...], name: str) -> str:
     """A ConvTranspose with torch's attributes; those at their default are left out."""
-    rank, written = len(kernel), {"kernel_shape": kernel}
+    rank = len(kernel)
+    written: dict[str, Any] = {"kernel_shape": kernel}
     for key, ours, default in (("stride", "strides", 1), ("dilation", "dilations", 1), ("output_padding",) * 2 + (0,)):
         values = _tuple(attributes[key], rank)
         if any(v != default for v in values):

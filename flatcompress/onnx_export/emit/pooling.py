@@ -73,7 +73,7 @@ def _mean_matrices(w: Writer, x: fx.Node, spatial: list[int], wanted: list[int])
         for column, (begin, end) in enumerate(_windows(size, count)):
             matrix[begin:end, column] = 1 / (end - begin)
         axis = rank - len(spatial) + index
-        made = _along(w, made, w.number(matrix.tolist()), axis, rank)
+        made = _along(w, made, w.builder.constant(matrix.astype(w.profile.floats)), axis, rank)
     return made
 
 
@@ -191,7 +191,7 @@ def _ceil_average(w: Writer, x: str, spatial: list[int], how: tuple[list[int], .
     grid = np.ones([1] * rank)
     for axis, count in enumerate(counts):
         grid = grid * np.asarray(count, np.float64).reshape([-1 if i == axis else 1 for i in range(rank)])
-    return b.op("Mul", [means, w.number((math.prod(window) / grid)[None, None].tolist())])
+    return b.op("Mul", [means, w.builder.constant((math.prod(window) / grid)[None, None].astype(w.profile.floats))])
 
 
 def _resize(mode: str, coordinates: str, rank: int, **extra: Any) -> FunctionEmitter:
@@ -227,7 +227,7 @@ def _grid_sample(
     name = _SAMPLE_MODES[mode]
     if w.builder.opset >= 20:
         name = {"bilinear": "linear", "bicubic": "cubic"}.get(name, name)
-    given = {"mode": name, "padding_mode": _SAMPLE_PADS[padding], "align_corners": int(align_corners)}
+    given: dict[str, Any] = {"mode": name, "padding_mode": _SAMPLE_PADS[padding], "align_corners": int(align_corners)}
     return w.builder.op("GridSample", [w.tensor(x), w.tensor(grid)], **given)
 
 

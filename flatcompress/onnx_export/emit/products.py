@@ -26,7 +26,7 @@ def _added_product(
     """beta x + alpha a b; a Gemm for plain matrices."""
     build = w.builder
     if rank_of(a) == 2 and rank_of(b) == 2 and rank_of(x) <= 2:
-        given = {key: float(value) for key, value in (("alpha", alpha), ("beta", beta)) if value != 1}
+        given: dict[str, Any] = {key: float(value) for key, value in (("alpha", alpha), ("beta", beta)) if value != 1}
         return build.op("Gemm", [w.tensor(a), w.tensor(b), w.tensor(x)], name=function_path(node), **given)
     product, first = build.op("MatMul", [w.tensor(a), w.tensor(b)], name=function_path(node)), w.tensor(x)
     product = product if alpha == 1 else build.op("Mul", [product, w.number(alpha)])

@@ -128,8 +128,8 @@ class _Stack:
 
 def _is_zero(w: Writer, state: fx.Node) -> bool:
     if state.op == "get_attr":
-        return not bool(w.value_of(state).any())
-    return state.target in _ZEROS and (state.target is not aten.full.default or state.args[1] == 0)
+        return not bool(w.value_of(state).any().item())
+    return state.target in _ZEROS and bool(state.target is not aten.full.default or state.args[1] == 0)
 
 
 RECURRENT: dict[Any, FunctionEmitter] = {

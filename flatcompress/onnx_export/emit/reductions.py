@@ -129,7 +129,7 @@ def _cumsum(w: Writer, node: fx.Node, x: fx.Node, dim: int, *, dtype: Any = None
 def _top_k(
     w: Writer, node: fx.Node, x: fx.Node, k: int, dim: int = -1, largest: bool = True, in_order: bool = True
 ) -> list[str]:
-    given = {"axis": axis_of(x, dim), "largest": int(largest), "sorted": int(in_order)}
+    given: dict[str, Any] = {"axis": axis_of(x, dim), "largest": int(largest), "sorted": int(in_order)}
     count = w.env[k] if isinstance(k, fx.Node) else w.builder.ints([k])
     return w.builder.ops("TopK", [w.tensor(x), count], outputs=2, **given)
 

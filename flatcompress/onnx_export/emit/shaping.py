@@ -179,8 +179,8 @@ def _roll(w: Writer, node: fx.Node, x: fx.Node, shifts: Sequence[int], over: Seq
     if not over:
         flat = b.op("Reshape", [tensor, b.ints([-1])])
         length = b.op("Shape", [flat])
-        cut = b.op("Mod", [b.ints([-shifts[0]]), length])
-        parts = [b.op("Slice", [flat, *ends]) for ends in ((cut, length), (b.ints([0]), cut))]
+        at = b.op("Mod", [b.ints([-shifts[0]]), length])
+        parts = [b.op("Slice", [flat, *ends]) for ends in ((at, length), (b.ints([0]), at))]
         return b.op("Reshape", [b.op("Concat", parts, axis=0), b.op("Shape", [tensor])])
     for shift, dim in zip(shifts, over):
         axis = axis_of(x, dim)

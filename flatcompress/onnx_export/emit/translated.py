@@ -8,6 +8,7 @@ takes seconds, which is why the operators that networks use have rows in `operat
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -67,8 +68,7 @@ def _exported(w: Writer, node: fx.Node) -> onnx.ModelProto:
             f"it is written by torch's exporter, which needs {error.name}: pip install {error.name}"
         ) from None
     except Exception as error:  # torch's exporter raises many kinds
-        lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        raise UserError(f"it has no ONNX form, and torch's own exporter has none either ({lines[0][:200]}).") from None
+        raise UserError(f"it has no ONNX form: {_reason(error)}.") from None
     assert made is not None
     return inliner.inline_local_functions(made.model_proto)
 
@@ -88,6 +88,14 @@ def _open_dimensions(source: fx.Node) -> Any:
     if source.op == "get_attr":
         return None
     return {axis: open_ for axis in range(len(shape_of(source))) if is_dynamic(source, axis)} or None
+
+
+def _reason(error: BaseException) -> str:
+    """What torch's exporter stumbled over; its outer messages only say at which step."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return "torch's own exporter has none either (" + re.sub(r"\x1b\[[0-9;]*m", "", lines[0])[:200].rstrip(".") + ")"
 
 
 @contextmanager
