@@ -56,11 +56,17 @@ class ToyLinear(nn.Linear):
         return F.linear(x, spec.values * spec.scale.reshape(-1, 1), self.bias)
 
 
-def toy_quantize(model: nn.Module, example: Tensor, bits: int = 4, activation_bits: int = 4) -> nn.Module:
-    """Quantize every layer and every tensor between them: after each ReLU, before each add, after the pool."""
+def toy_quantize(
+    model: nn.Module, example: Tensor, bits: int = 4, activation_bits: int = 4, everywhere: bool = False
+) -> nn.Module:
+    """Quantize every layer and every tensor between them: after each ReLU, before each add, after the pool.
+
+    everywhere: after every operator but the last.
+    """
     gm = graph.trace(model.eval(), example)
     ranges = _ranges(gm, example)
-    wanted = [n for n in gm.graph.nodes if _wants_quantizer(gm, n)]
+    wanted = [n for n in gm.graph.nodes if (n in ranges if everywhere else _wants_quantizer(gm, n))]
+    wanted = [n for n in wanted if not any(u.op == "output" for u in n.users) and n.op != "get_attr"]
     wanted += [n.args[0] for n in graph.weighted(gm) if not _covered(n.args[0], wanted)]
     quantizers = nn.Module()
     model.add_module("quantizers", quantizers)
@@ -75,6 +81,7 @@ def toy_quantize(model: nn.Module, example: Tensor, bits: int = 4, activation_bi
             quantizers.add_module(name, ToyQuantizer(float(scale) or 1.0, width, signed))
             with gm.graph.inserting_after(node):
                 made = gm.graph.call_module(f"quantizers.{name}", (node,))
+            made.meta["val"] = node.meta.get("val")
             node.replace_all_uses_with(made, delete_user_cb=lambda user, made=made: user is not made)
     layers = [n.target for n in graph.weighted(gm)]
     for name in layers:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from torch import fx, nn
 
-from flatcompress.onnx_export.emit.builder import FLOAT
+from flatcompress.onnx_export.emit.builder import FLOAT, INT32
 from flatcompress.onnx_export.emit.norms import NORM_LAYERS
 from flatcompress.onnx_export.emit.writer import ModuleEmitter, Writer, array, as_matrix
 from flatcompress.onnx_export.lower import integer
@@ -188,6 +188,19 @@ def _add(w: Writer, node: fx.Node, module: integer.IntegerAdd) -> str:
     return w.codes_of(total, module.out_grid)
 
 
+def _mul(w: Writer, node: fx.Node, module: integer.IntegerMul) -> str:
+    a, b = (w.tensor(n) for n in node.args)
+    product = w.builder.op("Mul", [w.real_of(a, module.first), w.real_of(b, module.second)], name=node.meta["path"])
+    return w.codes_of(product, module.out_grid)
+
+
+def _table(w: Writer, node: fx.Node, module: integer.Table) -> str:
+    index = w.builder.cast(w.tensor(node.args[0]), INT32)
+    return w.builder.op(
+        "Gather", [w.builder.constant(array(module.codes).astype(np.uint8)), index], name=node.meta["path"]
+    )
+
+
 def _pool(w: Writer, node: fx.Node, module: integer.IntegerPool) -> str:
     x = w.real_of(w.tensor(node.args[0]), module.in_grid)
     return w.codes_of(w.builder.op("GlobalAveragePool", [x], name=node.meta["path"]), module.out_grid)
@@ -241,6 +254,8 @@ MODULES: dict[type[nn.Module], ModuleEmitter] = {
     integer.IntegerLayer: _integer_layer,
     integer.WeightOnlyLayer: _weight_only,
     integer.IntegerAdd: _add,
+    integer.IntegerMul: _mul,
+    integer.Table: _table,
     integer.IntegerPool: _pool,
     integer.IntegerMatMul: _matmul,
     nn.Conv1d: _float_conv,

@@ -13,7 +13,7 @@ import onnx
 from onnx import helper
 from torch import fx, nn
 
-from flatcompress.onnx_export.emit.builder import FLOAT
+from flatcompress.onnx_export.emit.builder import FLOAT, INT32
 from flatcompress.onnx_export.emit.layers import MODULES, conv
 from flatcompress.onnx_export.emit.profiles import Stored
 from flatcompress.onnx_export.emit.writer import ModuleEmitter, Writer, array
@@ -134,6 +134,20 @@ def _add(w: Writer, node: fx.Node, module: Any) -> str:
     return activation(w, w.builder.op("Add", [a, b], name=node.meta["path"]), module.out_grid)
 
 
+def _mul(w: Writer, node: fx.Node, module: Any) -> str:
+    a, b = (w.tensor(n) for n in node.args)
+    return activation(w, w.builder.op("Mul", [a, b], name=node.meta["path"]), module.out_grid)
+
+
+def _table(w: Writer, node: fx.Node, module: integer.Table) -> str:
+    """Real values have no codes to look up: they are computed, and so is what the codes stand for."""
+    b, grid, out = w.builder, module.in_grid, module.out_grid
+    steps = b.op("Round", [b.op("Div", [w.tensor(node.args[0]), b.floats(grid.scale)])])
+    index = b.cast(b.op("Add", [steps, b.floats(grid.zero_point)]), INT32)
+    real = (array(module.codes) - out.zero_point) * np.float32(out.scale)
+    return activation(w, b.op("Gather", [b.floats(real), index], name=node.meta["path"]), out)
+
+
 def _pool(w: Writer, node: fx.Node, module: Any) -> str:
     pooled = w.builder.op("GlobalAveragePool", [w.tensor(node.args[0])], name=node.meta["path"])
     return activation(w, pooled, module.out_grid)
@@ -153,6 +167,8 @@ QONNX_MODULES: dict[type[nn.Module], ModuleEmitter] = {
     integer.IntegerLayer: _layer,
     integer.WeightOnlyLayer: _layer,
     integer.IntegerAdd: _add,
+    integer.IntegerMul: _mul,
+    integer.Table: _table,
     integer.IntegerPool: _pool,
     integer.IntegerMatMul: _matmul,
 }

@@ -195,6 +195,31 @@ class IntegerAdd(nn.Module):
         return out.clamp(torch.round(total))
 
 
+class IntegerMul(nn.Module):
+    """Codes * codes -> codes, as a gate is applied: ``round((a - z_a)(b - z_b) (s_a s_b / s_c)) + z_c``."""
+
+    def __init__(self, first: Grid, second: Grid, out_grid: Grid) -> None:
+        super().__init__()
+        self.first, self.second, self.out_grid = first, second, out_grid
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        product = (a - self.first.zero_point) * (b - self.second.zero_point)
+        return rescale(product, scale32(self.first.scale) * scale32(self.second.scale), self.out_grid)
+
+
+class Table(nn.Module):
+    """Codes -> codes by a table [256]: any function of one quantized tensor."""
+
+    def __init__(self, codes: Tensor, in_grid: Grid, out_grid: Grid) -> None:
+        super().__init__()
+        self.in_grid, self.out_grid = in_grid, out_grid
+        self.register_buffer("codes", codes.to(torch.float32))
+        self.codes: Tensor
+
+    def forward(self, codes: Tensor) -> Tensor:
+        return self.codes[codes.long()]
+
+
 class IntegerPool(nn.Module):
     """Global average pooling of codes over height and width: the sum times ``s_x / (s_y * pixels)``."""
 

@@ -8,6 +8,7 @@ into ONNX node by node, and the certificate compares the two.
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +18,8 @@ from torch import Tensor, fx, nn
 from flatcompress import graph as graphs
 from flatcompress.errors import UserError
 from flatcompress.modules import modes_kept
-from flatcompress.onnx_export.lower import integer
-from flatcompress.onnx_export.lower.fold import fold, fold_float, integer_bias
+from flatcompress.onnx_export.lower import integer, tables, transposed
+from flatcompress.onnx_export.lower.fold import Folded, fold, fold_float, integer_bias
 from flatcompress.onnx_export.lower.integer import Grid
 from flatcompress.onnx_export.lower.prepare import (
     MOVES,
@@ -29,6 +30,7 @@ from flatcompress.onnx_export.lower.prepare import (
     module_of,
     prepare,
 )
+from flatcompress.onnx_export.lower.transposed import SubPixel
 
 _KEPT = (
     *(nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.Embedding, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
@@ -109,6 +111,8 @@ class _Lowering:
             return
         if node.target is aten.add.Tensor and self._integer_add(node):
             return
+        if node.target is aten.mul.Tensor and self._integer_mul(node):
+            return
         if node.target in _MATMULS and self._integer_matmul(node):
             return
         if node.target is aten.cat.default and self._cat(node):
@@ -171,6 +175,12 @@ class _Lowering:
         if value.grid == grid:
             self.env[node] = value
             return
+        root = tables.root_of(node.args[0], lambda n: self.env[n].grid is not None)  # type: ignore[arg-type]
+        if root is not None:
+            codes = self.env[root]
+            table = tables.tabulate(self.gm, root, node.args[0], codes.grid, grid)  # type: ignore[arg-type]
+            self._set(node, self._call(node.args[0], table, codes.node), grid)  # type: ignore[arg-type]
+            return
         self._set(node, self._call(node, integer.Quantize(grid), self._real(node.args[0])), grid)
 
     def _weighted(self, node: fx.Node, module: Any) -> None:
@@ -181,15 +191,21 @@ class _Lowering:
             return
         spec = module.weight_spec()
         bias = getattr(module, "bias", None)
-        folded = fold(spec.values.detach().cpu(), spec.scale.cpu(), None if bias is None else bias.cpu(), norms)
+        rows, scales = graphs.rows(spec, getattr(module, "groups", 1))
+        folded = fold(rows.detach().cpu(), scales.cpu(), None if bias is None else bias.cpu(), norms)
         attributes = conv_attributes(module) if spec.values.dim() > 2 else {}
-        if "pads" in node.meta:
+        pixels = None
+        if spec.axis == 1:
+            folded, pixels = _as_plain(folded, module)
+            attributes = {"stride": 1, "padding": 0, "dilation": pixels.dilations, "groups": module.groups}
+            attributes["pads"] = list(pixels.pads)
+        elif "pads" in node.meta:
             attributes["pads"] = node.meta["pads"]
         if value.grid is None or getattr(module, "padding_mode", "zeros") != "zeros":
             real_bias = None if folded.bias is None else folded.bias.float()
             values, scale = _within_int8(folded.values), folded.scale.float()
             layer: nn.Module = integer.WeightOnlyLayer(values, scale, real_bias, spec.bits, attributes)
-            self._set(node, self._call(node, layer, self._padded(node, module)))
+            self._set(node, self._side_by_side(self._call(node, layer, self._padded(node, module)), pixels))
             return
         shift = graphs.headroom(folded.values, spec.bits)
         folded, whole = integer_bias(folded, value.grid.scale, shift)
@@ -197,7 +213,30 @@ class _Lowering:
         layer = integer.IntegerLayer(
             _within_int8(folded.values), folded.scale, whole, value.grid, out, spec.bits, shift, attributes
         )
-        self._set(node, self._call(node, layer, value.node), out)
+        self._set(node, self._side_by_side(self._call(node, layer, value.node), pixels), out)
+
+    def _side_by_side(self, made: fx.Node, pixels: SubPixel | None) -> fx.Node:
+        """[B, C * prod(strides), *size] -> [B, C, *(size * strides)] of what was a transposed convolution, ends cut."""
+        if pixels is None:
+            return made
+        path, rank = made.meta["path"], len(pixels.strides)
+
+        def then(target: Any, *args: Any) -> None:
+            nonlocal made
+            made = self.graph.call_function(target, (made, *args))
+            made.meta["path"] = path
+
+        if rank == 2 and pixels.strides[0] == pixels.strides[1] > 1:
+            then(aten.pixel_shuffle.default, pixels.strides[0])
+        elif any(stride > 1 for stride in pixels.strides):
+            then(aten.unflatten.int, 1, [-1, *pixels.strides])
+            then(aten.permute.default, [0, 1, *(a for i in range(rank) for a in (2 + rank + i, 2 + i))])
+            for axis in range(rank):
+                then(aten.flatten.using_ints, 2 + axis, 3 + axis)
+        for axis, (begin, end) in enumerate(pixels.cuts):
+            if begin or end:
+                then(aten.slice.Tensor, 2 + axis, begin, -end if end else (1 << 63) - 1)
+        return made
 
     def _padded(self, node: fx.Node, module: Any) -> fx.Node:
         """The real input of a layer, padded by itself where the layer does not pad with zeros."""
@@ -231,13 +270,19 @@ class _Lowering:
         return node.target in _POOLS and self._integer_pool(node, first)
 
     def _integer_add(self, node: fx.Node) -> bool:
+        return self._on_two(node, integer.IntegerAdd)
+
+    def _integer_mul(self, node: fx.Node) -> bool:
+        return self._on_two(node, integer.IntegerMul)
+
+    def _on_two(self, node: fx.Node, kind: type[integer.IntegerAdd | integer.IntegerMul]) -> bool:
+        """An operator on two tensors of codes whose result is quantized."""
         values = [self.env[a] for a in node.args[:2] if isinstance(a, fx.Node) and a in self.env]
         out = self._sink(node)
         if len(values) != 2 or out is None or node.kwargs or any(v.grid is None for v in values):
             return False
         a, b = values
-        module = integer.IntegerAdd(a.grid, b.grid, out)  # type: ignore[arg-type]
-        self._set(node, self._call(node, module, a.node, b.node), out)
+        self._set(node, self._call(node, kind(a.grid, b.grid, out), a.node, b.node), out)  # type: ignore[arg-type]
         return True
 
     def _integer_matmul(self, node: fx.Node) -> bool:
@@ -297,6 +342,14 @@ def conv_attributes(module: Any) -> dict[str, Any]:
     zeros = getattr(module, "padding_mode", "zeros") == "zeros"
     padding = module.padding if zeros else 0
     return {"stride": module.stride, "padding": padding, "dilation": module.dilation, "groups": module.groups}
+
+
+def _as_plain(folded: Folded, module: Any) -> tuple[Folded, SubPixel]:
+    """A folded transposed convolution as a plain one with a channel per position inside a stride."""
+    values, pixels = transposed.plain(folded.values, module)
+    each = math.prod(pixels.strides)
+    bias = None if folded.bias is None else folded.bias.repeat_interleave(each)
+    return Folded(values, folded.scale.repeat_interleave(each), bias), pixels
 
 
 def _float_layer(module: Any, norms: list[nn.Module]) -> nn.Module:

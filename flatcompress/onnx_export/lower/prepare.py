@@ -40,6 +40,12 @@ MOVES = {
     aten.squeeze.dim,
     aten.squeeze.dims,
     aten.unsqueeze.default,
+    aten.unflatten.int,
+    aten.movedim.int,
+    aten.index_select.default,
+    aten.flip.default,
+    aten.roll.default,
+    aten.repeat_interleave.self_int,
     aten.slice.Tensor,
     aten.select.int,
     aten.expand.default,
@@ -140,6 +146,8 @@ def _pads_itself(gm: fx.GraphModule, user: fx.Node, pads: list[int]) -> bool:
     module = module_of(gm, user)
     rank = getattr(module, "weight", torch.empty(0)).dim()
     zeros = getattr(module, "padding_mode", "") == "zeros" and not isinstance(getattr(module, "padding", ""), str)
+    if isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
+        return False
     return hasattr(module, "weight_spec") and zeros and len(pads) <= 2 * (rank - 2)
 
 
