@@ -20,8 +20,8 @@ from flatcompress.models.from_onnx.windows import padded, window_pads
 Constants = list[NDArray[Any] | None]
 Maker = Callable[[dict[str, Any], Constants, tuple[int, ...]], "nn.Module | None"]
 
-_CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-_TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+_CONV: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_TRANSPOSED: dict[int, Any] = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 _BATCH_NORM = {0: nn.BatchNorm1d, 1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 _INSTANCE_NORM = {1: nn.InstanceNorm1d, 2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
 
@@ -100,7 +100,7 @@ def _matmul(a: dict[str, Any], constants: Constants, shape: tuple[int, ...]) -> 
     weight, bias = constants[1], constants[2] if len(constants) > 2 else None
     if weight is None or weight.ndim != 2:
         return None
-    return _weights(nn.Linear(*weight.shape, bias is not None), weight.T, bias)
+    return _weights(nn.Linear(weight.shape[0], weight.shape[1], bias is not None), weight.T, bias)
 
 
 def _batch_norm(a: dict[str, Any], constants: Constants, shape: tuple[int, ...]) -> nn.Module | None:

@@ -16,13 +16,23 @@ from torch import Tensor, nn
 
 from flatcompress.errors import UserError, nearest
 from flatcompress.models.from_onnx.layers import DATA, LAYERS
+from flatcompress.models.from_onnx.moves import MOVES
+from flatcompress.models.from_onnx.nodes import (
+    called,
+    dequantized,
+    fixed_batch,
+    path_of,
+    plain_attribute,
+    real,
+    relu6,
+)
 from flatcompress.models.from_onnx.operators import OPERATORS, type_of
 from flatcompress.models.from_onnx.program import OneInput, OnnxModule, Slot, Step, plain
 from flatcompress.models.from_onnx.windows import WINDOWS
 from flatcompress.onnx_export.proof import inspect_file
 
 MOST_VALUES = 1 << 28  # of a constant that a file computes
-_TABLE = {**OPERATORS, **WINDOWS}
+_TABLE = {**OPERATORS, **MOVES, **WINDOWS}
 _NUMBERS = {"Add", "Sub", "Mul", "Div", "Pow"}
 _MOVES = {"Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Split", "Gather", "MaxPool", "Identity",
           "DepthToSpace", "SpaceToDepth", "Concat", "Expand", "Tile"}  # fmt: skip
@@ -45,7 +55,7 @@ def from_onnx(path: str | Path, example_input: Any = None) -> nn.Module:
             model = inliner.inline_local_functions(model)
         reader = _Reader(file, model)
         examples = _examples(file, reader.inputs, example_input)
-        return reader.read([_with_batch(x, _fixed_batch(reader.inputs)) for x in examples]).eval()
+        return reader.read([_with_batch(x, fixed_batch(reader.inputs)) for x in examples]).eval()
     except UserError as error:
         raise error if str(error).startswith(str(file)) else UserError(f"{file}: {error}") from None
     except Exception as error:  # a malformed graph fails in whatever it reaches first
@@ -87,7 +97,7 @@ class _Reader:
         self.opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 1)
         self.imports = list(model.opset_import)
         self.constants: dict[str, NDArray[Any]] = {
-            t.name: _real(numpy_helper.to_array(t)) for t in self.graph.initializer
+            t.name: real(numpy_helper.to_array(t)) for t in self.graph.initializer
         }
         self.inputs = [value for value in self.graph.input if value.name not in self.constants]
         self.values: dict[str, Any] = {}
@@ -108,7 +118,7 @@ class _Reader:
         self.module = kind(names, [value.name for value in self.graph.output])
         self.module.eval()
         self.values = dict(zip(names, examples))
-        self.batch = _fixed_batch(self.inputs)
+        self.batch = fixed_batch(self.inputs)
         with torch.no_grad():
             for node in self.graph.node:
                 self._node(node)
@@ -132,7 +142,7 @@ class _Reader:
     def _compute(self, node: onnx.NodeProto) -> None:
         """A node of constants, by onnx's own reference (which lacks some versions of DequantizeLinear)."""
         if node.op_type == "DequantizeLinear":
-            self._keep(node, [_dequantized(node, [self.constants[name] for name in node.input if name])])
+            self._keep(node, [dequantized(node, [self.constants[name] for name in node.input if name])])
             return
         self._check_growth(node)
         inputs = [helper.make_value_info(name, onnx.TypeProto()) for name in dict.fromkeys(node.input) if name]
@@ -144,14 +154,14 @@ class _Reader:
             results = ReferenceEvaluator(model).run(None, feeds)
         except Exception as error:  # the reference raises whatever numpy does
             raise UserError(
-                f"{_called(node)} cannot be computed ({type(error).__name__}: {str(error)[:100]})."
+                f"{called(node)} cannot be computed ({type(error).__name__}: {str(error)[:100]})."
             ) from None
-        self._keep(node, results)
+        self._keep(node, list(results))
 
     def _keep(self, node: onnx.NodeProto, results: list[Any]) -> None:
         """Results of constants are constants, known by the name of the first of them."""
         for name, value in zip([n for n in node.output if n], results):
-            self.constants[name] = _real(np.asarray(value))
+            self.constants[name] = real(np.asarray(value))
             if node.input:
                 self.names[name] = self.names.get(node.input[0], node.input[0])
 
@@ -164,13 +174,13 @@ class _Reader:
         if node.op_type == "Tile":
             count *= self.constants[node.input[0]].size
         if count > MOST_VALUES:
-            raise UserError(f"{_called(node)} would make a constant of {sizes}.")
+            raise UserError(f"{called(node)} would make a constant of {sizes}.")
 
     def _drop_quantizer(self, node: onnx.NodeProto) -> None:
         """The codes of a quantized tensor stand for its real values here; their grid is kept for limits of codes."""
         source = node.input[0]
         if source not in self.values and source not in self.same:
-            raise UserError(f"{_called(node)} has a scale or zero point that is computed.")
+            raise UserError(f"{called(node)} has a scale or zero point that is computed.")
         if node.op_type == "DequantizeLinear":
             self._alias(node.output[0], source)
             return
@@ -183,8 +193,8 @@ class _Reader:
         ):
             # Quantizing tools take away a ReLU or ReLU6 before codes that have no negative values.
             six = scale.size == 1 and abs(255 * float(scale.reshape(-1)[0]) - 6) < float(scale.reshape(-1)[0]) / 2
-            function = _TABLE["Relu"] if not six else _relu6
-            self._append(node, Step(_called(node), (node.output[0],), (self._slot(source),), function=function))
+            function = _TABLE["Relu"] if not six else relu6
+            self._append(node, Step(called(node), (node.output[0],), (self._slot(source),), function=function))
         else:
             self._alias(node.output[0], source)
         if scale.size == 1:
@@ -209,11 +219,11 @@ class _Reader:
         try:
             layer = maker(attributes, constants, tuple(data.shape))
         except UserError as error:
-            raise UserError(f"{_called(node)} {error}") from None
+            raise UserError(f"{called(node)} {error}") from None
         if layer is None:
             return False
         path = self._place(node, layer)
-        self._append(node, Step(_called(node), tuple(node.output), (self._slot(names[index]),), layer=path))
+        self._append(node, Step(called(node), tuple(node.output), (self._slot(names[index]),), layer=path))
         if fused is not None:
             self._alias(fused[0], node.output[0])
         return True
@@ -237,10 +247,10 @@ class _Reader:
         if function is None:
             guess = nearest(node.op_type, list(_TABLE))
             hint = f" (there is {guess})" if guess and guess != node.op_type else ""
-            raise UserError(f"{_called(node)} has no torch form here{hint}.")
+            raise UserError(f"{called(node)} has no torch form here{hint}.")
         attributes = self._attributes(node)
         inputs = tuple(self._input(node, index, name) for index, name in enumerate(node.input))
-        self._append(node, Step(_called(node), tuple(node.output), inputs, function=function, attributes=attributes))
+        self._append(node, Step(called(node), tuple(node.output), inputs, function=function, attributes=attributes))
 
     def _append(self, node: onnx.NodeProto, step: Step) -> None:
         try:
@@ -282,7 +292,7 @@ class _Reader:
             if node.op_type in _NUMBERS and value.size == 1 and value.dtype.kind == "f" and value.ndim <= 1:
                 return Slot("plain", plain(value))
         elif grid and node.op_type not in _MOVES and node.op_type != "Clip":
-            raise UserError(f"{_called(node)} computes with the codes of a quantized tensor, which has no float form.")
+            raise UserError(f"{called(node)} computes with the codes of a quantized tensor, which has no float form.")
         return self._slot(name)
 
     def _constant(self, name: str) -> Slot:
@@ -304,8 +314,8 @@ class _Reader:
         found: dict[str, Any] = {}
         for given in node.attribute:
             if given.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS):
-                raise UserError(f"{_called(node)} holds a graph of its own (a branch or loop), which is not read.")
-            found[given.name] = _plain_attribute(helper.get_attribute_value(given))
+                raise UserError(f"{called(node)} holds a graph of its own (a branch or loop), which is not read.")
+            found[given.name] = plain_attribute(helper.get_attribute_value(given))
         return {**found, "opset": self.opset, "op": node.op_type, "outputs": len(node.output), "batch": self.batch,
                 "given": [bool(name) for name in node.input]}  # fmt: skip
 
@@ -331,70 +341,10 @@ class _Reader:
     def _path(self, node: onnx.NodeProto) -> list[str]:
         weight = next((self.names.get(n, n) for n in node.input[1:2] if n in self.constants), "")
         match = re.fullmatch(r"([A-Za-z_][\w.]*)[._]weight(_quantized|_q)?", weight)
-        text = match[1] if match else _of_node(node.name)
+        text = match[1] if match else path_of(node.name)
         parts = [re.sub(r"\W", "_", part) for part in text.split(".") if part]
         parts = [f"_{part}" if part[0].isdigit() and len(parts) == 1 else part for part in parts]
         return parts or [f"{node.op_type.lower()}_{len(self.module.steps)}"]
-
-
-def _dequantized(node: onnx.NodeProto, inputs: list[NDArray[Any]]) -> NDArray[Any]:
-    """(codes - zero point) * scale, both per tensor or along an axis."""
-    codes, scale, *zero = inputs
-    axis = next((a.i for a in node.attribute if a.name == "axis"), 1)
-    shape = [1] * codes.ndim
-    if scale.size > 1:
-        if scale.ndim != 1:
-            raise UserError(f"{_called(node)} has scales in blocks, which are not read.")
-        shape[axis % codes.ndim] = scale.size
-    base = zero[0].astype(np.float64).reshape(shape) if zero else 0.0
-    return ((codes.astype(np.float64) - base) * scale.astype(np.float64).reshape(shape)).astype(np.float32)
-
-
-def _of_node(name: str) -> str:
-    """The module path in a node's name: "/layer1/layer1.0/conv1/Conv" is layer1.0.conv1."""
-    if "/" not in name:
-        return name
-    parts: list[str] = []
-    for part in [p for p in name.split("/") if p][:-1]:
-        if parts and part.startswith(f"{parts[-1]}."):
-            parts[-1] = part
-        else:
-            parts.append(part)
-    return ".".join(parts) or name.strip("/")
-
-
-def _relu6(a: dict[str, Any], x: Tensor) -> Tensor:
-    return nn.functional.relu6(x)
-
-
-def _called(node: onnx.NodeProto) -> str:
-    name = (node.name or (node.output[0] if node.output else ""))[:80]
-    return f"node {name!r} ({node.domain + '::' if node.domain not in ('', 'ai.onnx') else ''}{node.op_type})"
-
-
-def _real(values: NDArray[Any]) -> NDArray[Any]:
-    """Every real type as float32, types that numpy lacks as int8."""
-    if values.dtype.kind == "f" and values.dtype != np.float32:
-        return values.astype(np.float32)
-    if values.dtype.kind == "V" or values.dtype.name in ("bfloat16", "int4", "uint4", "int2", "uint2"):
-        return values.astype(np.float32 if "float" in values.dtype.name else np.int32)
-    return values
-
-
-def _plain_attribute(value: Any) -> Any:
-    if isinstance(value, bytes):
-        return value.decode()
-    if isinstance(value, onnx.TensorProto):
-        return numpy_helper.to_array(value)
-    if isinstance(value, list):
-        return [v.decode() if isinstance(v, bytes) else v for v in value]
-    return list(value) if hasattr(value, "__iter__") and not isinstance(value, str) else value
-
-
-def _fixed_batch(inputs: list[onnx.ValueInfoProto]) -> int | None:
-    """The batch that a file is fixed to, None where it is open."""
-    dims = inputs[0].type.tensor_type.shape.dim if inputs else []
-    return dims[0].dim_value if dims and dims[0].dim_value > 0 else None
 
 
 def _note_last_uses(module: OnnxModule) -> None:
