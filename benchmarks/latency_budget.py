@@ -40,9 +40,9 @@ from torch import nn
 
 from benchmarks._common import arguments, finish
 from flatcompress import models, prune, quant
+from flatcompress.latency.table import LatencyTable
 from flatcompress.onnx_export import export
 from flatcompress.onnx_export.runtime import kernel_time, latency
-from flatcompress.stages.latency_table import LatencyTable
 
 WITHIN = 0.10
 HALVES: dict[str, dict[str, Any]] = {

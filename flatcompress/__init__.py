@@ -1,7 +1,7 @@
 """flatcompress: train flat, cut, quantize, ship.
 
 One recipe turns a PyTorch model and its data into a low-bit, sparse ONNX file that still works on data it was
-never trained on, and proves it. The rooms are usable on their own: `flatcompress.flat` (sharpness-aware
+never trained on, and proves it. The packages are usable on their own: `flatcompress.flat` (sharpness-aware
 optimizers), `flatcompress.quant` (low-bit QAT), `flatcompress.prune` (channel pruning) and
 `flatcompress.onnx_export` (packed ONNX files and their certificates).
 """
@@ -19,14 +19,14 @@ _LAZY = {
     "Plan": "flatcompress.plan",
     "apply_plan": "flatcompress.plan",
 }
-_ROOMS = ("data", "flat", "graph", "models", "onnx_export", "prune", "quant", "report", "stages", "training")
+_PACKAGES = ("data", "flat", "graph", "models", "onnx_export", "prune", "quant", "report", "stages", "training")
 
-__all__ = ["Pipeline", "Plan", "__version__", "apply_plan", *_ROOMS]
+__all__ = ["Pipeline", "Plan", "__version__", "apply_plan", *_PACKAGES]
 
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
-    if name in _ROOMS:
+    if name in _PACKAGES:
         return importlib.import_module(f"flatcompress.{name}")
     raise AttributeError(f"module 'flatcompress' has no attribute {name!r}")

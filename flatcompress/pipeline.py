@@ -1,10 +1,8 @@
-"""Runs a recipe's stages in order, owns the run folder, and goes on where an earlier run stopped."""
+"""Runs a recipe's stages in order, owns the run folder, and resumes where an earlier run stopped."""
 
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,15 +12,20 @@ from typing import Any
 import torch
 from torch import nn
 
+from flatcompress import data as datasets
+from flatcompress import models
 from flatcompress.data import DataBundle
-from flatcompress.errors import RunError, UserError
-from flatcompress.plan import Plan, apply_plan, load_weights
+from flatcompress.errors import UserError
+from flatcompress.plan import Plan
 from flatcompress.randomness import spaced
-from flatcompress.recipe import Recipe, load_recipe, parse_recipe
+from flatcompress.recipe import Recipe, identity, load_recipe, parse_recipe
+from flatcompress.session import Session
+from flatcompress.stages import STAGES, RunContext, StageKeys, run_stage, stage_of
+from flatcompress.stages.dry_run import dry_run
 from flatcompress.stages.measure import measure
-from flatcompress.stages.rehearse import rehearse
-from flatcompress.stages.run import RUN
-from flatcompress.stages.workpiece import Workpiece
+from flatcompress.training.callback import Callback
+from flatcompress.training.devices import seed_everything
+from flatcompress.training.loop import make_accelerator
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class Pipeline:
     ``Pipeline.from_yaml("recipe.yaml")`` takes everything from the file.
     ``Pipeline(model=..., data=..., stages=[...])`` takes a module that maps [B, C, H, W] to logits and a
     `DataBundle` (or what `flatcompress.data.bundle` accepts); ``stages`` are what a recipe's ``stages`` would hold.
+    ``callbacks`` take part in every training (docs/extending.md); ``options`` are the recipe's other keys.
     UserError when anything is wrong, before anything runs.
     """
 
@@ -52,8 +56,10 @@ class Pipeline:
         model: nn.Module | str | Mapping[str, Any] = "resnet8",
         data: DataBundle | str | Mapping[str, Any] = "rotated-digits",
         stages: Sequence[Any] = (),
+        callbacks: Sequence[Callback] = (),
         **options: Any,
     ) -> None:
+        self._callbacks = tuple(callbacks)
         self._module = model if isinstance(model, nn.Module) else None
         self._bundle = None if isinstance(data, str) or _is_recipe_section(data) else _as_bundle(data)
         raw: dict[str, Any] = {"name": "python", **options}
@@ -74,7 +80,7 @@ class Pipeline:
     def from_recipe(cls, recipe: Recipe) -> Pipeline:
         """A pipeline from a checked recipe."""
         self = cls.__new__(cls)
-        self._module, self._bundle, self.recipe = None, None, recipe
+        self._module, self._bundle, self._callbacks, self.recipe = None, None, (), recipe
         return self
 
     @property
@@ -84,22 +90,18 @@ class Pipeline:
 
     def load_data(self) -> DataBundle:
         """The data set of the recipe, or the one this pipeline was given."""
-        from flatcompress import data
-
         if self._bundle is not None:
             return self._bundle
         section = self.recipe.data
         if section.name == "python":
             raise UserError("data.name 'python' stands for an object given in Python; name a data set instead.")
         try:
-            return data.load(section.name, seed=self.recipe.seed, **section.options)
+            return datasets.load(section.name, seed=self.recipe.seed, **section.options)
         except TypeError as error:
             raise UserError(f"data: {_no_function_name(error)} for data set {section.name!r}.") from None
 
     def builder(self, bundle: DataBundle) -> Callable[[], nn.Module]:
         """A function that makes a fresh float model, the same every time."""
-        from flatcompress import models
-
         if self._module is not None:
             original = copy.deepcopy(self._module)
             return lambda: copy.deepcopy(original)
@@ -129,55 +131,51 @@ class Pipeline:
     ) -> Result:
         """Run every stage that is not finished yet and return the `Result`.
 
-        A run that was interrupted goes on where it stopped; ``restart`` begins afresh. ``display`` receives every
+        A run that was interrupted resumes where it stopped; ``restart`` starts over. ``display`` receives every
         event of the log as a dict. UserError for wrong input, before anything is written; RunError for a run that
         failed (the message says what is kept); Interrupted after a signal.
         """
-        from flatcompress.session import Session
-
         recipe = self.recipe
         if recipe.threads:
             torch.set_num_threads(recipe.threads)
-        work = self.prepare()
+        run = self.prepare()
         path = Path(folder) if folder is not None else self.folder
         with Session(path, recipe, restart, display) as session:
-            work.folder, work.emit = session.folder.path, session.emit
-            first = session.restore(work)
-            session.begin(work, first)
+            run.folder, run.emit = session.folder.path, session.emit
+            first = session.restore(run)
+            session.begin(run, first)
             for index in range(first, len(recipe.stages)):
-                self._stage(work, session, index)
-            session.finish(work)
-            report = session.report() if work.accelerator.is_main_process else None
+                self._stage(run, session, index)
+            session.finish(run)
+            report = session.report() if run.accelerator.is_main_process else None
         return Result(
             folder=path,
-            ledger=work.ledger,
-            onnx=work.artifacts.get("onnx"),
-            certificate=work.certificate,
+            ledger=run.ledger,
+            onnx=run.artifacts.get("onnx"),
+            certificate=run.certificate,
             report=report,
-            model=work.model,
-            plan=work.plan,
+            model=run.model,
+            plan=run.plan,
         )
 
-    def prepare(self, *, rehearsed: bool = True) -> Workpiece:
-        """Load the data, build the model and rehearse every stage's surgery on a copy; nothing is written.
+    def prepare(self, *, tried: bool = True) -> RunContext:
+        """Load the data, build the model and do every stage's surgery on a copy; nothing is written.
 
-        UserError for whatever is wrong with the input: what this returns can be run.
+        ``tried=False`` leaves that dry run out. UserError for whatever is wrong with the input: what this returns can
+        be run.
         """
         bundle = self.load_data()
-        work = self._workpiece(bundle)
-        if rehearsed:
-            rehearse(work, self.recipe.stages)
-        return work
+        run = self._context(bundle)
+        if tried:
+            dry_run(run, [(entry.kind, entry.config) for entry in self.recipe.stages])
+        return run
 
-    def _workpiece(self, bundle: DataBundle) -> Workpiece:
-        from flatcompress.training.devices import seed_everything
-        from flatcompress.training.loop import make_accelerator
-
+    def _context(self, bundle: DataBundle) -> RunContext:
         recipe = self.recipe
         accelerator = make_accelerator(recipe.device, recipe.precision)
         seed_everything(recipe.seed)
         build = self.builder(bundle)
-        return Workpiece(
+        return RunContext(
             model=build().to(accelerator.device),
             plan=Plan(),
             data=bundle,
@@ -186,45 +184,24 @@ class Pipeline:
             seed=recipe.seed,
             batch_size=recipe.data.batch_size,
             workers=recipe.data.workers,
-            recipe_hash=recipe_hash(recipe),
+            recipe_hash=identity.digest(recipe),
+            callbacks=self._callbacks,
         )
 
-    def _stage(self, work: Workpiece, session: Any, index: int) -> None:
-        from flatcompress.training.devices import seed_everything
-
+    def _stage(self, run: RunContext, session: Session, index: int) -> None:
         entry = self.recipe.stages[index]
-        work.seed = spaced(self.recipe.seed, index)
-        seed_everything(work.seed)
-        session.enter(work, index)
+        run.seed = spaced(self.recipe.seed, index)
+        seed_everything(run.seed)
+        session.enter(run, index)
         started = time.monotonic()
-        passes = work.passes
-        RUN[entry.kind](work, entry.config)
+        passes = run.passes
+        run_stage(entry.kind, run, entry.config)
         seconds = session.elapsed + time.monotonic() - started
-        if entry.kind != "export":
-            work.ledger.append(
-                measure(work, entry.kind, getattr(entry.config, "method", ""), seconds, work.passes - passes)
-            )
+        if stage_of(entry.kind).measured:
+            run.ledger.append(measure(run, entry.kind, entry.config.label, seconds, run.passes - passes))
         else:
-            work.ledger[-1]["seconds"] = seconds
-        session.leave(work, index)
-
-
-def recipe_hash(recipe: Recipe) -> str:
-    """SHA-256 of everything in the recipe that can change the result."""
-    raw = recipe.to_dict()
-    for key in ("name", "output_dir", "checkpoint_every", "log"):
-        raw.pop(key)
-    return hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest()
-
-
-def load_model(build: Callable[[], nn.Module], plan: Plan, state: dict[str, torch.Tensor], example: Any) -> nn.Module:
-    """A fresh model taken through ``plan``, with ``state`` loaded. RunError when they do not fit."""
-    model = apply_plan(build(), plan, example)
-    try:
-        load_weights(model, state)
-    except UserError as error:
-        raise RunError(f"the checkpoint does not fit its plan: {error}") from None
-    return model
+            run.ledger[-1]["seconds"] = seconds
+        session.leave(run, index)
 
 
 def _is_recipe_section(data: Any) -> bool:
@@ -236,17 +213,13 @@ def _section(value: Any) -> dict[str, Any]:
 
 
 def _as_bundle(data: Any) -> DataBundle:
-    from flatcompress.data import bundle
-
-    return data if isinstance(data, DataBundle) else bundle(data)
+    return data if isinstance(data, DataBundle) else datasets.bundle(data)
 
 
 def _stage_entry(stage: Any) -> Any:
-    from flatcompress.stages.configs import STAGE_CONFIGS
-
-    for kind, config in STAGE_CONFIGS.items():
-        if isinstance(stage, config):
-            return {kind: stage.model_dump()}
+    """A stage given as a config object is its kind with its keys."""
+    if isinstance(stage, StageKeys):
+        return {kind: stage for kind in STAGES if type(stage) is stage_of(kind).config}
     return stage
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar, overload
 
+from flatcompress import extensions
 from flatcompress.errors import unknown
 
 Facts = TypeVar("Facts")
@@ -29,6 +30,7 @@ class Entry(Generic[Facts]):
     """One row: ``name`` -> ``make``; calling the row calls ``make``.
 
     ``paper`` is an arXiv id or another short reference, or empty. ``facts``: what others must know of the row.
+    ``origin``: "flatcompress", or the distribution or module that added the row.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Entry(Generic[Facts]):
     summary: str
     paper: str
     facts: Facts
+    origin: str
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What ``make`` gives."""
@@ -73,20 +76,36 @@ class Registry(Mapping[str, Entry[Facts]]):
         self._facts = facts
         self._entries: dict[str, Entry[Facts]] = {}
 
-    def add(self, name: str, make: Callable[..., Any], summary: str, paper: str = "", **facts: Any) -> Entry[Facts]:
-        """Register ``make`` under ``name``. A name can be taken once. ``facts``: the fields that are not at default."""
+    def add(
+        self,
+        name: str,
+        make: Callable[..., Any],
+        summary: str,
+        paper: str = "",
+        *,
+        origin: str | None = None,
+        **facts: Any,
+    ) -> Entry[Facts]:
+        """Register ``make`` under ``name``. A name can be taken once.
+
+        ``facts``: the fields that are not at default. ``origin``: the module that adds the row, where it is not
+        ``make``'s.
+        """
         if name in self._entries:
-            raise ValueError(f"{self.kind} {name!r} is registered twice")
-        entry = self._entries[name] = Entry(name, make, summary, paper, self._facts(**facts))
+            raise ValueError(f"{self.kind} {name!r} is registered twice, first by {self._entries[name].origin}")
+        module = origin or str(getattr(make, "__module__", extensions.GROUP))  # a partial has none
+        found = extensions.origin_of(module)
+        entry = self._entries[name] = Entry(name, make, summary, paper, self._facts(**facts), found)
         return entry
 
     def __getitem__(self, name: str) -> Entry[Facts]:
-        try:
-            return self._entries[name]
-        except KeyError:
-            raise unknown(self.kind, name, self._entries) from None
+        if name not in self:
+            raise unknown(self.kind, name, self._entries)
+        return self._entries[name]
 
     def __contains__(self, name: object) -> bool:
+        if name not in self._entries and isinstance(name, str):
+            extensions.load()  # only what is not built in costs a look at the installed packages
         return name in self._entries
 
     def __iter__(self) -> Iterator[str]:

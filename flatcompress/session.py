@@ -13,30 +13,38 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from flatcompress import report
+from flatcompress.data import preview
 from flatcompress.environment import versions
 from flatcompress.errors import Interrupted, RunError, UserError
 from flatcompress.plan import apply_plan, load_weights
-from flatcompress.recipe import Recipe
+from flatcompress.recipe import SCHEMA, Recipe, identity, parse_recipe
+from flatcompress.stages import RunContext
 from flatcompress.stages.reported import reported
-from flatcompress.stages.workpiece import Workpiece
 from flatcompress.storage import write_bytes_atomic, write_error
 from flatcompress.store import checkpoint
+from flatcompress.store.checkpoint import Checkpoint
 from flatcompress.store.runfolder import RunFolder
 from flatcompress.store.runlog import RunLog
 from flatcompress.store.trackers import open_tracker
-from flatcompress.training import changes, memory
+from flatcompress.training import memory
 from flatcompress.training.divergence import describe
 from flatcompress.training.signals import StopRequest
 from flatcompress.yaml_source import parse_yaml
 
-if TYPE_CHECKING:
-    from flatcompress.store.checkpoint import Checkpoint
+
+@dataclass(frozen=True)
+class _Before:
+    """The recipe of the run that is in the folder; one from before there was a schema number has 1."""
+
+    recipe: Recipe
+    schema_number: int
 
 
 class Session:
@@ -93,7 +101,7 @@ class Session:
     def _failure(self, error: Any) -> BaseException | None:
         """What is raised for ``error``: the machine's failures as a RunError, an interruption with how to go on."""
         if isinstance(error, Interrupted):
-            return Interrupted(f"{error}; everything is saved. {how_to_go_on()}")
+            return Interrupted(f"{error}; everything is saved. {how_to_resume()}")
         if isinstance(error, OSError):
             path = Path(error.filename) if isinstance(error.filename, str) else self.folder.path
             return write_error(path, error, "Every checkpoint is kept.")
@@ -113,25 +121,36 @@ class Session:
         text = self.folder.read_recipe()
         if text is None:
             return None
-        try:
-            before, _ = parse_yaml(text, str(self.folder.recipe))
-        except UserError:
-            before = None
-        if not isinstance(before, dict):
-            raise UserError(f"{self.folder.recipe}: not a recipe any more. Run with --restart to begin afresh.")
-        found = list(changes.changes(before, self.recipe.to_dict()))
-        if not found:
-            return None
+        before = self._recipe_before(text)
         latest = checkpoint.load_latest(self.folder.checkpoints)
         begun = 0 if latest is None else latest.stage_index + 1
-        first = changes.first_stage(found)
+        if begun and before.schema_number != SCHEMA:
+            raise UserError(
+                f"{self.folder.path} holds a run of an earlier version of flatcompress (recipe schema "
+                f"{before.schema_number}, this version has {SCHEMA}), which cannot be resumed. Its files can still be "
+                "read (report, verify, export). Run with --restart to start over (its results are removed), or give "
+                "this run another name."
+            )
+        found = identity.differences(before.recipe, self.recipe)
+        if not found:
+            return None
+        first = identity.first_stage(found)
         if first < begun:
             raise UserError(
                 f"{self.folder.path} holds a run of another recipe, and what changed was already used:\n"
-                f"{changes.as_text(found)}\n"
-                "Run with --restart to begin afresh (its results are removed), or give this run another name."
+                f"{identity.as_text(found)}\n"
+                "Run with --restart to start over (its results are removed), or give this run another name."
             )
         return first
+
+    def _recipe_before(self, text: str) -> _Before:
+        """The folder's own recipe. UserError when it cannot be read as one."""
+        where = str(self.folder.recipe)
+        try:
+            raw, _ = parse_yaml(text, where)
+            return _Before(parse_recipe(raw, where), int(raw.get("schema", 1)))
+        except UserError as error:
+            raise UserError(f"{where}: not a recipe any more ({error}). Run with --restart to start over.") from None
 
     @property
     def stop_requested(self) -> bool:
@@ -177,25 +196,20 @@ class Session:
 
     # ------------------------------------------------------------------ resume
 
-    def restore(self, work: Workpiece) -> int:
-        """Bring ``work`` to where the last run stopped; returns the index of the stage to run next."""
+    def restore(self, run: RunContext) -> int:
+        """Bring ``run`` to where the last run stopped; returns the index of the stage to run next."""
         self._found, finished = self._sound()
         if finished is None:
             return 0
-        work.plan = finished.plan
-        work.model = apply_plan(work.model.cpu(), finished.plan, work.example().cpu())
         try:
-            load_weights(work.model, finished.state_dict)
+            restore(run, finished)
         except UserError as error:
             raise RunError(f"{finished.path}: the weights do not fit the plan: {error} Use --restart.") from None
-        work.model.to(work.device)
-        work.ledger = list(finished.extra["ledger"])
         if self.main:  # it is written after the checkpoint: a run killed between the two has a row less
-            self.folder.write_ledger(work.ledger)
-        work.passes = int(finished.extra["passes"])
-        work.certificate = finished.extra.get("certificate")
+            self.folder.write_ledger(run.ledger)
+        run.certificate = finished.extra.get("certificate")
         # Names alone: a stranger's checkpoint must not point out of the folder.
-        work.artifacts = {k: self.folder.path / Path(v).name for k, v in finished.extra.get("artifacts", {}).items()}
+        run.artifacts = {k: self.folder.path / Path(v).name for k, v in finished.extra.get("artifacts", {}).items()}
         return finished.stage_index + 1
 
     def _sound(self) -> tuple[Checkpoint | None, Checkpoint | None]:
@@ -215,82 +229,81 @@ class Session:
                 warnings.warn(f"{found.path.name} is of no use without {before}: {error}", stacklevel=2)
         return None, None
 
-    def begin(self, work: Workpiece, first: int) -> None:
+    def begin(self, run: RunContext, first: int) -> None:
         """Log what is about to run, and where."""
         self.emit(
             "run",
             name=self.recipe.name,
-            recipe_hash=work.recipe_hash,
+            recipe_hash=run.recipe_hash,
             resumed_at=stage_id(self.recipe, first) if 0 < first < len(self.recipe.stages) else None,
             stages=[stage_id(self.recipe, i) for i in range(len(self.recipe.stages))],
             first=first,
-            data=work.data.name,
-            classes=list(work.data.classes),
-            held_out=work.data.held_out_domain,
-            skipped=len(work.data.skipped),
-            notes=list(work.data.notes),
-            environment=environment(work),
+            data=run.data.name,
+            classes=list(run.data.classes),
+            held_out=run.data.held_out_domain,
+            skipped=len(run.data.skipped),
+            notes=list(run.data.notes),
+            environment=environment(run),
         )
-        if work.data.skipped:  # whoever loaded the data was told before there was a log
-            said = f"bad samples left out of the data: {len(work.data.skipped)}; the first: {work.data.skipped[0]}"
+        if run.data.skipped:  # whoever loaded the data was told before there was a log
+            said = f"bad samples left out of the data: {len(run.data.skipped)}; the first: {run.data.skipped[0]}"
             self.emit("warning", message=said)
         if self.main and not self.folder.preview.exists():
-            picture = reported("the preview of the data could not be drawn", work.data.preview_png, None)
+            picture = reported("the preview of the data could not be drawn", lambda: preview.png(run.data), None)
             if picture:
                 write_bytes_atomic(self.folder.preview, picture)
 
     # ------------------------------------------------------------------ stages
 
-    def enter(self, work: Workpiece, index: int) -> None:
-        """Stage ``index`` begins; hands the state of an interrupted one to the workpiece."""
+    def enter(self, run: RunContext, index: int) -> None:
+        """Stage ``index`` begins; hands the state of an interrupted one to the run."""
         self._stage = stage_id(self.recipe, index)
         entry = self.recipe.stages[index]
         found, self._found = self._found, None
-        work.resume = None
+        run.resume = None
         self.elapsed, self.incidents = 0.0, []
         if found is not None and not found.finished and found.stage == self._stage:
-            work.resume = {**found.state, "model": found.state_dict}
+            run.resume = {**found.state, "model": found.state_dict}
             self.elapsed = float(found.extra.get("seconds", 0.0))
             self.incidents = list(found.extra.get("incidents", []))
-        work.progress = Progress(self, work)
-        config = entry.config
+        run.progress = Progress(self, run)
         self.emit(
             "stage",
             index=index,
             of=len(self.recipe.stages),
-            method=getattr(config, "method", getattr(config, "profile", None)),
-            epochs=getattr(config, "epochs", None),
-            resumed_at_step=found.step if work.resume is not None and found is not None else None,
+            method=entry.config.label or None,
+            epochs=entry.config.epochs_planned,
+            resumed_at_step=found.step if run.resume is not None and found is not None else None,
         )
 
-    def leave(self, work: Workpiece, index: int) -> None:
+    def leave(self, run: RunContext, index: int) -> None:
         """Stage ``index`` is done: keep it."""
         if self.incidents:
-            work.ledger[-1]["divergences"] = self.incidents
-        self.emit("row", row=work.ledger[-1])
+            run.ledger[-1]["divergences"] = self.incidents
+        self.emit("row", row=run.ledger[-1])
         if self.main:
             extra = {
-                "ledger": work.ledger,
-                "passes": work.passes,
-                "certificate": work.certificate,
-                "artifacts": {k: v.name for k, v in work.artifacts.items()},
+                "ledger": run.ledger,
+                "passes": run.passes,
+                "certificate": run.certificate,
+                "artifacts": {k: v.name for k, v in run.artifacts.items()},
             }
             checkpoint.save_stage(
                 self.folder.checkpoints,
                 stage_id(self.recipe, index),
-                work.plan,
-                work.model.state_dict(),
+                run.plan,
+                run.model.state_dict(),
                 extra=extra,
             )
-            self.folder.write_ledger(work.ledger)
-        work.accelerator.wait_for_everyone()
+            self.folder.write_ledger(run.ledger)
+        run.accelerator.wait_for_everyone()
         if self.stop_requested and index + 1 < len(self.recipe.stages):
             raise Interrupted(f"stopped after stage {self._stage}")
 
-    def finish(self, work: Workpiece) -> None:
+    def finish(self, run: RunContext) -> None:
         """Every stage is done."""
         self._stage = None
-        self.emit("done", onnx=str(work.artifacts["onnx"].name) if "onnx" in work.artifacts else None)
+        self.emit("done", onnx=str(run.artifacts["onnx"].name) if "onnx" in run.artifacts else None)
 
     def report(self) -> Path | None:
         """Write report.html from the folder's files; None, with a warning, where that fails."""
@@ -301,8 +314,8 @@ class Session:
 class Progress:
     """Saves a stage's state every N steps or minutes, and when the user asks to stop; knows the failure policies."""
 
-    def __init__(self, session: Session, work: Workpiece) -> None:
-        self._session, self._work = session, work
+    def __init__(self, session: Session, run: RunContext) -> None:
+        self._session, self._run = session, run
         recipe = session.recipe
         every = recipe.checkpoint_every
         self.on_divergence: str = recipe.on_divergence
@@ -326,13 +339,13 @@ class Progress:
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Write a checkpoint inside the running stage."""
         self._last = time.monotonic()
-        session, work = self._session, self._work
+        session, run = self._session, self._run
         if session.main and session._stage is not None:
             checkpoint.save_progress(
                 session.folder.checkpoints,
                 session._stage,
                 step,
-                work.plan,
+                run.plan,
                 state["model"],
                 extra={"seconds": session.elapsed + self._last - self._started, "incidents": session.incidents},
                 state={k: v for k, v in state.items() if k != "model"},
@@ -356,6 +369,19 @@ class Progress:
         self._session.emit("warning", message=f"{describe(finding)}; {done}")
 
 
+def restore(run: RunContext, finished: Checkpoint) -> None:
+    """Bring ``run``, as the pipeline prepares it, to where a finished stage left it.
+
+    UserError when the weights do not fit the plan.
+    """
+    run.plan = finished.plan
+    run.model = apply_plan(run.model.cpu(), finished.plan, run.example().cpu())
+    load_weights(run.model, finished.state_dict)
+    run.model.to(run.device)
+    run.ledger = list(finished.extra["ledger"])
+    run.passes = int(finished.extra["passes"])
+
+
 def seconds(text: str) -> float:
     """Seconds of '90s', '5m' or '2h'.
 
@@ -370,24 +396,24 @@ def stage_id(recipe: Recipe, index: int) -> str:
     return f"{index}-{recipe.stages[index].kind}"
 
 
-def environment(work: Workpiece) -> dict[str, Any]:
+def environment(run: RunContext) -> dict[str, Any]:
     """Versions and machine, for the log and the certificate."""
     packages = ("flatcompress", "torch", "torch-pruning", "brevitas", "onnx", "onnxruntime", "accelerate", "numpy")
     return {
         "python": platform.python_version(),
         "machine": platform.machine(),
         "system": platform.system(),
-        "device": str(work.device),
+        "device": str(run.device),
         "threads": torch.get_num_threads(),
-        "processes": work.accelerator.num_processes,
+        "processes": run.accelerator.num_processes,
         "packages": versions(*packages),
     }
 
 
-def how_to_go_on() -> str:
+def how_to_resume() -> str:
     """The sentence that says how an interrupted run is continued."""
     program = Path(sys.argv[0]).name if sys.argv and sys.argv[0] else ""
     if program not in ("flatcompress", "cli.py"):
-        return "The same call goes on."
+        return "The same call resumes the run."
     words = [w for w in sys.argv[1:] if w != "--restart"]
-    return "Go on with: flatcompress " + " ".join(shlex.quote(w) for w in words)
+    return "Resume with: flatcompress " + " ".join(shlex.quote(w) for w in words)

@@ -83,13 +83,14 @@ def prepared() -> Callable[[Path], None]:
     import small_runs
 
     import flatcompress.pipeline as pipeline
+    from flatcompress.data import preview
 
     preload()
     pipeline.measure = lambda work, stage, method, seconds, passes: {  # type: ignore[assignment]
         "stage": stage, "method": method, "accuracy": {}, "passes": passes, "seconds": seconds,
     }  # fmt: skip
-    pipeline.rehearse = lambda work, stages: None  # type: ignore[assignment]
-    small_runs.bundle().preview()  # draws with a font, which is loaded once
+    pipeline.dry_run = lambda work, stages: None  # type: ignore[assignment]
+    preview.sheet(small_runs.bundle())  # draws with a font, which is loaded once
     stages = (
         {"train": {"method": "sam", "epochs": 1, "averaging": "ema"}},
         {"prune": {"method": "magnitude", "ratio": 0.4, "epochs": 1, "schedule_steps": 1}},

@@ -36,7 +36,7 @@ def only_training(monkeypatch: pytest.MonkeyPatch) -> None:
         return {"stage": stage, "method": method, "passes": passes, "seconds": seconds}
 
     monkeypatch.setattr("flatcompress.pipeline.measure", row)
-    monkeypatch.setattr("flatcompress.pipeline.rehearse", lambda work, stages: None)
+    monkeypatch.setattr("flatcompress.pipeline.dry_run", lambda work, stages: None)
     monkeypatch.setattr("flatcompress.session.Session.report", lambda self: None)
 
 

@@ -16,7 +16,7 @@ from flatcompress import Pipeline, models
 from flatcompress.recipe import load_recipe
 from flatcompress.sweep.pool import check_all
 from flatcompress.sweep.spec import load_sweep
-from flatcompress.training.loop import epoch_batches, loader
+from flatcompress.training.batches import epoch_batches, loader
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 FILES = sorted(CONFIGS.glob("*.yaml"))

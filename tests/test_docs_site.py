@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(p for p in DOCS.rglob("*.md") if p.parent.name != "results")
 LINKED = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.rglob("*.md")), ROOT / "export" / "README.md"]
-PACKAGES = ["flatcompress", *(f"flatcompress.{name}" for name in flatcompress._ROOMS)]
+PACKAGES = ["flatcompress", *(f"flatcompress.{name}" for name in flatcompress._PACKAGES)]
 # A block that cannot run by itself says why: <!-- not run: the reason -->
 BLOCK = re.compile(r"(?:<!-- not run: (?P<reason>[^>]+) -->\n)?```python\n(?P<code>.*?)```", flags=re.S)
 

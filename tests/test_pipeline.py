@@ -14,7 +14,10 @@ from torch import nn
 
 from flatcompress import Pipeline, apply_plan
 from flatcompress.errors import RunError, UserError
-from flatcompress.stages.configs import ExportConfig, QuantizeConfig, TrainConfig
+from flatcompress.stages import run_stage
+from flatcompress.stages.export import ExportConfig
+from flatcompress.stages.quantize import QuantizeConfig
+from flatcompress.stages.train import TrainConfig
 from flatcompress.store import checkpoint
 
 
@@ -108,19 +111,19 @@ def test_finished_run_is_not_run_again(finished):
 
 
 def test_run_goes_on_after_the_last_finished_stage(finished, tmp_path, monkeypatch):
-    from flatcompress.stages import export
-    from flatcompress.stages.run import RUN
+    def failing(*kinds):
+        def run(kind, *arguments):
+            if kind in kinds:
+                raise RunError("the disk is full")
+            return run_stage(kind, *arguments)
 
-    def fail(work, config):
-        raise RunError("the disk is full")
+        monkeypatch.setattr("flatcompress.pipeline.run_stage", run)
 
     path = write(tmp_path)
-    monkeypatch.setitem(RUN, "export", fail)
+    failing("export")
     with pytest.raises(RunError):
         Pipeline.from_yaml(path).run()
-    monkeypatch.setitem(RUN, "export", export.run)
-    monkeypatch.setitem(RUN, "train", fail)
-    monkeypatch.setitem(RUN, "prune", fail)
+    failing("train", "prune")
     resumed = Pipeline.from_yaml(path).run()
     _, undisturbed = finished
     assert digest(resumed.onnx) == digest(undisturbed.onnx)

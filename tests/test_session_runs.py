@@ -16,7 +16,7 @@ import pytest
 import small_runs
 
 from flatcompress.errors import Interrupted, UserError
-from flatcompress.session import Progress, how_to_go_on, seconds
+from flatcompress.session import Progress, how_to_resume, seconds
 
 ROOT = Path(__file__).parents[1]
 AGAIN = {"train": {"method": "none", "epochs": 1}}
@@ -70,9 +70,11 @@ def stopped_in(folder, stage, *stages, **options):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_signal_finishes_the_step_saves_and_says_how_to_go_on(number, whole, tmp_path, capfd):
+def test_the_first_signal_finishes_the_step_saves_and_says_how_to_resume(number, whole, tmp_path, capfd):
     before = signal.getsignal(number)
-    with pytest.raises(Interrupted, match=r"stopped after step 6; everything is saved\. The same call goes on\."):
+    with pytest.raises(
+        Interrupted, match=r"stopped after step 6; everything is saved\. The same call resumes the run\."
+    ):
         run(tmp_path / "run", display=on("epoch", signalled(1, number)))
     assert "stopping after this step" in capfd.readouterr().err
     assert signal.getsignal(number) is before
@@ -99,9 +101,9 @@ def test_a_signal_between_stages_stops_there(whole, tmp_path):
 def test_the_way_on_is_the_command_without_restart(monkeypatch):
     words = ["/usr/bin/flatcompress", "run", "my recipe.yaml", "--restart", "--set", "seed=1"]
     monkeypatch.setattr(sys, "argv", words)
-    assert how_to_go_on() == "Go on with: flatcompress run 'my recipe.yaml' --set seed=1"
+    assert how_to_resume() == "Resume with: flatcompress run 'my recipe.yaml' --set seed=1"
     monkeypatch.setattr(sys, "argv", ["train.py"])
-    assert how_to_go_on() == "The same call goes on."
+    assert how_to_resume() == "The same call resumes the run."
 
 
 def test_a_second_run_in_the_folder_is_refused(tmp_path):
@@ -296,6 +298,6 @@ def test_the_command_exits_130_and_prints_the_command_that_goes_on(tmp_path):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate()
     assert process.returncode == 130
-    assert f"Go on with: flatcompress run {recipe} -o {tmp_path / 'run'} -q\n" in err
+    assert f"Resume with: flatcompress run {recipe} -o {tmp_path / 'run'} -q\n" in err
     assert "Traceback" not in err
     assert subprocess.run(words, cwd=ROOT).returncode == 0

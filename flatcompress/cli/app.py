@@ -1,4 +1,4 @@
-"""The verbs. Argument passing only: what a verb does is in the module it calls, loaded when it is called.
+"""The commands. Argument passing only: what a command does is in the module it calls, loaded when it is called.
 
 Results go to stdout (``--json`` for machines), progress to stderr. Exit codes: 0 done, 2 the input is wrong,
 3 the run failed or a certificate does not hold, 130 interrupted.
@@ -41,11 +41,11 @@ def run(
     recipe: RecipePath,
     settings: Setting = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="the run folder itself")] = None,
-    restart: Annotated[bool, typer.Option("--restart", help="begin afresh and remove the earlier results")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="start over and remove the earlier results")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress on stderr")] = False,
     as_json: Json = False,
 ) -> None:
-    """Run a recipe; the same command again goes on where it stopped."""
+    """Run a recipe; the same command again resumes where it stopped."""
     from flatcompress.cli import printing
     from flatcompress.cli.commands import run_recipe
 
@@ -66,7 +66,7 @@ def sweep(
     plan: Annotated[bool, typer.Option("--plan", help="write every run's recipe and print its command")] = False,
     as_json: Json = False,
 ) -> None:
-    """Run methods x seeds x held-out domains and write one table; the same command again goes on."""
+    """Run methods x seeds x held-out domains and write one table; the same command again resumes it."""
     from flatcompress.cli.commands import plan_sweep, run_sweep_file
 
     if plan:
@@ -227,7 +227,7 @@ def _version(
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
-    """Entry point: run a verb and exit with its code; a user's mistake is one message, never a traceback."""
+    """Entry point: run a command and exit with its code; a user's mistake is one message, never a traceback."""
     sys.exit(_guarded(arguments))
 
 
@@ -239,7 +239,9 @@ def _guarded(arguments: list[str] | None) -> int:
         typer.echo(f"flatcompress: {error}", err=True)
         return error.exit_code
     except KeyboardInterrupt:
-        typer.echo("flatcompress: stopped at once; what was saved before is kept. The same command goes on.", err=True)
+        typer.echo(
+            "flatcompress: stopped at once; what was saved before is kept. The same command resumes the run.", err=True
+        )
         return 130
     except BrokenPipeError:
         return 0

@@ -1,4 +1,4 @@
-"""What the verbs of the command line do, as functions that return plain data."""
+"""What the commands do, as functions that return plain data."""
 
 from __future__ import annotations
 
@@ -7,14 +7,23 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from flatcompress import data, flat, models, onnx_export, prune, quant
-from flatcompress.errors import UserError, nearest, unknown
+from flatcompress import data, extensions, flat, models, onnx_export, prune, quant, report
+from flatcompress.cli.templates import STARTERS
+from flatcompress.data.corruptions import CORRUPTIONS
+from flatcompress.errors import UserError, unknown
 from flatcompress.pipeline import Pipeline, Result
 from flatcompress.recipe import Recipe, load_recipe, parse_recipe
 from flatcompress.registry import Registry, shown
-from flatcompress.stages.methods import PRUNE_METHODS, QAT_METHODS
-from flatcompress.store import checkpoint
+from flatcompress.session import restore
+from flatcompress.stages import STAGES, RunContext
+from flatcompress.stages import export as export_stage
+from flatcompress.stages.measure import sharpness_report
+from flatcompress.stages.prune_methods import PRUNE_METHODS
+from flatcompress.stages.qat_methods import QAT_METHODS
+from flatcompress.storage import write_text_atomic
 from flatcompress.store.runfolder import RunFolder
+from flatcompress.sweep import pool, table
+from flatcompress.sweep.spec import load_sweep
 from flatcompress.yaml_source import parse_yaml
 
 CATALOGUE: dict[str, Registry] = {
@@ -25,7 +34,9 @@ CATALOGUE: dict[str, Registry] = {
     "quantizers": quant.QUANTIZERS,
     "models": models.MODELS,
     "data": data.DATASETS,
+    "corruptions": CORRUPTIONS,
     "profiles": onnx_export.PROFILES,
+    "stages": STAGES,
 }
 
 
@@ -65,9 +76,6 @@ def run_recipe(
 
 def run_sweep_file(path: Path, jobs: int | None) -> tuple[str, dict[str, Any]]:
     """Run a sweep file and write its table; returns the Markdown and the data."""
-    from flatcompress.sweep import pool, table
-    from flatcompress.sweep.spec import load_sweep
-
     sweep = load_sweep(path)
     sweep.jobs = jobs or sweep.jobs
     return table.write(sweep, pool.run_sweep(sweep, pool.stderr))
@@ -75,31 +83,29 @@ def run_sweep_file(path: Path, jobs: int | None) -> tuple[str, dict[str, Any]]:
 
 def plan_sweep(path: Path) -> list[str]:
     """Write the recipes of a sweep's runs and return the commands that run them."""
-    from flatcompress.sweep import pool
-    from flatcompress.sweep.spec import load_sweep
-
     return pool.plan(load_sweep(path))
 
 
 def check_recipe(path: Path, settings: list[str], syntax_only: bool) -> dict[str, Any]:
-    """Check a recipe file; without ``syntax_only`` also load its data and model and rehearse the stages."""
+    """Check a recipe file; without ``syntax_only`` also load its data and model and try the stages on a copy."""
     recipe = load_recipe(path, settings)
     kinds = [entry.kind for entry in recipe.stages]
     summary: dict[str, Any] = {"valid": True, "name": recipe.name, "stages": kinds, "text": " -> ".join(kinds)}
     if not syntax_only:
-        work = Pipeline.from_recipe(recipe).prepare()
-        bundle = work.data
+        run = Pipeline.from_recipe(recipe).prepare()
+        bundle = run.data
         summary["samples"] = {"train": len(bundle.train), "val": len(bundle.val), "test": len(bundle.test)}
-        summary["parameters"] = sum(p.numel() for p in work.model.parameters())
+        summary["parameters"] = sum(p.numel() for p in run.model.parameters())
         summary["text"] += f"; {summary['samples']['train']} training samples, {summary['parameters']:,} parameters"
     return summary
 
 
 def catalogue() -> dict[str, list[dict[str, Any]]]:
-    """Every registry as rows of name, summary, paper and defaults."""
+    """Every registry as rows of name, summary, paper, defaults and the package that the row comes from."""
+    extensions.load()
     return {
         kind: [
-            {"name": e.name, "summary": e.summary, "paper": e.paper, "defaults": _plain(e.defaults)}
+            {"name": e.name, "summary": e.summary, "paper": e.paper, "defaults": _plain(e.defaults), "from": e.origin}
             for e in registry.values()
         ]
         for kind, registry in CATALOGUE.items()
@@ -126,25 +132,20 @@ def bench_file(file: Path, threads: int, runs: int) -> dict[str, Any]:
 
 def rebuild_report(folder: Path) -> Path:
     """Write report.html again from what is in the run folder."""
-    from flatcompress import report
-
     if not folder.is_dir():
         raise UserError(f"{folder}: not a run folder.")
-    if not any((folder / name).exists() for name in ("recipe.yaml", "ledger.json", "log.jsonl")):
+    there = RunFolder(folder)
+    if not any(path.exists() for path in (there.recipe, there.ledger, there.log)):
         raise UserError(f"{folder}: holds no recipe.yaml, ledger.json or log.jsonl, so it is no run folder.")
     return report.build(folder)
 
 
 def write_starter(path: Path, template: str, force: bool) -> Path:
     """Write a commented starter recipe. UserError when the file exists and ``force`` is not set."""
-    from flatcompress.cli.templates import STARTERS
-
     if template not in STARTERS:
         raise unknown("template", template, STARTERS)
     if path.exists() and not force:
         raise UserError(f"{path} exists. Use --force to overwrite it, or give another name.")
-    from flatcompress.storage import write_text_atomic
-
     if not path.parent.is_dir():
         raise UserError(f"{path.parent}: no such folder.")
     write_text_atomic(path, STARTERS[template])
@@ -160,46 +161,23 @@ def open_run(folder: Path) -> tuple[Recipe, Pipeline]:
     return recipe, Pipeline.from_recipe(recipe)
 
 
-def load_workpiece(folder: Path, stage: str | None = None) -> Any:
-    """The workpiece as a finished stage left it, rebuilt from the run folder alone."""
-    from flatcompress.plan import apply_plan, load_weights
-
+def load_run(folder: Path, stage: str | None = None) -> RunContext:
+    """The run as a finished stage left it, rebuilt from the run folder alone."""
     _, pipeline = open_run(folder)
-    found = _finished(folder, stage)
-    work = pipeline.prepare(rehearsed=False)
-    work.model = apply_plan(work.model.cpu(), found.plan, work.example().cpu())
-    load_weights(work.model, found.state_dict)
-    work.model.to(work.device)
-    work.plan, work.ledger, work.folder = found.plan, list(found.extra["ledger"]), folder
-    return work
-
-
-def _finished(folder: Path, stage: str | None) -> checkpoint.Checkpoint:
-    path = folder / "checkpoints"
-    names = sorted(p.name for p in path.iterdir() if p.is_dir() and "@" not in p.name) if path.is_dir() else []
-    names = [n for n in names if n[:1].isdigit()]
-    if not names:
-        raise UserError(f"{folder}: no stage is finished yet.")
-    if stage is None:
-        names.sort(key=lambda n: int(n.split("-")[0]))
-        return checkpoint.load(path / names[-1])
-    if stage not in names:
-        guess = nearest(stage, names)
-        hint = f" Did you mean {guess!r}?" if guess else ""
-        raise UserError(f"{folder}: no finished stage {stage!r}.{hint} There are: {', '.join(names)}.")
-    return checkpoint.load(path / stage)
+    found = RunFolder(folder).load(stage)
+    run = pipeline.prepare(tried=False)
+    restore(run, found)
+    run.folder = folder
+    return run
 
 
 def export_checkpoint(folder: Path, profile: str, output: Path | None, opset: int | None) -> dict[str, Any]:
     """Write the newest finished checkpoint of ``folder`` in another profile, with a certificate of its own."""
-    from flatcompress.stages import export as export_stage
-    from flatcompress.stages.configs import ExportConfig
-
     if profile not in onnx_export.PROFILES:
         raise unknown("profile", profile, onnx_export.PROFILES)
-    work = load_workpiece(folder)
-    quantized = bool(work.plan.of_kind("quantizers"))
-    if quantized == profile.startswith("float"):
+    run = load_run(folder)
+    quantized = bool(run.plan.of_kind("quantizers"))
+    if export_stage.profile_problem(profile, quantized) is not None:
         kind = "quantized" if quantized else "float"
         raise UserError(f"profile {profile!r} does not fit: the checkpoint is {kind}.")
     path = output or folder / profile / "model.onnx"
@@ -207,12 +185,10 @@ def export_checkpoint(folder: Path, profile: str, output: Path | None, opset: in
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{path.parent}: cannot be written ({error.strerror}).") from None
-    _, certificate = export_stage.write(work, ExportConfig(profile=profile, opset=opset), path)
+    _, certificate = export_stage.write(run, export_stage.ExportConfig(profile=profile, opset=opset), path)
     return {"onnx": str(path), **certificate}
 
 
 def measure_sharpness(folder: Path, stage: str | None, samples: int) -> dict[str, Any]:
     """Sharpness measures of a finished checkpoint on its training split."""
-    from flatcompress.stages.measure import sharpness_report
-
-    return sharpness_report(load_workpiece(folder, stage), samples)
+    return sharpness_report(load_run(folder, stage), samples)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -113,15 +111,3 @@ class DataBundle:
     skipped: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     intensity: tuple[float, float] | None = None
-
-    def preview(self, columns: int = 12) -> Image.Image:
-        """A sheet of samples, one labelled row per domain, then the corruptions at their highest severity."""
-        from flatcompress.data.preview import sheet
-
-        return sheet(self, columns)
-
-    def preview_png(self) -> bytes:
-        """`preview` as the bytes of a PNG file."""
-        picture = io.BytesIO()
-        self.preview().save(picture, format="PNG")
-        return picture.getvalue()

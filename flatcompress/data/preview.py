@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import io
 
 import torch
 from PIL import Image, ImageDraw
 
-if TYPE_CHECKING:
-    from flatcompress.data.bundle import DataBundle, ImageSet
+from flatcompress.data.bundle import DataBundle, ImageSet
 
 _LABEL, _GAP, _TILE = 150, 2, 48
 
@@ -27,6 +26,13 @@ def sheet(bundle: DataBundle, columns: int = 12) -> Image.Image:
         for column, picture in enumerate(images):
             canvas.paste(picture.resize(tile, Image.Resampling.NEAREST), (_LABEL + column * (tile[0] + _GAP), top))
     return canvas
+
+
+def png(bundle: DataBundle) -> bytes:
+    """`sheet` as the bytes of a PNG file."""
+    picture = io.BytesIO()
+    sheet(bundle).save(picture, format="PNG")
+    return picture.getvalue()
 
 
 def _domain_rows(bundle: DataBundle, columns: int) -> list[tuple[str, list[Image.Image]]]:

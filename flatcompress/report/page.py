@@ -52,7 +52,7 @@ def render(run: Run) -> str:
     script = _source("report.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     certificate = run.certificate
-    shown = {"holds", "checks", "failures"}
+    shown = {"holds", "failures"}
     return _environment().get_template("report.html.j2").render(
         run=run,
         title=run.name,

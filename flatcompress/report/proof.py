@@ -21,15 +21,6 @@ MAX_ROWS = 400
 
 
 def checks(certificate: dict[str, Any]) -> list[dict[str, Any]]:
-    """The certificate's checks, whether they are written as a list of objects or as an object."""
-    raw = certificate.get("checks")
-    items = records(raw)
-    if isinstance(raw, dict):
-        items = [{"name": k, **(v if isinstance(v, dict) else {"holds": v})} for k, v in raw.items()]
-    return [_check(item) for item in items[:100]] or _statements(certificate)
-
-
-def _statements(certificate: dict[str, Any]) -> list[dict[str, Any]]:
     """What the certificate measured, in sentences; ticked only where the certificate as a whole holds."""
     both, kernels, metric = (mapping(certificate.get(k)) for k in ("parity", "kernels", "metric"))
     found = []
@@ -53,14 +44,6 @@ def _statements(certificate: dict[str, Any]) -> list[dict[str, Any]]:
         found.append((title, f"{percent(metric.get('onnxruntime'), 2)} through onnxruntime"))
     holds = True if certificate.get("holds") is True else None
     return [{"name": name, "holds": holds, "details": details} for name, details in found]
-
-
-def _check(item: dict[str, Any]) -> dict[str, Any]:
-    verdict = next((item[k] for k in ("holds", "ok", "passed") if isinstance(item.get(k), bool)), None)
-    name = text(item.get("name") or item.get("check"), 120)
-    spoken = {"name", "check", "holds", "ok", "passed"}
-    details = [f"{humane(k)} {plain(v)}" for k, v in item.items() if k not in spoken and plain(v)]
-    return {"name": humane(name), "holds": verdict, "details": " · ".join(details[:8])}
 
 
 def tree(value: Any, depth: int = 0) -> list[dict[str, Any]]:

@@ -109,7 +109,7 @@ class Progress:
     def _on_run(self, event: Mapping[str, Any]) -> None:
         resumed = text(event.get("resumed_at"), 60)
         self._say(
-            f"{text(event.get('name'), 60)}: goes on at {resumed}" if resumed else text(event.get("name"), 60), "dim"
+            f"{text(event.get('name'), 60)}: resumes at {resumed}" if resumed else text(event.get("name"), 60), "dim"
         )
         classes = event.get("classes")
         if isinstance(classes, list) and classes:

@@ -1,6 +1,21 @@
-"""The stages. Each takes a `Workpiece` and its own config and gives the workpiece back, changed.
+"""The stages: each is one file with its keys, its phases, its dry run and the order it may stand in.
 
-This is the only place where flat, quant and prune meet: GAQAT's conflict and AdaSAP's radius are plugged into the
-flat engine here. No stage knows which stage came before it; what it must know is in the workpiece's plan.
-Nothing is imported here, so that reading a recipe (`stages.configs`) does not load what only a run needs.
+This is the only place where flat, quant and prune meet: GAQAT's conflict and AdaSAP's radius go into the flat engine's
+slots here. No stage knows which stage came before it; what it must know is in the run's plan. A new kind is one file
+and one line below, or an entry point of another package (docs/extending.md).
 """
+
+from flatcompress.stages import export, prune, quantize, sparsify, train
+from flatcompress.stages.context import RunContext
+from flatcompress.stages.keys import StageKeys, TrainingKeys
+from flatcompress.stages.stage import STAGES, Phase, Stage, order_problem, run_stage, stage_of
+
+STAGES.add("train", lambda: train.STAGE, "train into a flat minimum")
+STAGES.add("prune", lambda: prune.STAGE, "remove channels while training", "2306.14306")
+STAGES.add("sparsify", lambda: sparsify.STAGE, "mask single weights while training", "1710.01878")
+STAGES.add("quantize", lambda: quantize.STAGE, "quantization-aware training with learned step sizes", "2412.05551")
+STAGES.add("export", lambda: export.STAGE, "the ONNX file and its certificate")
+
+__all__ = [
+    "STAGES", "Phase", "RunContext", "Stage", "StageKeys", "TrainingKeys", "order_problem", "run_stage", "stage_of",
+]  # fmt: skip

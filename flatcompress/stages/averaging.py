@@ -10,64 +10,66 @@ from torch import nn
 
 from flatcompress.flat.averaging import EMA, SWA, SWAD, Average, update_bn
 from flatcompress.modules import evaluating
-from flatcompress.stages.configs import QuantizeConfig, TrainConfig
+from flatcompress.stages.context import RunContext
 from flatcompress.stages.measure import train_batches
-from flatcompress.stages.train import in_turn
-from flatcompress.stages.workpiece import Workpiece
-from flatcompress.training.loop import Job, loader
+from flatcompress.training import objective
+from flatcompress.training.batches import loader
+from flatcompress.training.callback import Callback, Training
 
 SWA_START = 0.5  # share of the epochs before SWA begins
 EMA_DECAY = 0.99  # about the last hundred steps: stages here are short
 BN_SAMPLES = 4096
 
 
-class Averaging:
-    """An average that follows a job; a hook of the training loop, so its state is saved and resumed with it."""
+class Averaging(Callback):
+    """An average of ``kind`` (ema, swa, swad) over a job of a stage of ``epochs`` epochs.
 
-    def __init__(self, work: Workpiece, job: Job, config: TrainConfig | QuantizeConfig) -> None:
-        self.work, self.job, self.kind = work, job, config.averaging
-        self.keep_statistics = isinstance(config, QuantizeConfig) and config.freeze_bn
-        model = job.raw_model
+    ``keep_statistics``: BatchNorm's running statistics are not estimated anew for the average.
+    """
+
+    name = "averaging"
+
+    def __init__(self, run: RunContext, kind: str, epochs: int, keep_statistics: bool = False) -> None:
+        self.run, self.keep_statistics = run, keep_statistics
         kinds: dict[str, Callable[[nn.Module], Average | SWAD]] = {
             "swa": SWA,
             "ema": lambda m: EMA(m, EMA_DECAY),
             "swad": SWAD,
         }
-        self.average = kinds[self.kind](model)
-        self.first_step = round(SWA_START * config.epochs) * job.steps_per_epoch if self.kind == "swa" else 0
-        job.hooks["averaging"] = self
-        job.after_step = in_turn(job.after_step, self.update)  # masks first: the average sees what they hold at zero
-        if isinstance(self.average, SWAD):
-            job.after_epoch = in_turn(job.after_epoch, self.evaluate)
+        self.average = kinds[kind](run.model)
+        self.first_step = round(SWA_START * epochs) * run.steps_per_epoch if kind == "swa" else 0
+        self.job: Training | None = None
 
-    def update(self, step: int) -> None:
+    def open(self, job: Training) -> None:
+        """Follow this job's model."""
+        self.job = job
+
+    def after_step(self, step: int) -> None:
         """Take in the weights after ``step`` steps."""
         if step > self.first_step:
             self.average.update()
 
     @torch.no_grad()
-    def evaluate(self, epoch: int) -> None:
+    def after_epoch(self, epoch: int) -> None:
         """SWAD watches the loss on the training domains' validation split."""
-        assert isinstance(self.average, SWAD)
-        model, val = self.job.model, self.work.data.val
+        if not isinstance(self.average, SWAD):
+            return
+        assert self.job is not None
+        model, val, device = self.job.model, self.run.data.val, self.run.device
         batches = [list(range(i, min(i + 512, len(val)))) for i in range(0, len(val), 512)]
         with evaluating(model):
-            losses = [
-                float(
-                    nn.functional.cross_entropy(model(x.to(self.work.device)), y.to(self.work.device), reduction="sum")
-                )
-                for x, y in loader(val, batches)
-            ]
+            losses = [float(objective.summed_loss(model(x.to(device)), y.to(device))) for x, y in loader(val, batches)]
         self.average.evaluate(sum(losses) / len(val))
 
     def finish(self) -> None:
-        """Put the average into the model and estimate its BatchNorm statistics (unless they are frozen)."""
+        """Put the average into the model and estimate its BatchNorm statistics (unless they are kept)."""
+        assert self.job is not None
         if isinstance(self.average, SWAD):
             self.average.finish()
         model = self.job.raw_model
         self.average.copy_to(model)
         if not self.keep_statistics:
-            update_bn(model, train_batches(self.work, BN_SAMPLES))
+            update_bn(model, train_batches(self.run, BN_SAMPLES))
         self.job.emit("selected", val_accuracy=self.job.validate())
 
     def state_dict(self) -> dict[str, Any]:

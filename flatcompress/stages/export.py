@@ -7,47 +7,76 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from flatcompress import onnx_export, quant
-from flatcompress.errors import UserError
+from flatcompress.errors import UserError, unknown
 from flatcompress.onnx_export.runtime import latency, sessions
-from flatcompress.stages.configs import ExportConfig
+from flatcompress.stages.context import RunContext
+from flatcompress.stages.keys import KeyProblem, StageKeys
 from flatcompress.stages.measure import accuracies
 from flatcompress.stages.reported import reported
-from flatcompress.stages.workpiece import Workpiece
+from flatcompress.stages.stage import Earlier, Facts, Phase, Stage
 from flatcompress.storage import write_json_atomic
-from flatcompress.training.loop import loader
+from flatcompress.training import objective
+from flatcompress.training.batches import loader
 
 BATCH = 256
 
 
-def run(work: Workpiece, config: ExportConfig) -> Workpiece:
+class ExportConfig(StageKeys):
+    """Write the ONNX file and prove that it is the model that was trained."""
+
+    profile: str = Field("packed", description="file format; see `flatcompress list profiles`")
+    opset: Annotated[int, Field(ge=13, le=28)] | None = Field(
+        None, description="ONNX opset; default: lowest that works"
+    )
+    latency: bool = Field(True, description="measure latency beside the float model's")
+    threads: Annotated[int, Field(ge=1, le=256)] = Field(1, description="onnxruntime threads for the latency")
+
+    @property
+    def label(self) -> str:
+        return self.profile
+
+    @model_validator(mode="after")
+    def _known_profile(self) -> ExportConfig:
+        if self.profile not in onnx_export.PROFILES:
+            raise KeyProblem("profile", str(unknown("profile", self.profile, onnx_export.PROFILES)))
+        return self
+
+
+def phases(run: RunContext, config: ExportConfig) -> list[Phase]:
+    """One: write the file and prove it."""
+    return [Phase("export", partial(_export, run, config))]
+
+
+def _export(run: RunContext, config: ExportConfig, facts: Facts) -> None:
     """Write the ONNX file and its certificate into the run folder; the ledger gains the exported file's row.
 
     The first export of a run is ``model.onnx``; a further profile goes to a folder of its own name.
     """
-    assert work.folder is not None
-    first = "onnx" not in work.artifacts
-    folder = work.folder if first else work.folder / config.profile
+    assert run.folder is not None
+    first = "onnx" not in run.artifacts
+    folder = run.folder if first else run.folder / config.profile
     with ExitStack() as stack:
         # every process takes part in the measuring, one of them writes into the run folder
-        main = work.accelerator.is_main_process
+        main = run.accelerator.is_main_process
         target = folder if main else Path(stack.enter_context(tempfile.TemporaryDirectory()))
         target.mkdir(exist_ok=True)
-        row, certificate = write(work, config, target / "model.onnx")
-    work.ledger.append(row)
+        row, certificate = write(run, config, target / "model.onnx")
+    run.ledger.append(row)
     if first:
-        work.artifacts["onnx"] = folder / "model.onnx"
-        work.certificate = certificate
-    return work
+        run.artifacts["onnx"] = folder / "model.onnx"
+        run.certificate = certificate
 
 
-def rehearse(model: nn.Module, example: Tensor, config: ExportConfig) -> None:
+def dry_run(model: nn.Module, example: Tensor, config: ExportConfig) -> None:
     """Write and load the untrained copy ``model``: every reason to refuse it is known before anything is trained."""
     model.eval()
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
@@ -65,38 +94,38 @@ def rehearse(model: nn.Module, example: Tensor, config: ExportConfig) -> None:
             raise UserError(f"the file of {type(model).__name__} cannot be written ({reason}).") from error
 
 
-def write(work: Workpiece, config: ExportConfig, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def write(run: RunContext, config: ExportConfig, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Write ``path`` and ``certificate.json`` beside it; returns the ledger row and the certificate."""
-    model = work.model.cpu().eval()
-    example = work.example().cpu()
-    before = work.ledger[-1] if work.ledger else {}
+    model = run.model.cpu().eval()
+    example = run.example().cpu()
+    before = run.ledger[-1] if run.ledger else {}
     exported = onnx_export.export(
         model,
         example,
         path,
         profile=config.profile,
         opset=config.opset,
-        metadata=metadata(work, before),
-        class_names=list(work.data.classes),
+        metadata=metadata(run, before),
+        class_names=list(run.data.classes),
     )
-    test = work.data.test
+    test = run.data.test
     batches = list(loader(test, [list(range(i, min(i + BATCH, len(test)))) for i in range(0, len(test), BATCH)]))
     certificate = onnx_export.certify(
         exported, [x for x, _ in batches], [y for _, y in batches], model=model, latency_runs=0
     )
     nothing: dict[str, Any] = {"float": {"bytes": None, "smaller": None, "faster": None}, "latency": None}
     certificate |= reported(
-        "the file could not be compared with the float model's", lambda: beside_float(work, config, path), nothing
+        "the file could not be compared with the float model's", lambda: beside_float(run, config, path), nothing
     )
-    certificate["recipe_sha256"] = work.recipe_hash
+    certificate["recipe_sha256"] = run.recipe_hash
     write_json_atomic(path.with_name("certificate.json"), certificate)
-    work.emit("layers", layers=layer_rows(certificate, before))
-    return ledger_row(work, config, path, before, certificate), certificate
+    run.emit("layers", layers=layer_rows(certificate, before))
+    return ledger_row(run, config, path, before, certificate), certificate
 
 
-def metadata(work: Workpiece, before: dict[str, Any]) -> dict[str, str]:
+def metadata(run: RunContext, before: dict[str, Any]) -> dict[str, str]:
     """What makes the file usable alone: preprocessing, data, accuracy, and the recipe it came from."""
-    data = work.data
+    data = run.data
     size: dict[str, Any] = {
         "layout": "NCHW",
         "size": list(data.input_shape),
@@ -107,15 +136,15 @@ def metadata(work: Workpiece, before: dict[str, Any]) -> dict[str, str]:
     if data.intensity is not None:  # of images with more than eight bits: what becomes 0 and 1
         size["intensity"] = list(data.intensity)
     accuracy = {k: round(v, 4) for k, v in before.get("accuracy", {}).items() if v is not None}
-    entries = {"preprocessing": size, "accuracy": accuracy, "data": data.name, "recipe_sha256": work.recipe_hash}
+    entries = {"preprocessing": size, "accuracy": accuracy, "data": data.name, "recipe_sha256": run.recipe_hash}
     return {k: v if isinstance(v, str) else json.dumps(v, separators=(",", ":")) for k, v in entries.items()}
 
 
-def beside_float(work: Workpiece, config: ExportConfig, path: Path) -> dict[str, Any]:
+def beside_float(run: RunContext, config: ExportConfig, path: Path) -> dict[str, Any]:
     """The float model's own ONNX file, in the same run: its bytes, and both latencies measured in turn."""
     with tempfile.TemporaryDirectory() as folder:
         dense = Path(folder) / "float32.onnx"
-        onnx_export.export(work.build().cpu().eval(), work.example().cpu(), dense, profile="float32")
+        onnx_export.export(run.build().cpu().eval(), run.example().cpu(), dense, profile="float32")
         found: dict[str, Any] = {"float": {"bytes": dense.stat().st_size, "smaller": None, "faster": None}}
         found["float"]["smaller"] = found["float"]["bytes"] / path.stat().st_size
         if not config.latency:
@@ -132,23 +161,23 @@ def session_score(path: Path) -> Callable[[Any], float]:
     session = sessions.session(path)
 
     def score(dataset: Any) -> float:
-        n, correct = len(dataset), 0
+        n, hits = len(dataset), 0
         for x, y in loader(dataset, [list(range(i, min(i + BATCH, n))) for i in range(0, n, BATCH)]):
-            correct += int((sessions.run(session, [x.numpy()]).argmax(1) == np.asarray(y)).sum())
-        return correct / n
+            hits += objective.correct(sessions.run(session, [x.numpy()]), np.asarray(y))
+        return hits / n
 
     return score
 
 
 def ledger_row(
-    work: Workpiece, config: ExportConfig, path: Path, before: dict[str, Any], certificate: dict[str, Any]
+    run: RunContext, config: ExportConfig, path: Path, before: dict[str, Any], certificate: dict[str, Any]
 ) -> dict[str, Any]:
     """The exported file's row: everything through onnxruntime; what only torch can measure is the model's before."""
     timing = certificate["latency"]
     return {
         "stage": "export",
         "method": config.profile,
-        **accuracies(work, session_score(path)),
+        **accuracies(run, session_score(path)),
         "sharpness": None,
         "params": before.get("params"),
         "nonzero": before.get("nonzero"),
@@ -164,3 +193,32 @@ def layer_rows(certificate: dict[str, Any], before: dict[str, Any]) -> list[dict
     """The certificate's layers as the report reads them."""
     keys = ("name", "kind", "weight_bits", "activation_bits", "bytes", "sparsity", "kernel", "encoding")
     return [{k: row.get(k) for k in keys} | {"channels": row["shape"][0]} for row in certificate["layers"]]
+
+
+def profile_problem(profile: str, quantized: bool) -> str | None:
+    """Why ``profile`` cannot hold a model that is (not) quantized, or None."""
+    integer = onnx_export.PROFILES[profile]().integer
+    if integer and not quantized:
+        return f"profile '{profile}' stores quantized weights: put 'quantize' before it, or use profile: float32."
+    if not integer and quantized:
+        return f"profile '{profile}' is for float models, and an earlier stage quantizes. Use profile: packed."
+    return None
+
+
+def fits(config: ExportConfig, earlier: Earlier) -> str | None:
+    """The profile must be for what the model is by then, and not be written yet."""
+    problem = profile_problem(config.profile, any(kind == "quantize" for kind, _ in earlier))
+    if problem is None and config.profile in [before.profile for kind, before in earlier if kind == "export"]:
+        return f"profile '{config.profile}' is already written by an earlier export."
+    return problem
+
+
+STAGE = Stage(
+    ExportConfig,
+    phases,
+    dry_run,
+    needs_weights="has nothing trained to export. Put stages before it or give model.weights.",
+    ends="the file is already written. Put 'export' last.",
+    fits=fits,
+    measured=False,
+)

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    SerializerFunctionWrapHandler,
-    model_serializer,
-    model_validator,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from flatcompress import flat
 from flatcompress.errors import nearest, unknown
 
 Bits = Annotated[int, Field(ge=2, le=8)]
@@ -44,6 +38,22 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
+class StageKeys(BaseModel):
+    """The keys of one stage."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
+
+    @property
+    def label(self) -> str:
+        """The one word that says which: the method, in the ledger and in the terminal."""
+        return ""
+
+    @property
+    def epochs_planned(self) -> int | None:
+        """Epochs that the stage trains for; None when it does not train."""
+        return None
+
+
 class OptimizerConfig(Strict):
     """The base optimizer that a flat-minima method wraps."""
 
@@ -55,8 +65,12 @@ class OptimizerConfig(Strict):
     betas: tuple[float, float] = Field((0.9, 0.999), description="moment decay rates (adam, adamw)")
 
 
-class TrainingKeys(BaseModel):
-    """Keys shared by the stages that train, and the check of the flat method's hyper-parameters."""
+class TrainingKeys(StageKeys):
+    """Keys shared by the stages that train, and the check of the flat method's hyper-parameters.
+
+    These are not listed one by one: any keyword of the chosen method's row in the registry is a key of the stage, and
+    any other key is refused with the nearest spelling.
+    """
 
     model_config = ConfigDict(extra="allow", validate_default=True, allow_inf_nan=False)
 
@@ -71,19 +85,14 @@ class TrainingKeys(BaseModel):
         "best", description="keep the epoch with the best validation accuracy on the training domains, or the last"
     )
 
-    # Keys that came after recipes had been run: at their defaults they stay out of the written recipe and its hash, so
-    # that runs from before are found again and go on.
-    late_keys: ClassVar[frozenset[str]] = frozenset()
-
-    @model_serializer(mode="wrap")
-    def _without_late_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        fields = type(self).model_fields
-        off = {key for key in self.late_keys if getattr(self, key) == fields[key].default}
-        return {key: value for key, value in handler(self).items() if key not in off}
-
     def flat_method(self) -> str:
         """Name of the flat-minima method this stage trains with."""
         raise TypeError("a training stage names its flat method")
+
+    @property
+    def epochs_planned(self) -> int:
+        """All of them."""
+        return self.epochs
 
     @property
     def hyper(self) -> dict[str, Any]:
@@ -119,8 +128,6 @@ class KeyProblem(ValueError):
 
 def flat_hyper(method: str) -> dict[str, Any]:
     """Hyper-parameters of a flat method and their defaults, from its row in the registry."""
-    from flatcompress import flat
-
     return flat.METHODS[method].defaults
 
 
@@ -150,8 +157,6 @@ def _number(key: str, value: Any, kind: type) -> float | int:
 
 def _within(method: str, key: str, value: Any) -> None:
     """KeyProblem for a hyper-parameter outside the bounds that stand on its method's row."""
-    from flatcompress import flat
-
     bounds = flat.METHODS[method].facts.bounds.get(key)
     problem = bounds.problem(value) if bounds is not None and isinstance(value, int | float) else None
     if problem is not None:
@@ -163,6 +168,13 @@ def known_method(value: str, table: Mapping[str, Any], kind: str) -> str:
     if value not in table:
         raise KeyProblem("method", str(unknown(kind, value, table)))
     return value
+
+
+def known_flat_method(name: str, key: str = "method") -> str:
+    """Return ``name`` when it is a flat-minima method, else raise a KeyProblem of ``key`` with the nearest spelling."""
+    if name not in flat.METHODS:
+        raise KeyProblem(key, str(unknown("training method", name, flat.METHODS)))
+    return name
 
 
 class RemovalKeys(TrainingKeys):
@@ -177,7 +189,25 @@ class RemovalKeys(TrainingKeys):
     ignore: list[str] = Field(default_factory=list, description="layers to leave alone: names or re:PATTERN")
 
     @model_validator(mode="after")
-    def _room_for_step_3(self) -> RemovalKeys:
+    def _leaves_step_3(self) -> RemovalKeys:
         if self.warmup_share + self.prune_share >= 1.0:
-            raise KeyProblem("prune_share", "warmup_share + prune_share must stay below 1, to leave room for step 3.")
+            raise KeyProblem("prune_share", "warmup_share + prune_share must stay below 1: the rest is step 3.")
         return self
+
+
+def soft_epochs(config: RemovalKeys) -> int:
+    """Epochs of steps 1 and 2, at least one; at least one is left for step 3 when there are two."""
+    wanted = math.ceil((config.warmup_share + config.prune_share) * config.epochs)
+    return max(1, min(wanted, config.epochs - 1))
+
+
+def event_steps(config: RemovalKeys, steps_per_epoch: int) -> list[int]:
+    """The optimizer steps after which something is removed, evenly spaced over step 2."""
+    end = soft_epochs(config) * steps_per_epoch
+    total = config.epochs * steps_per_epoch
+    start = min(round(config.warmup_share * total), end - 1)
+    end = min(end, max(start + config.schedule_steps, round((config.warmup_share + config.prune_share) * total)))
+    steps = [
+        start + max(1, round((end - start) * r / config.schedule_steps)) for r in range(1, config.schedule_steps + 1)
+    ]
+    return sorted({min(s, end) for s in steps})

@@ -11,42 +11,43 @@ from torch import Tensor, nn
 
 from flatcompress import flat, graph
 from flatcompress.plan import Plan, apply_plan
+from flatcompress.stages.context import RunContext
 from flatcompress.stages.reported import reported
-from flatcompress.stages.workpiece import Workpiece
-from flatcompress.training.loop import accuracy, loader
+from flatcompress.training import objective
+from flatcompress.training.batches import evaluate, loader
 
 SHARPNESS_SAMPLES = 256
 SHARPNESS_RHO = 0.05
 
 
-def measure(work: Workpiece, stage: str, method: str, seconds: float, passes: int) -> dict[str, Any]:
-    """A ledger row for ``work`` as it is now: accuracy, sharpness, size and cost. What was not measured is None."""
-    twin = float_twin(work)
+def measure(run: RunContext, stage: str, method: str, seconds: float, passes: int) -> dict[str, Any]:
+    """A ledger row for ``run`` as it is now: accuracy, sharpness, size and cost. What was not measured is None."""
+    twin = float_twin(run)
     costs: dict[str, int] = reported(
-        "the cost in MACs could not be counted", lambda: graph.macs(twin, work.example().cpu()), {}
+        "the cost in MACs could not be counted", lambda: graph.macs(twin, run.example().cpu()), {}
     )
     row = {
         "stage": stage,
         "method": method,
-        **accuracies(work, lambda dataset: accuracy(work.model, dataset, work.device)),
-        "sharpness": reported("the sharpness could not be measured", lambda: sharpness(work), None),
+        **accuracies(run, lambda dataset: evaluate(run.model, dataset, objective.correct, run.device)),
+        "sharpness": reported("the sharpness could not be measured", lambda: sharpness(run), None),
         "params": sum(p.numel() for p in twin.parameters()),
-        "nonzero": nonzero(work.model),
+        "nonzero": nonzero(run.model),
         "macs": sum(costs.values()) if costs else None,
-        "bytes": weight_bytes(work.model),
+        "bytes": weight_bytes(run.model),
         "seconds": seconds,
         "passes": passes,
         "latency_ms": None,
     }
-    rows = reported("the table of layers could not be made", lambda: layer_rows(work, costs), None)
+    rows = reported("the table of layers could not be made", lambda: layer_rows(run, costs), None)
     if rows is not None:
-        work.emit("layers", layers=rows)
+        run.emit("layers", layers=rows)
     return row
 
 
-def accuracies(work: Workpiece, score: Callable[[Any], float]) -> dict[str, Any]:
+def accuracies(run: RunContext, score: Callable[[Any], float]) -> dict[str, Any]:
     """``score`` on test, held-out domain and every corrupted copy; None where there is none or it cannot be read."""
-    data = work.data
+    data = run.data
 
     def on(part: str, dataset: Any) -> float | None:
         return reported(f"the accuracy on the {part} part could not be measured", lambda: score(dataset), None)
@@ -63,29 +64,29 @@ def accuracies(work: Workpiece, score: Callable[[Any], float]) -> dict[str, Any]
     }
 
 
-def float_twin(work: Workpiece) -> nn.Module:
+def float_twin(run: RunContext) -> nn.Module:
     """The float model with the same channels, on the CPU, weights fresh: what size and cost are counted on."""
-    steps = [s for s in work.plan.steps if s.kind != "quantizers"]
-    return apply_plan(work.build().cpu(), Plan(steps), work.example().cpu())
+    steps = [s for s in run.plan.steps if s.kind != "quantizers"]
+    return apply_plan(run.build().cpu(), Plan(steps), run.example().cpu())
 
 
-def train_batches(work: Workpiece, samples: int, size: int = 128) -> list[tuple[Tensor, Tensor]]:
+def train_batches(run: RunContext, samples: int, size: int = 128) -> list[tuple[Tensor, Tensor]]:
     """The first batches of a fixed shuffle of the training split, on the model's device."""
-    n = min(samples, len(work.data.train))
-    order = torch.randperm(len(work.data.train), generator=torch.Generator().manual_seed(0)).tolist()[:n]
+    n = min(samples, len(run.data.train))
+    order = torch.randperm(len(run.data.train), generator=torch.Generator().manual_seed(0)).tolist()[:n]
     batches = [order[i : i + size] for i in range(0, n, size)]
-    return [(x.to(work.device), y.to(work.device)) for x, y in loader(work.data.train, batches)]
+    return [(x.to(run.device), y.to(run.device)) for x, y in loader(run.data.train, batches)]
 
 
-def sharpness(work: Workpiece) -> float:
-    """One-step sharpness: mean over batches of L(w + e) - L(w), ||e|| = 0.05, eval mode (knowledge: S1)."""
-    batches = train_batches(work, SHARPNESS_SAMPLES)
-    return float(flat.sharpness.sharpness(work.model, batches, nn.functional.cross_entropy, rho=SHARPNESS_RHO))
+def sharpness(run: RunContext) -> float:
+    """One-step sharpness: mean over batches of L(w + e) - L(w), ||e|| = 0.05, eval mode."""
+    batches = train_batches(run, SHARPNESS_SAMPLES)
+    return float(flat.sharpness.sharpness(run.model, batches, objective.loss, rho=SHARPNESS_RHO))
 
 
-def sharpness_report(work: Workpiece, samples: int) -> dict[str, Any]:
-    """Every sharpness measure of the flat room on ``samples`` training samples."""
-    return flat.sharpness.report(work.model, train_batches(work, samples), nn.functional.cross_entropy)
+def sharpness_report(run: RunContext, samples: int) -> dict[str, Any]:
+    """Every sharpness measure of the flat package on ``samples`` training samples."""
+    return flat.sharpness.report(run.model, train_batches(run, samples), objective.loss)
 
 
 def weights(model: nn.Module) -> Iterable[tuple[str, nn.Module, Tensor, int]]:
@@ -122,15 +123,15 @@ def weight_bytes(model: nn.Module) -> int:
     return math.ceil(bits / 8) + 4 * rest
 
 
-def layer_rows(work: Workpiece, costs: dict[str, int]) -> list[dict[str, Any]]:
+def layer_rows(run: RunContext, costs: dict[str, int]) -> list[dict[str, Any]]:
     """What the report shows per layer: channels, bits, bytes, sparsity, cost and flatness."""
-    original = dict(work.build().named_modules())
+    original = dict(run.build().named_modules())
     flatness: dict[str, float] = reported(
-        "the sharpness of each layer could not be measured", lambda: layer_sharpness(work), {}
+        "the sharpness of each layer could not be measured", lambda: layer_sharpness(run), {}
     )
-    inputs = activation_bits(work.model)
+    inputs = activation_bits(run.model)
     rows = []
-    for name, _, values, bits in weights(work.model):
+    for name, _, values, bits in weights(run.model):
         before = original.get(name)
         rows.append(
             {
@@ -169,7 +170,7 @@ def activation_bits(model: nn.Module) -> dict[str, int]:
     return found
 
 
-def layer_sharpness(work: Workpiece) -> dict[str, float]:
+def layer_sharpness(run: RunContext) -> dict[str, float]:
     """Loss rise when one layer's weight alone is perturbed by ||e|| = 0.05, on one batch, by layer name.
 
     Frozen layers are left out; where all are, nothing is measured.
@@ -178,12 +179,12 @@ def layer_sharpness(work: Workpiece) -> dict[str, float]:
     def chosen(name: str, parameter: nn.Parameter) -> bool:
         return name.endswith(".weight") and parameter.ndim > 1
 
-    if not any(p.requires_grad and chosen(n, p) for n, p in work.model.named_parameters()):
+    if not any(p.requires_grad and chosen(n, p) for n, p in run.model.named_parameters()):
         return {}
     found = flat.sharpness.layerwise(
-        work.model,
-        train_batches(work, 64),
-        nn.functional.cross_entropy,
+        run.model,
+        train_batches(run, 64),
+        objective.loss,
         rho=SHARPNESS_RHO,
         perturbed=chosen,
     )

@@ -1,49 +1,280 @@
 """The quantize stage: learned step sizes, trained flat, with conflicting scale gradients watched and frozen.
 
 GAQAT (arXiv 2412.05551) is `quant.ScaleConflict` in the flat engine's compose slot over SAGM's two probes; every
-other method of the table is the same loop with other plugs (`stages.qat_plugs`), another flat method or quantizer.
+other method of the table is the same training with other callbacks (`stages.qat_callbacks`), another flat method or
+quantizer.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Annotated, Any, Literal
 
-import torch
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from flatcompress import quant
+from flatcompress import flat, quant
+from flatcompress.errors import unknown
 from flatcompress.modules import evaluating
 from flatcompress.plan import Plan
 from flatcompress.stages.averaging import Averaging
-from flatcompress.stages.configs import QuantizeConfig
+from flatcompress.stages.callbacks import BiasRounding, Distillation, FrozenBatchNorm, MaskedWeights
+from flatcompress.stages.context import RunContext
 from flatcompress.stages.flatness import log_map
+from flatcompress.stages.job import check_trainable, make_job, train
+from flatcompress.stages.keys import (
+    AveragingKind,
+    Bits,
+    KeyProblem,
+    NonNegative,
+    Positive,
+    Size,
+    TrainingKeys,
+    known_flat_method,
+    known_method,
+)
 from flatcompress.stages.measure import train_batches
-from flatcompress.stages.methods import QAT_METHODS, QatMethod
-from flatcompress.stages.qat_plugs import Plugs
-from flatcompress.stages.train import also_after_step, finish, in_turn, make_job
-from flatcompress.stages.workpiece import Workpiece
-from flatcompress.training.loop import Job, fit, restore_best
+from flatcompress.stages.qat_callbacks import Conflict, Oscillation, Point, Transform, in_turn
+from flatcompress.stages.qat_methods import QAT_METHODS, QatMethod
+from flatcompress.stages.stage import Facts, Phase, Stage
+from flatcompress.training import objective
+from flatcompress.training.callback import Callback
+from flatcompress.training.job import Job
 
 CALIBRATION_SAMPLES = 512
 SENSITIVITY_SAMPLES = 256
+BITS_BUDGETS = ("effective_bits", "bytes", "bops")
 
 
-def run(work: Workpiece, config: QuantizeConfig) -> Workpiece:
-    """Quantize ``work.model`` and train it; the plan gains the quantizers."""
-    teacher = copy.deepcopy(work.model).eval().requires_grad_(False) if config.distill else None
-    if work.resume is not None and work.resume["context"].get("phase") == "quantized":
-        context = work.resume["context"]
-    else:
-        passes = _train_float(work, config)
-        context = {"phase": "quantized", "passes": passes, "bits": choose_bits(work, config)}
-    _train_quantized(work, config, teacher, context)
-    return work
+class QuantizeConfig(TrainingKeys):
+    """Quantization-aware training with learned step sizes, and GAQAT's freezing of conflicting scale gradients."""
+
+    method: str = Field("gaqat", description="QAT method; see `flatcompress list qat-methods`")
+    weight_bits: Bits = Field(4, description="bits of the weights")
+    activation_bits: Bits | None = Field(4, description="bits of the activations; null: they stay float")
+    bits: Literal["auto"] | dict[str, Any] | None = Field(
+        None, description="auto: by sensitivity within a budget; or bits per layer: {fc: 8, 're:layer1.*': {weight: 3}}"
+    )
+    effective_bits: Annotated[float, Field(ge=2, le=8)] | None = Field(
+        None, description="bits: auto, budget: mean bits per weight (default: weight_bits)"
+    )
+    bytes: Size | None = Field(None, description="bits: auto, budget: bytes of all quantized weights (200k)")
+    bops: Size | None = Field(None, description="bits: auto, budget: MACs x weight bits x activation bits (1.5G)")
+    sensitivity: Literal["measured", "hessian", "gradient"] = Field(
+        "measured", description="bits: auto, a layer's cost: measured, by Hessian trace, or by one backward pass"
+    )
+    first_last_bits: Bits = Field(8, description="bits of the first and the last layer's weights")
+    input_bits: Bits = Field(8, description="bits of the network's input")
+    residual_bits: Bits = Field(8, description="bits of signed tensors that feed a residual add")
+    per_channel: bool = Field(True, description="one weight scale per output channel")
+    quantizer: str = Field("lsq", description="quantizer; see `flatcompress list quantizers`")
+    flat: str | None = Field(None, description="flat method during QAT, in place of the QAT method's own")
+    ignore: list[str] = Field(default_factory=list, description="layers that stay float: names or re:PATTERN")
+    K: Annotated[int, Field(ge=2)] = Field(50, description="GAQAT: steps per disorder window")
+    tau: NonNegative = Field(0.3, description="GAQAT: freeze below this disorder")
+    tau_kind: Literal["absolute", "quantile", "sigma"] = Field("quantile", description="GAQAT: how tau is read")
+    mode: Literal["paper", "gated", "opposed"] = Field(
+        "paper", description="GAQAT: freeze on order alone, on order with lasting opposition, or on opposition alone"
+    )
+    freeze_target: Literal["task", "smooth", "both"] = Field("task", description="GAQAT: which gradient is frozen")
+    granularity: Literal["quantizer", "layer", "channel"] = Field(
+        "quantizer", description="GAQAT: what is frozen together"
+    )
+    refreeze: bool = Field(True, description="GAQAT: decide anew at every window")
+    remedy: Literal["freeze", "slow", "project"] = Field(
+        "freeze",
+        description="GAQAT: freeze a gradient, take a tenth of the step, or project the smaller of opposing gradients",
+    )
+    scale_lr: Positive = Field(0.1, description="learning rate of the quantizer scales, as a share of optimizer.lr")
+    perturb_scales: bool = Field(False, description="perturb the quantizer scales with the weights")
+    perturb_point: Literal["latent", "quantized"] | None = Field(
+        None, description="perturb the weights before or after their quantizer; default: the method's own"
+    )
+    quant_start: Annotated[float, Field(ge=0.0, lt=1.0)] | None = Field(
+        None, description="share of the epochs trained float before the quantizers come in; default: the method's own"
+    )
+    bloop: NonNegative | None = Field(
+        None, description="strength of the scales' smoothness gradient across their task gradient; default: off"
+    )
+    dampen: NonNegative = Field(0.0, description="weight, at the end, of a loss that draws weights to their grid")
+    oscillation_threshold: Positive | None = Field(
+        None, description="freeze weights that change sides more often than this, at the end (0.01); default: off"
+    )
+    distill: NonNegative = Field(0.0, description="weight of distillation from the float model")
+    averaging: AveragingKind = Field("none", description="average the weights and scales over steps")
+    freeze_bn: bool = Field(False, description="BatchNorm keeps its running statistics, as DomainBed's networks do")
+    flatness_map: bool = Field(
+        True, description="log how far each layer may move (Hessian trace) against how far its grid moves it"
+    )
+    bias_rounding_epochs: Annotated[int, Field(ge=0)] = Field(
+        1, description="last epochs that train with the exported file's rounded biases"
+    )
+
+    @property
+    def label(self) -> str:
+        return self.method
+
+    @property
+    def row(self) -> QatMethod:
+        """The QAT method's row."""
+        return QAT_METHODS[known_method(self.method, QAT_METHODS, "QAT method")]()
+
+    def flat_method(self) -> str:
+        return self.row.flat if self.flat is None else known_flat_method(self.flat, "flat")
+
+    @property
+    def bits_budget(self) -> tuple[str, float]:
+        """(unit, value) of the budget that ``bits: auto`` keeps."""
+        given = [(unit, v) for unit in BITS_BUDGETS if (v := getattr(self, unit)) is not None]
+        return given[0] if given else ("effective_bits", float(self.weight_bits))
+
+    @model_validator(mode="after")
+    def _one_bits_budget(self) -> QuantizeConfig:
+        given = [unit for unit in BITS_BUDGETS if getattr(self, unit) is not None]
+        if given and self.bits != "auto":
+            raise KeyProblem(given[0], "a budget of bits goes with bits: auto.")
+        if len(given) > 1:
+            raise KeyProblem(given[1], f"give one budget of bits, not {' and '.join(given)}.")
+        return self
+
+    @model_validator(mode="after")
+    def _fits_method(self) -> QuantizeConfig:
+        method = self.row
+        if method.weights_only:
+            if "activation_bits" in self.model_fields_set and self.activation_bits is not None:
+                raise KeyProblem(
+                    "activation_bits", f"method {self.method!r} quantizes weights alone: null, or leave out."
+                )
+            self.activation_bits = None
+        if method.conflict and self.flat_method() == "none":
+            raise KeyProblem(
+                "flat", f"method {self.method!r} compares two gradients of a scale; 'none' takes only one."
+            )
+        if self.perturb_scales and (self.perturb_point or method.point) == "quantized":
+            raise KeyProblem(
+                "perturb_scales", "not with a perturbation after the quantizer, which leaves scales alone."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _tau_is_a_share(self) -> QuantizeConfig:
+        if self.tau_kind == "quantile" and self.tau > 1:
+            raise KeyProblem("tau", f"is a share of the scales under tau_kind quantile: at most 1, found {self.tau:g}.")
+        return self
+
+    @model_validator(mode="after")
+    def _known_quantizer(self) -> QuantizeConfig:
+        if self.quantizer not in quant.QUANTIZERS:
+            raise KeyProblem("quantizer", str(unknown("quantizer", self.quantizer, quant.QUANTIZERS)))
+        return self
 
 
-def rehearse(model: nn.Module, example: Tensor, config: QuantizeConfig) -> None:
+def phases(run: RunContext, config: QuantizeConfig) -> list[Phase]:
+    """A float warm-up where the method has one, then the bits of every layer, then training with the quantizers."""
+    teacher = copy.deepcopy(run.model).eval().requires_grad_(False) if config.distill else None
+    warm_up = [Phase("float", partial(_train_float, run, config))] if float_epochs(config) else []
+    return [
+        *warm_up,
+        Phase("bits", lambda facts: {"bits": choose_bits(run, config)}),
+        Phase("quantized", partial(_train_quantized, run, config, teacher)),
+    ]
+
+
+def _train_float(run: RunContext, config: QuantizeConfig, facts: Facts) -> None:
+    callbacks: list[Callback] = [MaskedWeights(run.model)]
+    if config.freeze_bn:
+        callbacks.append(FrozenBatchNorm(run.model))
+    train(run, make_job(run, config, callbacks, epochs=float_epochs(config), eligible=lambda epoch: False))
+
+
+def _train_quantized(run: RunContext, config: QuantizeConfig, teacher: nn.Module | None, facts: Facts) -> None:
+    before = copy.deepcopy(run.model) if config.flatness_map and run.resume is None else None
+    run.plan = run.plan + insert(run.model, run.example(), config, facts["bits"])
+    if before is not None:
+        log_map(run, before)
+    quant.calibrate(run.model, [x for x, _ in train_batches(run, CALIBRATION_SAMPLES)])
+    train(run, qat_job(run, config, teacher))
+    if not config.freeze_bn:
+        quant.reestimate_batchnorm(run.model, [x for x, _ in train_batches(run, 10 * run.batch_size)])
+    quant.set_bias_rounding(run.model, True)
+
+
+def qat_job(run: RunContext, config: QuantizeConfig, teacher: nn.Module | None) -> Job:
+    """The training of the quantized ``run.model``; ``teacher``: what it is distilled from, if anything."""
+    found = callbacks(run, config, teacher)
+    transforms = [callback for callback in found if isinstance(callback, Transform)]
+    point = next((callback for callback in found if isinstance(callback, Point)), None)
+    first = float_epochs(config)
+    return make_job(
+        run,
+        config,
+        found,
+        epochs=config.epochs - first,
+        first_epoch=first,
+        scales=quant.scale_parameters(run.model).values(),
+        scale_lr=config.optimizer.lr * config.scale_lr,
+        extra=point.offsets if point is not None else (),
+        compose=in_turn(transforms),
+        perturbed=point.perturbed if point is not None else not_scales(run.model, config),
+    )
+
+
+def callbacks(run: RunContext, config: QuantizeConfig, teacher: nn.Module | None) -> list[Callback]:
+    """What takes part, in this order.
+
+    The transforms of the combined gradient: conflict first, it compares the gradients as they come; the point last, it
+    drops gradients. What moves weights and scales after a step (conflict, oscillation) before the masks, which have the
+    last word on zeros; the average after them, so that it sees what they hold at zero. Biases are rounded, or not yet,
+    before the average is judged on the validation split. Terms of the loss add up in this order: dampening, then
+    distillation.
+    """
+    model, method = run.model, config.row
+    bloop = (1.0 if method.bloop else 0.0) if config.bloop is None else config.bloop
+    point = config.perturb_point or method.point
+    watched = config.oscillation_threshold is not None or config.dampen > 0
+    steps = config.epochs * run.steps_per_epoch
+    return [
+        *([Conflict(scale_conflict(model, config), run.emit)] if method.conflict else []),
+        *([Transform("bloop", quant.ScaleBloop(model, bloop))] if bloop > 0 else []),
+        *([Transform("alternation", quant.Alternation(model))] if method.alternate else []),
+        *([Point(model)] if point == "quantized" else []),
+        *([Oscillation(model, config.oscillation_threshold, config.dampen, steps)] if watched else []),
+        MaskedWeights(model),
+        *([Distillation(teacher, config.distill)] if teacher is not None else []),
+        BiasRounding(model, config.epochs - config.bias_rounding_epochs),
+        *([FrozenBatchNorm(model)] if config.freeze_bn else []),
+        *([Averaging(run, config.averaging, config.epochs, config.freeze_bn)] if config.averaging != "none" else []),
+    ]
+
+
+def scale_conflict(model: nn.Module, config: QuantizeConfig) -> quant.ScaleConflict:
+    """GAQAT's watch over the scales' two gradients, as the recipe has it."""
+    return quant.ScaleConflict(
+        model,
+        K=config.K,
+        tau=config.tau,
+        tau_kind=config.tau_kind,
+        mode=config.mode,
+        freeze_target=config.freeze_target,
+        granularity=config.granularity,
+        refreeze=config.refreeze,
+        remedy=config.remedy,
+        mix=flat.METHODS[config.flat_method()].facts.mix,
+    )
+
+
+def not_scales(model: nn.Module, config: QuantizeConfig) -> Callable[[str, nn.Parameter], bool]:
+    """Which parameters move with the perturbation: all but the quantizers' scales, unless the recipe wants them too."""
+    scales = {id(p) for p in quant.scale_parameters(model).values()}
+    return lambda name, parameter: config.perturb_scales or id(parameter) not in scales
+
+
+def dry_run(model: nn.Module, example: Tensor, config: QuantizeConfig) -> None:
     """Insert the quantizers into a copy: tracing, names and patterns are checked before anything runs."""
+    if float_epochs(config):  # learned scales come with the quantizers
+        check_trainable(model)
     insert(model, example, config, None if config.bits == "auto" else config.bits)
 
 
@@ -66,152 +297,36 @@ def placement(config: QuantizeConfig) -> dict[str, Any]:
     }
 
 
-def choose_bits(work: Workpiece, config: QuantizeConfig) -> dict[str, Any] | None:
+def choose_bits(run: RunContext, config: QuantizeConfig) -> dict[str, Any] | None:
     """Bits per layer: as the recipe says, or by sensitivity on training data within the budget (arXiv 1911.03852)."""
     if config.bits != "auto":
         return config.bits
     unit, budget = config.bits_budget
-    x, y = train_batches(work, SENSITIVITY_SAMPLES, SENSITIVITY_SAMPLES)[0]
-    with evaluating(work.model):
+    x, y = train_batches(run, SENSITIVITY_SAMPLES, SENSITIVITY_SAMPLES)[0]
+    with evaluating(run.model):
         chosen = quant.auto_bits(
-            work.model,
-            lambda: nn.functional.cross_entropy(work.model(x), y),
+            run.model,
+            lambda: objective.loss(run.model(x), y),
             budget,
             unit,
-            example_input=work.example(),
+            example_input=run.example(),
             kind=config.sensitivity,
-            seed=work.seed,
+            seed=run.seed,
             **placement(config),
         )
-    work.emit("bits", unit=unit, budget=budget, bits=chosen)
+    run.emit("bits", unit=unit, budget=budget, bits=chosen)
     return chosen
 
 
 def float_epochs(config: QuantizeConfig) -> int:
     """Epochs before the quantizers come in; at least one is left after them."""
-    share = method_of(config).float_share if config.quant_start is None else config.quant_start
+    share = config.row.float_share if config.quant_start is None else config.quant_start
     return min(round(share * config.epochs), config.epochs - 1)
 
 
-def method_of(config: QuantizeConfig) -> QatMethod:
-    """The row that ``config`` names."""
-    return QAT_METHODS[config.method].make()
-
-
-def _train_float(work: Workpiece, config: QuantizeConfig) -> int:
-    """The float warm-up; returns the passes it took."""
-    epochs = float_epochs(config)
-    if not epochs:
-        return 0
-    job = make_job(work, config, epochs=epochs)
-    job.context = {"phase": "float"}
-    job.eligible = lambda epoch: False
-    if config.freeze_bn:
-        hold_statistics(job)
-    fit(job)
-    work.resume = None
-    return finish(work, job)
-
-
-def _train_quantized(
-    work: Workpiece, config: QuantizeConfig, teacher: nn.Module | None, context: dict[str, Any]
-) -> None:
-    before = copy.deepcopy(work.model) if config.flatness_map and work.resume is None else None
-    work.plan = work.plan + insert(work.model, work.example(), config, context["bits"])
-    if before is not None:
-        log_map(work, before)
-    quant.calibrate(work.model, [x for x, _ in train_batches(work, CALIBRATION_SAMPLES)])
-    plugs = Plugs(work.model, config, method_of(config))
-    job = qat_job(work, config, teacher, plugs)
-    job.context = context
-    averaging = Averaging(work, job, config) if config.averaging != "none" else None
-    fit(job)
-    if averaging is not None:
-        averaging.finish()
-    else:
-        restore_best(job)
-    plugs.release()
-    work.passes += int(context["passes"]) + finish(work, job)
-    if not config.freeze_bn:
-        quant.reestimate_batchnorm(work.model, [x for x, _ in train_batches(work, 10 * work.batch_size)])
-    quant.set_bias_rounding(work.model, True)
-
-
-def qat_job(work: Workpiece, config: QuantizeConfig, teacher: nn.Module | None, plugs: Plugs) -> Job:
-    """The training job with its plugs, distillation and rounded biases."""
-    first = float_epochs(config)
-    job = make_job(
-        work,
-        config,
-        epochs=config.epochs - first,
-        first_epoch=first,
-        scales=quant.scale_parameters(work.model).values(),
-        scale_lr=config.optimizer.lr * config.scale_lr,
-        extra=plugs.extra,
-        compose=plugs.compose,
-        perturbed=plugs.perturbed,
-    )
-    steps = config.epochs * job.steps_per_epoch
-    job.hooks |= plugs.hooks
-    also_after_step(job, lambda step: plugs.after_step(step / steps))
-    if plugs.conflict is not None:
-        also_after_step(job, lambda step: log_conflict(work, plugs.conflict, step))
-    masked = job.after_backward
-
-    def after_backward() -> None:
-        masked()
-        plugs.after_backward()
-
-    job.after_backward = after_backward
-    job.loss = plugs.loss(job.loss)
-    if teacher is not None:
-        distill(job, teacher, config.distill)
-    round_biases(work, job, config)
-    if config.freeze_bn:
-        hold_statistics(job)
-    return job
-
-
-def log_conflict(work: Workpiece, conflict: Any, step: int) -> None:
-    """One event per finished window."""
-    if conflict.t and conflict.t % conflict.K == 0:
-        work.emit("conflict", step=step, quantizers=conflict.timeline())
-
-
-def round_biases(work: Workpiece, job: Job, config: QuantizeConfig) -> None:
-    """In the last epochs the forward rounds folded biases as the exported file does."""
-    first = config.epochs - config.bias_rounding_epochs
-
-    def before_epoch(epoch: int) -> None:
-        quant.set_bias_rounding(work.model, epoch >= first)
-
-    def after_epoch(epoch: int) -> None:
-        quant.set_bias_rounding(work.model, epoch + 1 >= first)
-
-    job.before_epoch, job.after_epoch = before_epoch, after_epoch
-
-
-def hold_statistics(job: Job) -> None:
-    """BatchNorm normalises by its running statistics from each epoch's first batch on, and leaves them as they are."""
-
-    def hold(epoch: int) -> None:
-        for module in job.raw_model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.eval()
-
-    job.before_epoch = in_turn(job.before_epoch, hold)
-
-
-def distill(job: Job, teacher: nn.Module, weight: float) -> None:
-    """Add ``weight`` times the distillation loss to the job's loss; the teacher reads the batch the model reads."""
-    task: Callable[[Tensor, Tensor], Tensor] = job.loss
-    seen: dict[str, Tensor] = {}
-
-    def remember(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if module.training and seen.get("input") is not inputs[0]:
-            seen["input"] = inputs[0]
-            with torch.no_grad():
-                seen["logits"] = teacher(inputs[0])
-
-    job.raw_model.register_forward_pre_hook(remember)
-    job.loss = lambda logits, y: task(logits, y) + weight * quant.distillation_loss(logits, seen["logits"])
+STAGE = Stage(
+    QuantizeConfig,
+    phases,
+    dry_run,
+    refuses_after={"quantize": "the model is already quantized by an earlier stage. Quantize once."},
+)

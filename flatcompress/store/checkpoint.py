@@ -133,6 +133,11 @@ def load(path: str | Path) -> Checkpoint:
     return Checkpoint(path, stage, step, Plan.load(path / PLAN), model, state["extra"], decoded)
 
 
+def finished_stages(folder: Path) -> list[str]:
+    """The ids of the finished stages whose checkpoints lie in ``folder``, in order."""
+    return [name for name in _names(Path(folder)) if "@" not in name]
+
+
 def load_latest(folder: Path) -> Checkpoint | None:
     """The newest sound checkpoint, or None when there is none: then the run starts from the beginning.
 

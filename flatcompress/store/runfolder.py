@@ -18,8 +18,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from flatcompress import storage
-from flatcompress.errors import UserError
+from flatcompress.errors import UserError, nearest
 from flatcompress.store import checkpoint
+from flatcompress.store.checkpoint import Checkpoint
 
 LEDGER_SCHEMA = 1
 _LOCK, _OWNER = ".lock", ".lock-owner.json"
@@ -85,6 +86,21 @@ class RunFolder:
     def read_ledger(self) -> list[dict[str, Any]]:
         """The ledger's rows, one a finished stage; empty when there is none yet. UserError when it is damaged."""
         return read_ledger(self.ledger) if self.ledger.exists() else []
+
+    def finished_stages(self) -> list[str]:
+        """The ids of the finished stages that have a checkpoint here, like '1-prune', in order."""
+        return checkpoint.finished_stages(self.checkpoints)
+
+    def load(self, stage: str | None = None) -> Checkpoint:
+        """The checkpoint of a finished stage, the last one when none is named. UserError names what there is."""
+        names = self.finished_stages()
+        if not names:
+            raise UserError(f"{self.path}: no stage is finished yet.")
+        if stage is not None and stage not in names:
+            guess = nearest(stage, names)
+            hint = f" Did you mean {guess!r}?" if guess else ""
+            raise UserError(f"{self.path}: no finished stage {stage!r}.{hint} There are: {', '.join(names)}.")
+        return checkpoint.load(self.checkpoints / (stage or names[-1]))
 
     def write_ledger(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Replace the ledger by ``rows``, atomically. RunError when the disk refuses; the old ledger is then kept."""

@@ -21,9 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from flatcompress.errors import Interrupted, RunError, UserError
-from flatcompress.recipe import Recipe, parse_recipe
+from flatcompress.pipeline import Pipeline
+from flatcompress.recipe import SCHEMA, Recipe, identity, parse_recipe
+from flatcompress.session import stage_id
 from flatcompress.storage import write_text_atomic
 from flatcompress.store import checkpoint
+from flatcompress.store.runfolder import RunFolder
 from flatcompress.sweep.spec import MethodEntry, Run, Sweep, Task, folder_name, runs_of, tasks_of
 from flatcompress.yaml_source import parse_yaml
 
@@ -44,8 +47,8 @@ def run_sweep(sweep: Sweep, show: Show = lambda line: None) -> list[Finished]:
     """Run everything that is not done yet; returns the finished runs of every method's chosen setting.
 
     A method with a grid is first run on the tuning seeds and domains, and the setting with the best mean validation
-    accuracy on the source domains goes on. UserError for a wrong sweep, before anything runs; RunError names the runs
-    that failed, after everything else is done; Interrupted after a signal.
+    accuracy on the source domains is run on all of them. UserError for a wrong sweep, before anything runs; RunError
+    names the runs that failed, after everything else is done; Interrupted after a signal.
     """
     chosen: dict[str, dict[str, Any]] = {m.name: m.settings()[0] for m in sweep.methods}
     check_all(sweep)
@@ -63,17 +66,17 @@ def finished_runs(sweep: Sweep) -> list[Finished]:
     chosen: dict[str, dict[str, Any]] = {}
     for method in sweep.methods:
         done = [
-            f for setting in method.settings() for f in _there(sweep, _tuning_runs(sweep, method, setting))
+            f for setting in method.settings() for f in _finished_of(sweep, _tuning_runs(sweep, method, setting))
         ]  # fmt: skip
         chosen[method.name] = _best(sweep, method, done) if done else method.settings()[0]
-    return _there(sweep, _chosen_runs(sweep, chosen))
+    return _finished_of(sweep, _chosen_runs(sweep, chosen))
 
 
 def _chosen_runs(sweep: Sweep, chosen: dict[str, dict[str, Any]]) -> list[Run]:
     return [r for m in sweep.methods for r in runs_of(sweep, m, chosen[m.name], sweep.seeds, sweep.held_out)]
 
 
-def _there(sweep: Sweep, runs: list[Run]) -> list[Finished]:
+def _finished_of(sweep: Sweep, runs: list[Run]) -> list[Finished]:
     """The finished ones of ``runs``."""
     found = []
     for run in runs:
@@ -125,7 +128,7 @@ def _execute(sweep: Sweep, runs: list[Run], show: Show) -> list[Finished]:
     tasks = tasks_of(sorted(runs, key=lambda run: sweep.seeds.index(run.seed) if run.seed in sweep.seeds else -1))
     root = sweep.folder
     todo = {key: task for key, task in tasks.items() if not is_done(root / task.name, task.recipe)}
-    todo = {key: task for key, task in todo.items() if not _only_for_others(key, task, tasks, todo)}
+    todo = {key: task for key, task in todo.items() if not _needed_by_nobody(key, task, tasks, todo)}
     show(f"{len(tasks)} runs, {len(tasks) - len(todo)} done or not needed, {len(todo)} to do")
     failed = _Pool(root, tasks, todo, sweep.jobs, show).work() if todo else {}
     finished = [_finished(run, root / tasks[run.key].name) for run in runs if run.key not in failed]
@@ -137,12 +140,12 @@ def _execute(sweep: Sweep, runs: list[Run], show: Show) -> list[Finished]:
     return finished
 
 
-def _only_for_others(key: str, task: Task, tasks: dict[str, Task], todo: dict[str, Task]) -> bool:
+def _needed_by_nobody(key: str, task: Task, tasks: dict[str, Task], todo: dict[str, Task]) -> bool:
     """A shared beginning whose users are all done already."""
-    return not task.wanted and not any(_rests_on(t, key, tasks) for t in todo.values() if t is not task)
+    return not task.wanted and not any(_begins_with(t, key, tasks) for t in todo.values() if t is not task)
 
 
-def _rests_on(task: Task, key: str, tasks: dict[str, Task]) -> bool:
+def _begins_with(task: Task, key: str, tasks: dict[str, Task]) -> bool:
     base = task.base
     while base is not None:
         if base == key:
@@ -162,7 +165,7 @@ class _Pool:
     def work(self) -> dict[str, str]:
         """Run everything; returns the failures by key."""
         context = multiprocessing.get_context("spawn")
-        with _terminable(), ProcessPoolExecutor(self.jobs, context, _worker_start) as pool:
+        with _terminable(), _one_thread(), ProcessPoolExecutor(self.jobs, context, _worker_start) as pool:
             running: dict[Future[str | None], Task] = {}
             try:
                 while self.waiting or running:
@@ -170,7 +173,7 @@ class _Pool:
                     self._collect(running)
             except BrokenProcessPool:
                 raise RunError(
-                    "a process of the sweep was killed (out of memory?). The same command goes on."
+                    "a process of the sweep was killed (out of memory?). The same command resumes the sweep."
                 ) from None
             except KeyboardInterrupt as stop:
                 # A terminal interrupts the workers itself; a second signal would stop them before they have saved.
@@ -178,7 +181,9 @@ class _Pool:
                     for worker in multiprocessing.active_children():
                         worker.terminate()
                 pool.shutdown(wait=True, cancel_futures=True)
-                raise Interrupted("the sweep was stopped; every run is saved, and the same command goes on") from None
+                raise Interrupted(
+                    "the sweep was stopped; every run is saved, and the same command resumes it"
+                ) from None
         return self.failed
 
     def _start_ready(self, pool: ProcessPoolExecutor, running: dict[Future[str | None], Task]) -> None:
@@ -229,9 +234,22 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, old)
 
 
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Processes that are started while it is open load libraries that count on one thread."""
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["OMP_NUM_THREADS"]
+        else:
+            os.environ["OMP_NUM_THREADS"] = before
+
+
 def _worker_start() -> None:
     """A worker has one thread, and leaves an interrupt of the terminal to the run it is in."""
-    os.environ["OMP_NUM_THREADS"] = "1"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_outlive_no_parent, daemon=True).start()
     import torch
@@ -254,8 +272,6 @@ def _orphaned() -> bool:
 
 def execute(recipe: dict[str, Any], folder: str, base: str | None) -> str | None:
     """Do one run in this process; returns what went wrong, or None."""
-    from flatcompress.pipeline import Pipeline
-
     try:
         checked = parse_recipe(recipe, folder)
         if base is not None:
@@ -273,33 +289,33 @@ def execute(recipe: dict[str, Any], folder: str, base: str | None) -> str | None
 
 def adopt(base: Path, folder: Path, recipe: Recipe) -> None:
     """Begin ``folder`` with the finished stages of the run in ``base``, unless it has begun already."""
-    from flatcompress.session import stage_id
-
-    target = folder / "checkpoints"
-    if target.is_dir() and any(target.iterdir()):
+    source, target = RunFolder(base), RunFolder(folder)
+    if target.checkpoints.is_dir() and any(target.checkpoints.iterdir()):
         return
+    finished = source.finished_stages()
     for index in range(len(recipe.stages) - 1):
-        source = base / "checkpoints" / stage_id(recipe, index)
-        if not source.is_dir():
+        stage = stage_id(recipe, index)
+        if stage not in finished:
             return
-        found = checkpoint.load(source)
-        checkpoint.save_stage(target, found.stage, found.plan, found.state_dict, extra=found.extra)
+        found = source.load(stage)
+        checkpoint.save_stage(target.checkpoints, found.stage, found.plan, found.state_dict, extra=found.extra)
 
 
 def is_done(folder: Path, recipe: Recipe) -> bool:
     """Every stage of ``recipe`` has its row in the folder's ledger, and the folder is this recipe's."""
+    run = RunFolder(folder)
     try:
-        rows = json.loads((folder / "ledger.json").read_text())["rows"]
-        saved, _ = parse_yaml((folder / "recipe.yaml").read_text(), str(folder))
-        same = parse_recipe(saved, str(folder)).stages == recipe.stages
-    except (OSError, ValueError, KeyError, TypeError):
+        rows = run.read_ledger()
+        saved, _ = parse_yaml(run.read_recipe() or "", str(folder))
+        same = saved.get("schema", 1) == SCHEMA and not identity.differences(parse_recipe(saved, str(folder)), recipe)
+    except (UserError, AttributeError):
         return False
     return same and len(rows) >= len(recipe.stages)
 
 
 def _finished(run: Run, folder: Path) -> Finished:
-    rows = json.loads((folder / "ledger.json").read_text())["rows"]
-    return Finished(run, folder, rows, _val_accuracy(folder / "log.jsonl"))
+    there = RunFolder(folder)
+    return Finished(run, folder, there.read_ledger(), _val_accuracy(there.log))
 
 
 def _val_accuracy(log: Path) -> float | None:

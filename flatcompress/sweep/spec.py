@@ -8,7 +8,6 @@ stages, seed and data share them: the common part is trained once and its checkp
 from __future__ import annotations
 
 import copy
-import hashlib
 import itertools
 import json
 import re
@@ -20,8 +19,8 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError, model_validator
 
 from flatcompress.errors import UserError
-from flatcompress.recipe import Recipe, parse_recipe
-from flatcompress.stages.configs import Strict
+from flatcompress.recipe import Recipe, identity, parse_recipe
+from flatcompress.stages.keys import Strict
 from flatcompress.yaml_source import MAX_BYTES, override, parse_yaml
 
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
@@ -165,17 +164,14 @@ def slug(text: str) -> str:
 
 
 def key_of(recipe: Recipe, stages: int) -> str:
-    """Hash of what decides the first ``stages`` stages' result."""
-    raw = recipe.to_dict()
-    kept = {k: raw[k] for k in ("seed", "device", "precision", "data", "model")}
-    text = json.dumps({**kept, "stages": raw["stages"][:stages]}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    """What decides the first ``stages`` stages' result, short enough for a folder's name."""
+    return identity.digest(recipe, stages)[:12]
 
 
 def folder_name(recipe: Recipe) -> str:
     """The folder of a run: what it computes decides it, so a sweep may gain, lose and rename methods."""
     data = recipe.data.options.get("held_out")
-    steps = "-".join(str(getattr(s.config, "method", s.kind)) for s in recipe.stages)
+    steps = "-".join(entry.config.label or entry.kind for entry in recipe.stages)
     return slug(f"{data or recipe.data.name}-s{recipe.seed}-{steps}")[:70] + f"-{key_of(recipe, len(recipe.stages))}"
 
 

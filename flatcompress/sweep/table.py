@@ -82,7 +82,7 @@ def _row(name: str, runs: list[Finished]) -> Row:
         test=over_seeds(runs, "test"),
         corrupted=over_seeds(runs, "corrupted"),
         validation=_over_seeds(runs, lambda run: run.val_accuracy),
-        epochs=sum(getattr(s.config, "epochs", 0) for s in runs[0].run.recipe.stages),
+        epochs=sum(entry.config.epochs_planned or 0 for entry in runs[0].run.recipe.stages),
         passes=_mean([sum(row["passes"] or 0 for row in r.rows) for r in runs]) or 0.0,
         seconds=_mean([sum(row["seconds"] or 0 for row in r.rows) for r in runs]) or 0.0,
         bytes=_mean([r.rows[-1].get("bytes") for r in runs]),

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from flatcompress.errors import RunError, UserError
 from flatcompress.modules import evaluating
 from flatcompress.randomness import mixed
+from flatcompress.training.objective import Metric
 
 
 def epoch_batches(n: int, batch_size: int, seed: int, epoch: int, rank: int = 0, world: int = 1) -> list[list[int]]:
@@ -41,14 +42,16 @@ def _pair(batch: Any) -> Any:
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, dataset: Any, device: torch.device | str = "cpu", batch_size: int = 512) -> float:
-    """Share of ``dataset`` that ``model`` classifies correctly, in eval mode; every module's own mode is restored."""
+def evaluate(
+    model: nn.Module, dataset: Any, metric: Metric, device: torch.device | str = "cpu", batch_size: int = 512
+) -> float:
+    """Mean of ``metric`` over ``dataset``, in eval mode; every module's own mode is restored."""
     n = len(dataset)
-    correct = 0
+    hits = 0
     with evaluating(model):
         for x, y in loader(dataset, [list(range(i, min(i + batch_size, n))) for i in range(0, n, batch_size)]):
-            correct += int((model(x.to(device)).argmax(1) == y.to(device)).sum())
-    return correct / n
+            hits += metric(model(x.to(device)), y.to(device))
+    return hits / n
 
 
 @contextmanager
@@ -63,6 +66,6 @@ def worker_errors(workers: int) -> Iterator[None]:
         if text.startswith("DataLoader worker"):
             raise RunError(
                 f"{text.splitlines()[0]} The system may have stopped it for lack of memory or shared memory. Set "
-                f"data.workers below {workers} (0: load in the main process). The same command goes on."
+                f"data.workers below {workers} (0: load in the main process). The same command resumes the run."
             ) from None
         raise

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from flatcompress.errors import RunError
 from flatcompress.training import divergence, memory
 from flatcompress.training.divergence import Diverged
-
-if TYPE_CHECKING:
-    from flatcompress.training.loop import Job
+from flatcompress.training.job import Job
 
 MOST_SKIPS = 20  # steps left out in a row before a run is given up
 
@@ -54,18 +51,19 @@ def take_step(job: Job, x: Tensor, y: Tensor, step: int, stats: Means) -> None:
     except Diverged as diverged:
         _skip(job, diverged)
         return
-    job.trouble.skipped_in_a_row = 0
-    stats.add(loss, hits / len(y), getattr(job.optimizer, "last_gap", None), len(y))
+    job.state.recovery.skipped_in_a_row = 0
+    stats.add(loss, hits / len(y), job.optimizer.last_gap, len(y))
 
 
 def _attempt(job: Job, x: Tensor, y: Tensor, step: int) -> tuple[float, int]:
     """The loss and the number of correct predictions of the first pass, after one step in as many parts as needed."""
     while True:
         hits: list[int] = []
-        closures = [_closure(job, a, b, factor, step, hits) for a, b, factor in memory.split(x, y, job.trouble.parts)]
+        parts = memory.split(x, y, job.state.recovery.parts)
+        closures = [_closure(job, a, b, factor, step, hits) for a, b, factor in parts]
         job.optimizer.zero_grad()
         try:
-            loss = job.optimizer.step(closures[0] if len(closures) == 1 else closures)  # type: ignore[arg-type]
+            loss = job.optimizer.step(closures[0] if len(closures) == 1 else closures)
         except Exception as error:
             if not memory.is_out_of_memory(error):
                 raise
@@ -81,12 +79,13 @@ def _closure(job: Job, x: Tensor, y: Tensor, factor: float, step: int, hits: lis
     def closure() -> Tensor:
         with job.accelerator.autocast():
             logits = _logits(job, x, step)
-            loss = job.loss(logits, y)
+            loss = job.total_loss(logits, y)
             loss = loss if factor == 1.0 else loss * factor
         job.accelerator.backward(loss)
-        job.after_backward()
-        if len(hits) < job.trouble.parts:
-            hits.append(int((logits.detach().argmax(1) == y).sum()))
+        for callback in job.callbacks:
+            callback.after_backward()
+        if len(hits) < job.state.recovery.parts:
+            hits.append(job.metric(logits.detach(), y))
         gradients = divergence.gradients_of(job.optimizer.param_groups) if checked else []
         if not divergence.finite(loss, gradients):
             raise Diverged(divergence.find(job.raw_model, x, float(loss.detach()), step + 1))
@@ -112,9 +111,9 @@ def _skip(job: Job, diverged: Diverged) -> None:
     if policy == "rollback":
         raise diverged
     if progress is None or policy == "stop":
-        raise RunError(f"{diverged}. {divergence.ADVICE} The same command goes on from the last checkpoint.")
-    job.trouble.skipped_in_a_row += 1
-    if job.trouble.skipped_in_a_row > MOST_SKIPS or not divergence.parameters_finite(job.raw_model):
+        raise RunError(f"{diverged}. {divergence.ADVICE} The same command resumes from the last checkpoint.")
+    job.state.recovery.skipped_in_a_row += 1
+    if job.state.recovery.skipped_in_a_row > MOST_SKIPS or not divergence.parameters_finite(job.raw_model):
         raise RunError(f"{diverged}. Leaving steps out does not help any more. {divergence.ADVICE}")
     job.optimizer.zero_grad()
     progress.incident({**diverged.finding, "action": "skip"})
@@ -124,11 +123,11 @@ def _halve(job: Job, x: Tensor, y: Tensor, step: int, reason: str) -> None:
     """Work through batches in twice as many parts from now on. RunError when that is not wanted or not possible."""
     job.optimizer.zero_grad()
     memory.release()
-    size = len(y) // job.trouble.parts
+    size = len(y) // job.state.recovery.parts
     if job.progress is None or job.progress.on_out_of_memory != "halve" or size < 2:
 
         def attempt(n: int) -> None:
-            job.accelerator.backward(job.loss(job.model(x[:n]), y[:n]))
+            job.accelerator.backward(job.total_loss(job.model(x[:n]), y[:n]))
             job.optimizer.zero_grad()
 
         fits = memory.largest_fitting(size, attempt)
@@ -136,15 +135,9 @@ def _halve(job: Job, x: Tensor, y: Tensor, step: int, reason: str) -> None:
         raise RunError(
             f"out of memory at step {step + 1} with {size} samples in a pass; {fitting} "
             f"({reason.splitlines()[0][:200] if reason else 'no reason given'}). "
-            "Go on with --set on_out_of_memory=halve, which works through each batch in parts, or begin afresh with a "
+            "Resume with --set on_out_of_memory=halve, which works through each batch in parts, or start over with a "
             "smaller data.batch_size."
         )
-    job.trouble.parts *= 2
-    share_perturbation(job)
-    job.emit("warning", message=f"out of memory at step {step + 1}: batches now go in {job.trouble.parts} parts")
-
-
-def share_perturbation(job: Job) -> None:
-    """A batch in parts takes one perturbation from all of them, as the whole batch would."""
-    if hasattr(job.optimizer, "join_chunks"):  # a plain optimizer perturbs nothing
-        job.optimizer.join_chunks()
+    job.state.recovery.parts *= 2
+    job.optimizer.join_chunks()
+    job.emit("warning", message=f"out of memory at step {step + 1}: batches now go in {job.state.recovery.parts} parts")

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from flatcompress import data
+from flatcompress.data import preview
 from flatcompress.data.corruptions import CORRUPTIONS, corrupt
 from flatcompress.errors import UserError
 
@@ -144,7 +145,7 @@ def test_augmentation_depends_on_seed_epoch_and_index_alone():
 
 def test_preview_shows_a_row_per_domain_and_corruption():
     bundle = data.load("rotated-digits", size=8, corruptions=["contrast/3"])
-    sheet = bundle.preview()
+    sheet = preview.sheet(bundle)
     assert sheet.mode == "RGB"
     assert sheet.height > sheet.width / 4
 

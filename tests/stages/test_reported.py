@@ -6,10 +6,10 @@ import json
 
 import pytest
 import torch
-from stage_pieces import workpiece
+from stage_pieces import context
 
 from flatcompress import Pipeline, report
-from flatcompress.data import DataBundle
+from flatcompress.data import preview
 from flatcompress.errors import Interrupted
 from flatcompress.stages import export, flatness, measure
 from flatcompress.stages.reported import reported
@@ -36,13 +36,13 @@ def test_a_wish_to_stop_and_what_is_called_fatal_go_through(error: Exception) ->
         reported("x", fail, None, fatal=(OSError,))
 
 
-@pytest.mark.parametrize("name", ["sharpness", "layer_sharpness", "layer_rows", "accuracy"])
+@pytest.mark.parametrize("name", ["sharpness", "layer_sharpness", "layer_rows", "evaluate"])
 def test_a_row_of_the_ledger_has_a_gap_where_a_measurement_failed(name: str, monkeypatch) -> None:
     monkeypatch.setattr(measure, name, broken)
     with pytest.warns(UserWarning, match="could not be|not implemented"):
-        row = measure.measure(workpiece(), "train", "sam", 1.0, 2)
+        row = measure.measure(context(), "train", "sam", 1.0, 2)
     assert row["params"] > 0 and row["stage"] == "train"
-    if name == "accuracy":
+    if name == "evaluate":
         assert row["accuracy"] == {"test": None, "held_out": None, "corrupted": None}
 
 
@@ -51,7 +51,7 @@ def test_a_run_ends_in_its_file_whatever_is_reported_about_it(tmp_path, monkeypa
     for where, name in ((measure, "sharpness"), (measure, "layer_rows"), (export, "beside_float"), (report, "build")):
         monkeypatch.setattr(where, name, broken)
     monkeypatch.setattr(flatness.quant, "flatness_map", broken)
-    monkeypatch.setattr(DataBundle, "preview", broken)
+    monkeypatch.setattr(preview, "sheet", broken)
     y = torch.arange(64) % 4
     data = {"train": (torch.randn(64, 3, 8, 8), y), "test": (torch.randn(16, 3, 8, 8), y[:16])}
     stages = [{"quantize": {"epochs": 1}}, {"export": {}}]

@@ -6,10 +6,10 @@ import copy
 
 import pytest
 import torch
-from stage_pieces import config, workpiece
+from stage_pieces import config, context
 
 from flatcompress.errors import Interrupted
-from flatcompress.stages.run import RUN
+from flatcompress.stages import run_stage
 from flatcompress.training.devices import seed_everything
 
 
@@ -46,16 +46,16 @@ STAGES = [
 
 @pytest.mark.parametrize(("kind", "keys", "step"), STAGES, ids=lambda v: v["method"] if isinstance(v, dict) else str(v))
 def test_resumed_stage_ends_in_the_same_bits(kind, keys, step):
-    whole = RUN[kind](workpiece(), config(kind, **keys))
+    whole = run_stage(kind, context(), config(kind, **keys))
 
-    stopped = workpiece()
+    stopped = context()
     stopped.progress = StopAt(step)
     with pytest.raises(Interrupted):
-        RUN[kind](stopped, config(kind, **keys))
-    resumed = workpiece()
+        run_stage(kind, stopped, config(kind, **keys))
+    resumed = context()
     resumed.resume = stopped.progress.state
     seed_everything(1234)  # whatever the new process drew before
-    resumed = RUN[kind](resumed, config(kind, **keys))
+    resumed = run_stage(kind, resumed, config(kind, **keys))
 
     assert resumed.plan.to_json() == whole.plan.to_json()
     assert resumed.passes == whole.passes

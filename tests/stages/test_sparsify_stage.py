@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from stage_pieces import config, workpiece
+from stage_pieces import config, context
 
 from flatcompress import quant
 from flatcompress.errors import UserError
 from flatcompress.plan import apply_plan
 from flatcompress.prune import masks
 from flatcompress.recipe import parse_recipe
-from flatcompress.stages import prune, quantize, sparsify, train
+from flatcompress.stages import run_stage, sparsify, train
+from flatcompress.stages.job import make_job
 
 
 def zeros(model):
@@ -24,8 +25,8 @@ def zeros(model):
      ({"pattern": "2:4"}, 0.5), ({"pattern": "1:4"}, 0.75)],
 )  # fmt: skip
 def test_pattern_is_reached(keys, share):
-    work = workpiece()
-    sparsify.run(work, config("sparsify", **keys))
+    work = context()
+    run_stage("sparsify", work, config("sparsify", **keys))
     assert masks.sparsity(work.model) == pytest.approx(share, abs=0.01)
     for _, module, mask in masks.masked_layers(work.model):
         assert not module.weight[~mask].any()
@@ -34,13 +35,13 @@ def test_pattern_is_reached(keys, share):
 @pytest.mark.parametrize("method", ["sam", "wsam", "asam"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_masks_hold_through_training_and_quantization(method, optimizer):
-    work = workpiece()
-    sparsify.run(work, config("sparsify", method=method, pattern="2:4"))
+    work = context()
+    run_stage("sparsify", work, config("sparsify", method=method, pattern="2:4"))
     before = {name: mask.clone() for name, _, mask in masks.masked_layers(work.model)}
-    train.run(work, config("train", method=method, epochs=1, optimizer={"name": optimizer, "lr": 0.01}))
+    run_stage("train", work, config("train", method=method, epochs=1, optimizer={"name": optimizer, "lr": 0.01}))
     for name, module, mask in masks.masked_layers(work.model):
         assert torch.equal(mask, before[name]) and not module.weight[~mask].any()
-    quantize.run(work, config("quantize", method="gaqat", epochs=1))
+    run_stage("quantize", work, config("quantize", method="gaqat", epochs=1))
     for name, layer in quant.quantized_layers(work.model).items():
         if name in before:
             assert torch.equal(layer.weight_mask, before[name]) and not layer.weight[~before[name]].any()
@@ -51,18 +52,19 @@ def test_masks_hold_through_training_and_quantization(method, optimizer):
 
 
 def test_after_pruning_the_masks_fit_the_cut_layers():
-    work = workpiece()
-    prune.run(work, config("prune", method="magnitude", ratio=0.4))
-    sparsify.run(work, config("sparsify", method="none", sparsity=0.5))
+    work = context()
+    run_stage("prune", work, config("prune", method="magnitude", ratio=0.4))
+    run_stage("sparsify", work, config("sparsify", method="none", sparsity=0.5))
     again = apply_plan(work.build(), work.plan, work.example())
     again.load_state_dict(work.model.state_dict())
     assert masks.sparsity(again) == pytest.approx(0.5, abs=0.01)
 
 
 def test_perturbation_leaves_masked_weights_at_zero():
-    work = workpiece()
+    work = context()
     masks.sparsify(work.model, 0.7)
-    job = train.make_job(work, config("train", method="asam", rho=2.0))
+    c = config("train", method="asam", rho=2.0)
+    job = make_job(work, c, train.callbacks(work, c))
     seen = []
 
     def watch(module, inputs):
@@ -74,7 +76,8 @@ def test_perturbation_leaves_masked_weights_at_zero():
     def closure():
         loss = job.loss(work.model(x), y)
         loss.backward()
-        job.after_backward()
+        for callback in job.callbacks:
+            callback.after_backward()
         return loss
 
     job.optimizer.step(closure)
@@ -82,15 +85,15 @@ def test_perturbation_leaves_masked_weights_at_zero():
 
 
 def test_rehearsal_refuses_a_pattern_that_fits_no_layer():
-    work = workpiece()
+    work = context()
     with pytest.raises(UserError, match="no multiple"):
-        sparsify.rehearse(work.build(), work.example(), config("sparsify", pattern="3:7"))
+        sparsify.dry_run(work.build(), work.example(), config("sparsify", pattern="3:7"))
 
 
 def test_masking_state_round_trip():
-    masking = sparsify.Masking(workpiece(), config("sparsify"))
-    masking.after_step(3, [3, 4])
-    other = sparsify.Masking(workpiece(), config("sparsify"))
+    masking = sparsify.Masking(context(), config("sparsify"), [3, 4])
+    masking.after_step(3)
+    other = sparsify.Masking(context(), config("sparsify"), [3, 4])
     other.load_state_dict(masking.state_dict())
     assert other.event == 1
 

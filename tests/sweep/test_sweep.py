@@ -199,7 +199,7 @@ def test_no_worker_outlives_a_sweep_that_is_stopped(tmp_path, number):
         sweep.send_signal(number)
         error = sweep.communicate(timeout=120)[1]
         if number == signal.SIGTERM:
-            assert sweep.returncode == 130 and "same command goes on" in error
+            assert sweep.returncode == 130 and "same command resumes it" in error
             assert any(tmp_path.rglob("checkpoints/*"))
         _wait_until(lambda: not _group_lives(sweep.pid))
     finally:

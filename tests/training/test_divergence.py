@@ -10,7 +10,9 @@ from torch import nn
 from flatcompress import flat
 from flatcompress.errors import RunError
 from flatcompress.training import divergence
-from flatcompress.training.loop import Job, fit, make_accelerator
+from flatcompress.training.callback import Callback
+from flatcompress.training.job import Job
+from flatcompress.training.loop import fit, make_accelerator
 from flatcompress.training.steps import MOST_SKIPS
 
 
@@ -53,7 +55,7 @@ class Kept:
         self.incidents.append(finding)
 
 
-def job(progress, bad=(), epochs=2, method="sam", model=None, lr=0.1):
+def job(progress, bad=(), epochs=2, method="sam", model=None, lr=0.1, **options):
     torch.manual_seed(1)
     model = model or nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
     base = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
@@ -62,7 +64,6 @@ def job(progress, bad=(), epochs=2, method="sam", model=None, lr=0.1):
         optimizer=flat.create(method, model, base),
         train=Points(bad),
         accelerator=make_accelerator("cpu"),
-        loss=nn.functional.cross_entropy,
         epochs=epochs,
         batch_size=16,
         seed=0,
@@ -70,12 +71,28 @@ def job(progress, bad=(), epochs=2, method="sam", model=None, lr=0.1):
         select="last",
         validate=lambda: 0.0,
         progress=progress,
+        **{"loss": nn.functional.cross_entropy, **options},
     )
 
 
-def explode_at(job, step, times=1):
-    """The loss becomes infinite in the first pass of ``step`` (counted from 1), so many times."""
-    loss, count = job.loss, {"calls": 0, "left": times}
+class Seen(Callback):
+    """Calls back what a test wants to happen."""
+
+    def __init__(self, after_step=None, after_backward=None):
+        self.step, self.backward = after_step, after_backward
+
+    def after_step(self, step):
+        if self.step is not None:
+            self.step(step)
+
+    def after_backward(self):
+        if self.backward is not None:
+            self.backward()
+
+
+def exploding_at(step, times=1):
+    """A loss that becomes infinite in the first pass of ``step`` (counted from 1), so many times."""
+    loss, count = nn.functional.cross_entropy, {"calls": 0, "left": times}
     wanted = 2 * (step - 1)  # SAM: two passes a step
 
     def exploding(logits, y):
@@ -85,7 +102,7 @@ def explode_at(job, step, times=1):
             return loss(logits, y) * math.inf
         return loss(logits, y)
 
-    job.loss = exploding
+    return exploding
 
 
 def test_stop_names_the_step_and_the_input_and_leaves_sound_weights():
@@ -120,16 +137,15 @@ def test_a_scale_and_a_gradient_are_named():
 
 
 def test_an_infinite_gradient_under_a_finite_loss_is_seen():
-    trained = job(Kept())
-    trained.after_backward = lambda: trained.model[0].weight.grad.fill_(math.inf)
+    trained = job(Kept(), callbacks=[Seen(after_backward=lambda: trained.model[0].weight.grad.fill_(math.inf))])
     with pytest.raises(RunError, match=r"the loss is finite; .* gradient of '0.weight'"):
         fit(trained)
 
 
 def test_skip_leaves_out_the_step_and_nothing_else():
     progress, seen = Kept("skip"), []
-    trained = job(progress, bad=[5])
-    trained.after_step = lambda step: seen.append([v.clone() for v in trained.model.state_dict().values()])
+    keep = Seen(lambda step: seen.append([v.clone() for v in trained.model.state_dict().values()]))
+    trained = job(progress, bad=[5], callbacks=[keep])
     fit(trained)
     assert [f["action"] for f in progress.incidents] == ["skip", "skip"]  # once an epoch
     assert len(seen) == 8
@@ -152,11 +168,9 @@ def test_skip_gives_up_when_it_cannot_help():
 
 
 def test_rollback_goes_back_to_the_last_state_at_half_the_learning_rate():
-    progress = Kept("rollback", every=2)
-    trained = job(progress)
-    explode_at(trained, step=6)
-    rates = {}
-    trained.after_step = lambda step: rates.setdefault(step, []).append(trained.optimizer.param_groups[0]["lr"])
+    progress, rates = Kept("rollback", every=2), {}
+    keep = Seen(lambda step: rates.setdefault(step, []).append(trained.optimizer.param_groups[0]["lr"]))
+    trained = job(progress, loss=exploding_at(step=6), callbacks=[keep])
     fit(trained)
     assert [(f["action"], f["step"], f["to_step"]) for f in progress.incidents] == [("rollback", 6, 4)]
     assert rates[4] == [0.1] and rates[5] == [0.1, 0.05] and rates[6] == [0.05]
@@ -164,16 +178,14 @@ def test_rollback_goes_back_to_the_last_state_at_half_the_learning_rate():
 
 def test_rollback_before_the_first_checkpoint_goes_back_to_the_start():
     progress = Kept("rollback", every=1000)
-    trained = job(progress)
-    explode_at(trained, step=3, times=2)
+    trained = job(progress, loss=exploding_at(step=3, times=2))
     fit(trained)
     assert [(f["to_step"], f["lr_factor"]) for f in progress.incidents] == [(0, 0.5), (0, 0.25)]
 
 
 def test_rollback_ends_after_so_many_times():
     progress = Kept("rollback", rollbacks=2)
-    trained = job(progress)
-    explode_at(trained, step=3, times=99)
+    trained = job(progress, loss=exploding_at(step=3, times=99))
     with pytest.raises(RunError, match="2 times in vain"):
         fit(trained)
     assert len(progress.incidents) == 2
@@ -181,14 +193,11 @@ def test_rollback_ends_after_so_many_times():
 
 def test_a_resumed_job_keeps_the_smaller_learning_rate():
     progress = Kept("rollback")
-    first = job(progress)
-    explode_at(first, step=3)
-    fit(first)
-    resumed = job(Kept())
-    resumed.resume = progress.states[-2]
-    assert resumed.resume["trouble"]["rollbacks"] == 1
+    fit(job(progress, loss=exploding_at(step=3)))
     rates = []
-    resumed.after_step = lambda step: rates.append(resumed.optimizer.param_groups[0]["lr"])
+    keep = Seen(lambda step: rates.append(resumed.optimizer.param_groups[0]["lr"]))
+    resumed = job(Kept(), resume=progress.states[-2], callbacks=[keep])
+    assert resumed.resume["recovery"]["rollbacks"] == 1
     fit(resumed)
     assert rates and set(rates) == {0.05}
 

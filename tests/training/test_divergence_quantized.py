@@ -9,9 +9,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_divergence import Kept
+from test_divergence import Kept, Seen
 from test_divergence import job as points
 from tiny_net import build
+from torch import nn
 
 from flatcompress import flat, quant
 from flatcompress.errors import RunError
@@ -50,12 +51,14 @@ def quantized():
     return model
 
 
-def job(policy, epochs=2):
+def job(policy, spoil=None, epochs=2):
+    """A job that ``spoil(model)``, a dict of its fields, makes diverge."""
     model, data = copy.deepcopy(quantized()), Images()
     base = torch.optim.SGD(model.parameters(), lr=0.01)
     scales = {id(p) for p in quant.scale_parameters(model).values()}
     optimizer = flat.create("sam", model, base, perturbed=lambda name, p: id(p) not in scales)
-    return replace(points(Copies(policy), epochs=epochs), model=model, optimizer=optimizer, train=data)
+    options = {} if spoil is None else spoil(model)
+    return replace(points(Copies(policy), epochs=epochs), model=model, optimizer=optimizer, train=data, **options)
 
 
 def once(action):
@@ -69,19 +72,19 @@ def once(action):
     return at
 
 
-def spoil_scale(trained, which):
-    scale = next(p for n, p in quant.scale_parameters(trained.model).items() if which(n))
+def spoil_scale(model, which):
+    scale = next(p for n, p in quant.scale_parameters(model).items() if which(n))
 
     def spoil():
         with torch.no_grad():
             scale.fill_(math.nan)
 
-    trained.after_step = once(spoil)
+    return {"callbacks": [Seen(once(spoil))]}
 
 
-def spoil_activation(trained):
+def spoil_activation(model):
     """Weights that are finite, and so large that the layer's output is not."""
-    batch_norm = trained.model.get_submodule("bn1")
+    batch_norm = model.get_submodule("bn1")
 
     def spoil():
         with torch.no_grad():
@@ -89,29 +92,29 @@ def spoil_activation(trained):
             batch_norm.running_var.fill_(1e-30)
             batch_norm.bias.fill_(3e38)
 
-    trained.after_step = once(spoil)
+    return {"callbacks": [Seen(once(spoil))]}
 
 
-def spoil_gradient(trained):
+def spoil_gradient(model):
     passes = [0]
-    weight = trained.model.get_parameter("conv2.weight")
+    weight = model.get_parameter("conv2.weight")
 
     def after_backward():
         passes[0] += 1
         if passes[0] == 5:  # two passes a step: the first of step 3
             weight.grad.fill_(math.inf)
 
-    trained.after_backward = after_backward
+    return {"callbacks": [Seen(after_backward=after_backward)]}
 
 
-def spoil_loss(trained):
-    passes, loss = [0], trained.loss
+def spoil_loss(model):
+    passes, loss = [0], nn.functional.cross_entropy
 
     def spoilt(logits, y):
         passes[0] += 1
         return loss(logits, y) * (math.inf if passes[0] == 5 else 1.0)
 
-    trained.loss = spoilt
+    return {"loss": spoilt}
 
 
 # how it is spoilt, what is named, its bits, and whether the weights stay sound
@@ -132,8 +135,7 @@ SPOIL = {
 @pytest.mark.parametrize("what", SPOIL)
 def test_what_diverged_is_named_with_layer_step_and_bits(what):
     spoil, named, bits, _ = SPOIL[what]
-    trained = job("stop")
-    spoil(trained)
+    trained = job("stop", spoil)
     said = rf"step 3: .*{named}" + (rf".* \({bits} bit\)" if bits else "")
     with pytest.raises(RunError, match=said):
         fit(trained)
@@ -142,8 +144,7 @@ def test_what_diverged_is_named_with_layer_step_and_bits(what):
 @pytest.mark.parametrize("what", SPOIL)
 def test_skip_leaves_one_step_out_or_says_that_it_cannot_help(what):
     spoil, named, _, passing = SPOIL[what]
-    trained = job("skip", epochs=2 if passing else 9)
-    spoil(trained)
+    trained = job("skip", spoil, epochs=2 if passing else 9)
     if passing:
         fit(trained)
         assert [(f["step"], f["action"]) for f in trained.progress.incidents] == [(3, "skip")]
@@ -156,8 +157,7 @@ def test_skip_leaves_one_step_out_or_says_that_it_cannot_help(what):
 @pytest.mark.parametrize("what", [name for name in SPOIL if name != "activation"])
 def test_rollback_goes_back_to_sound_numbers_at_half_the_rate(what):
     spoil, _, bits, passing = SPOIL[what]
-    trained = job("rollback")
-    spoil(trained)
+    trained = job("rollback", spoil)
     fit(trained)
     (incident,) = trained.progress.incidents
     assert (incident["step"], incident["action"], incident["lr_factor"]) == (3, "rollback", 0.5)
@@ -167,8 +167,7 @@ def test_rollback_goes_back_to_sound_numbers_at_half_the_rate(what):
 
 
 def test_rollback_ends_where_every_saved_state_overflows_again():
-    trained = job("rollback")
+    trained = job("rollback", spoil_activation)
     trained.progress.every = 1
-    spoil_activation(trained)
     with pytest.raises(RunError, match=r"the activation of 'bn1'.*3 times in vain"):
         fit(trained)

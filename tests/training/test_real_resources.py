@@ -18,7 +18,8 @@ from torch import nn
 
 from flatcompress import flat
 from flatcompress.errors import RunError, UserError
-from flatcompress.training.loop import Job, fit, make_accelerator
+from flatcompress.training.job import Job
+from flatcompress.training.loop import fit, make_accelerator
 
 NEW_USER, NEW_MOUNTS, READ_ONLY, REMOUNT = 0x10000000, 0x00020000, 1, 32
 EPOCH = {"train": {"method": "none", "epochs": 1}}
@@ -160,8 +161,8 @@ def hungry(policy):
     try:
         fit(made)
     except RunError as error:
-        return {"error": str(error), "parts": made.trouble.parts}
-    return {"error": "", "parts": made.trouble.parts}
+        return {"error": str(error), "parts": made.state.recovery.parts}
+    return {"error": "", "parts": made.state.recovery.parts}
 
 
 @needs_linux

@@ -27,7 +27,8 @@ from flatcompress.store import (
 from flatcompress.training import (
     memory,
 )
-from flatcompress.training.loop import Job, fit, make_accelerator
+from flatcompress.training.job import Job
+from flatcompress.training.loop import fit, make_accelerator
 
 ROOT = Path(__file__).parents[2]
 ONE_EPOCH = {"train": {"method": "none", "epochs": 1}}
@@ -95,7 +96,7 @@ def test_halved_batches_take_the_steps_of_whole_ones(method):
     fit(whole)
     parts, messages = job("halve", most=7, method=method)
     fit(parts)
-    assert parts.trouble.parts == 4
+    assert parts.state.recovery.parts == 4
     assert [m for m in messages if m and "2 parts" in m] and [m for m in messages if m and "4 parts" in m]
     for a, b in zip(whole.model.parameters(), parts.model.parameters()):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
@@ -126,7 +127,9 @@ class Dying(torch.utils.data.Dataset):
 
 def test_a_killed_loading_process_is_one_message():
     trained, _ = job(dataset=Dying("killed"), workers=1)
-    with pytest.raises(RunError, match=r"(?s)DataLoader worker.*data\.workers below 1.*The same command goes on"):
+    with pytest.raises(
+        RunError, match=r"(?s)DataLoader worker.*data\.workers below 1.*The same command resumes the run"
+    ):
         fit(trained)
 
 
@@ -229,7 +232,7 @@ def test_an_interruption_is_said_with_the_way_on(tmp_path, monkeypatch):
         if event["event"] == "epoch":
             os.kill(os.getpid(), 15)
 
-    with pytest.raises(Interrupted, match=r"stopped after step 6; everything is saved. The same call goes on"):
+    with pytest.raises(Interrupted, match=r"stopped after step 6; everything is saved. The same call resumes the run"):
         small_runs.pipeline(small_runs.TRAIN).run(tmp_path / "run", display=stop)
     result = small_runs.pipeline(small_runs.TRAIN).run(tmp_path / "run")
     assert small_runs.same(small_runs.pipeline(small_runs.TRAIN).run(tmp_path / "whole"), result)

@@ -18,7 +18,7 @@ from flatcompress.store.runfolder import RunFolder, read_ledger
 ROWS = [{"stage": "train", "accuracy": {"test": 0.9, "held_out": None}, "bytes": 10**12}, {"stage": "export"}]
 
 HOLDER = (
-    "import sys, os, time\nfrom flatcompress.training.runfolder import RunFolder\n"
+    "import sys, os, time\nfrom flatcompress.store.runfolder import RunFolder\n"
     "with RunFolder(sys.argv[1]).create().locked():\n"
     "    child = os.fork() if len(sys.argv) > 2 else 1\n"
     "    if child == 0:\n        time.sleep(1)\n        os._exit(0)\n"

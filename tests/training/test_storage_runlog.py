@@ -65,7 +65,7 @@ def test_an_unwritable_log_is_a_run_error(tmp_path):
 
 def test_a_killed_writer_loses_at_most_its_last_line(tmp_path):
     program = (
-        "import sys\nfrom flatcompress.training.runlog import RunLog\nlog = RunLog(sys.argv[1])\ni = 0\n"
+        "import sys\nfrom flatcompress.store.runlog import RunLog\nlog = RunLog(sys.argv[1])\ni = 0\n"
         "while True:\n    log.event('epoch', epoch=i)\n    i += 1\n    if i == 50: print('on', flush=True)\n"
     )
     path = tmp_path / "log.jsonl"

@@ -1,6 +1,6 @@
-"""Sparsity pulls in the prune stage: what draws channels to zero while the dense model still trains.
+"""Sparsity regularizers of the prune stage: what draws channels to zero while the dense model still trains.
 
-A pull is a compose function of the flat engine: it adds to the combined gradient once a step, so it works under any
+One is a compose function of the flat engine: it adds to the combined gradient once a step, so it works under any
 flat method and never enters a perturbation's direction.
 """
 
@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from flatcompress.prune import Group, regularizers
 
 
-class Pull:
-    """The pull ``kind`` on ``groups``; nothing happens before step ``start``.
+class SparsityRegularizer:
+    """The regularizer ``kind`` on ``groups``; nothing happens before step ``start``.
 
-    ``target()`` chooses, once, which units are to go at the end (bool per unit, True stays); a pull on whole groups
+    ``target()`` chooses, once, which units are to go at the end (bool per unit, True stays); one on whole groups
     ("group_norm") needs no target. State: the step counter and the target.
     """
 
@@ -30,7 +30,7 @@ class Pull:
         self.keep: list[Tensor] | None = None
 
     def compose(self, params: list[nn.Parameter], probes: Any, combined: list[Tensor | None]) -> None:
-        """Add the pull to ``combined``, in place."""
+        """Add the regularizer's gradient to ``combined``, in place."""
         self.steps += 1
         if self.kind != "group_norm":
             if self.steps <= self.start:
@@ -41,12 +41,12 @@ class Pull:
         for p, g in zip(params, combined, strict=True):
             p.grad = g
         try:
-            self._pull()
+            self._add()
         finally:
             for p, g in zip(params, before, strict=True):
                 p.grad = g
 
-    def _pull(self) -> None:
+    def _add(self) -> None:
         if self.kind == "group_norm":
             regularizers.group_norm_(self.groups, self.strength)
             return

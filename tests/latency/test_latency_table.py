@@ -8,16 +8,16 @@ import json
 import onnxruntime as ort
 import pytest
 import torch
-from stage_pieces import config, workpiece
+from stage_pieces import config, context
 from torch import nn
 
 from flatcompress import models
 from flatcompress.errors import RunError, UserError
+from flatcompress.latency import table as latency_table
+from flatcompress.latency.table import Curve, LatencyTable, LayerCost, grid, pairs
 from flatcompress.onnx_export.runtime import kernel_time, sessions
 from flatcompress.prune import CostModel, Limits, Width
-from flatcompress.stages import latency_table, prune
-from flatcompress.stages.latency_table import Curve, LatencyTable, LayerCost, grid, pairs
-from flatcompress.stages.methods import PRUNE_METHODS
+from flatcompress.stages import prune
 
 CONV = {"kind": "conv", "kernel": [3, 3], "stride": [1, 1], "padding": [1, 1], "dilation": [1, 1], "size": [6, 6],
         "inputs": 16, "outputs": 16, "depthwise": False}  # fmt: skip
@@ -125,7 +125,7 @@ def test_the_dense_network_counts_twice():
 
 
 def test_estimate_is_the_network_not_the_sum_of_its_kernels(steady):
-    work = workpiece()
+    work = context()
     table = LatencyTable(work.model, work.example())
     assert table(table.dense) == pytest.approx(0.1 + 2 * table.kernels(table.dense))
     half = {name: w._replace(outputs=max(1, w.outputs // 2)) for name, w in table.dense.items()}
@@ -133,7 +133,7 @@ def test_estimate_is_the_network_not_the_sum_of_its_kernels(steady):
 
 
 def test_what_is_measured_once_is_kept(steady, monkeypatch):
-    work = workpiece()
+    work = context()
     first = LatencyTable(work.model, work.example())
     monkeypatch.setattr(latency_table, "kernel_ms", None)
     monkeypatch.setattr(latency_table, "networks_ms", None)
@@ -226,17 +226,17 @@ def test_layers_that_are_not_timed_are_refused_by_name(model, x):
 
 
 def test_latency_budget_is_met_by_the_estimate(steady):
-    work = workpiece()
+    work = context()
     table = LatencyTable(work.model, work.example())
-    removal = prune.Removal(work, config("prune", latency=0.8), PRUNE_METHODS["magnitude"].make())
+    removal = prune.Removal(work, config("prune", method="magnitude", latency=0.8))
     keep = removal.choose(removal.budget)
     assert table(removal.costs.widths(removal.groups, keep)) <= 0.8 * table(table.dense) * 1.0001
     for key, value, least in (("latency_ms", 1e-9, 0.1), ("latency", 1e-9, 0.1 / table(table.dense))):
         with pytest.raises(UserError, match=rf"^{key} 1e-09 cannot be met: the smallest that can is") as error:
-            prune.rehearse(work.build(), work.example(), config("prune", **{key: value}))
+            prune.dry_run(work.build(), work.example(), config("prune", **{key: value}))
         assert least < float(str(error.value).split("can is ")[1].split()[0]) < 1
     with pytest.raises(UserError, match="within the latency_ms budget 1000 already"):
-        prune.rehearse(work.build(), work.example(), config("prune", latency_ms=1000))
+        prune.dry_run(work.build(), work.example(), config("prune", latency_ms=1000))
 
 
 def test_a_real_table_estimates_what_was_never_timed(tmp_path):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,16 +13,23 @@ from torch import nn
 
 from flatcompress.data import DataBundle
 from flatcompress.plan import Plan
-from flatcompress.training.loop import Progress
+from flatcompress.training.callback import Callback
+from flatcompress.training.job import Progress, steps_per_epoch
+
+
+def _silent(event: str, **fields: Any) -> None:
+    """Nobody listens."""
 
 
 @dataclass
-class Workpiece:
-    """One model on its way through the stages.
+class RunContext:
+    """One model on its way through the stages, and what the stages may use.
 
     ``build`` makes a fresh float model as the recipe describes it; ``emit(event, **fields)`` writes to the log and
     the terminal; ``ledger`` has one row per finished stage; ``artifacts`` are files a stage has written. ``resume`` is
-    the state of this very stage when it was interrupted, ``progress`` is where it saves such states.
+    the state of this very stage when it was interrupted, ``progress`` is where it saves such states, with ``phase``:
+    which phase of the stage is running and what the earlier ones found (see `stage.run_stage`). ``callbacks`` are the
+    user's own, and take part in every training job after the stage's.
     """
 
     model: nn.Module
@@ -35,18 +42,25 @@ class Workpiece:
     workers: int = 0
     folder: Path | None = None
     recipe_hash: str = ""
-    emit: Callable[..., None] = lambda event, **fields: None
+    emit: Callable[..., None] = _silent
     ledger: list[dict[str, Any]] = field(default_factory=list)
     passes: int = 0
     artifacts: dict[str, Path] = field(default_factory=dict)
     certificate: dict[str, Any] | None = None
     resume: dict[str, Any] | None = None
     progress: Progress | None = None
+    phase: dict[str, Any] = field(default_factory=dict)
+    callbacks: Sequence[Callback] = ()
 
     @property
     def device(self) -> torch.device:
         """Where the model is."""
         return self.accelerator.device
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in one epoch of this process."""
+        return steps_per_epoch(self.data.train, self.batch_size, self.accelerator)
 
     def example(self, n: int = 2) -> torch.Tensor:
         """The first ``n`` test images, [n, C, H, W], on the model's device."""

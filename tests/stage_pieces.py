@@ -1,4 +1,4 @@
-"""A workpiece small enough to train in a second: four classes of coloured 8x8 squares, 64 training images."""
+"""A run small enough to train in a second: four classes of coloured 8x8 squares, 64 training images."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from flatcompress import models
 from flatcompress.data import DataBundle
 from flatcompress.plan import Plan
-from flatcompress.stages.configs import STAGE_CONFIGS
-from flatcompress.stages.workpiece import Workpiece
+from flatcompress.stages import RunContext, stage_of
 from flatcompress.training.devices import seed_everything
 from flatcompress.training.loop import make_accelerator
 
@@ -45,15 +44,15 @@ def bundle() -> DataBundle:
     return DataBundle("squares", ("a", "b", "c", "d"), SHAPE, (0.0,) * 3, (1.0,) * 3, train, val, test, Squares(32, 3))
 
 
-def workpiece(build: Callable[[], nn.Module] | None = None, **options: Any) -> Workpiece:
+def context(build: Callable[[], nn.Module] | None = None, **options: Any) -> RunContext:
     def resnet() -> nn.Module:
         return models.build("resnet8", num_classes=4, input_shape=SHAPE, seed=0, width=8)
 
     seed_everything(0)
     build = build or resnet
     defaults: dict[str, Any] = {"batch_size": 16, "seed": 0, **options}
-    return Workpiece(build(), Plan(), bundle(), build, make_accelerator("cpu"), **defaults)
+    return RunContext(build(), Plan(), bundle(), build, make_accelerator("cpu"), **defaults)
 
 
 def config(kind: str, **keys: Any) -> Any:
-    return STAGE_CONFIGS[kind].model_validate({"epochs": 2, "optimizer": {"lr": 1e-3}, **keys})
+    return stage_of(kind).config.model_validate({"epochs": 2, "optimizer": {"lr": 1e-3}, **keys})

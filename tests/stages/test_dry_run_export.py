@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from stage_pieces import SHAPE, config, workpiece
+from stage_pieces import SHAPE, config, context
 from torch import nn
 
 from flatcompress import onnx_export
 from flatcompress.errors import UserError
-from flatcompress.stages.configs import STAGE_CONFIGS
-from flatcompress.stages.rehearse import rehearse
+from flatcompress.stages.dry_run import dry_run
+from flatcompress.stages.export import ExportConfig
 
 
-class Entry:
-    def __init__(self, kind: str, **keys) -> None:
-        self.kind = kind
-        export = STAGE_CONFIGS["export"]
-        self.config = export.model_validate(keys) if kind == "export" else config(kind, epochs=1, **keys)
+def entry(kind: str, **keys) -> tuple:
+    return kind, ExportConfig.model_validate(keys) if kind == "export" else config(kind, epochs=1, **keys)
 
 
 class Determinant(nn.Module):
@@ -34,17 +31,17 @@ def net(middle: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("profile", ["packed", "float32"])
-def test_a_model_that_cannot_be_written_is_refused_in_the_rehearsal(profile: str) -> None:
-    entries = [Entry("export", profile=profile)]
+def test_a_model_that_cannot_be_written_is_refused_in_the_dry_run(profile: str) -> None:
+    entries = [entry("export", profile=profile)]
     if profile == "packed":
-        entries.insert(0, Entry("quantize", method="lsq"))
+        entries.insert(0, entry("quantize", method="lsq"))
     with pytest.raises(UserError, match=rf"^stages.{len(entries) - 1}.export: .*2"):
-        rehearse(workpiece(lambda: net(Determinant())), entries)
+        dry_run(context(lambda: net(Determinant())), entries)
 
 
-def test_a_profile_that_does_not_fit_is_refused_in_the_rehearsal() -> None:
+def test_a_profile_that_does_not_fit_is_refused_in_the_dry_run() -> None:
     with pytest.raises(UserError, match="no layer is quantized"):
-        rehearse(workpiece(lambda: net(nn.Identity())), [Entry("export", profile="packed")])
+        dry_run(context(lambda: net(nn.Identity())), [entry("export", profile="packed")])
 
 
 def test_a_raw_exception_of_the_writer_becomes_one_sentence(monkeypatch) -> None:
@@ -55,13 +52,13 @@ def test_a_raw_exception_of_the_writer_becomes_one_sentence(monkeypatch) -> None
     with pytest.raises(
         UserError, match=r"stages.0.export: the file of Sequential cannot be written \(KeyError: 'axis'\)"
     ):
-        rehearse(workpiece(lambda: net(nn.Identity())), [Entry("export", profile="float32")])
+        dry_run(context(lambda: net(nn.Identity())), [entry("export", profile="float32")])
 
 
-def test_the_rehearsal_changes_neither_the_model_nor_the_random_numbers() -> None:
-    work = workpiece(lambda: net(nn.Identity()))
+def test_the_dry_run_changes_neither_the_model_nor_the_random_numbers() -> None:
+    work = context(lambda: net(nn.Identity()))
     before = {k: v.clone() for k, v in work.model.state_dict().items()}
     state = torch.get_rng_state()
-    rehearse(work, [Entry("quantize", method="lsq"), Entry("export", profile="packed")])
+    dry_run(work, [entry("quantize", method="lsq"), entry("export", profile="packed")])
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(before[k], v) for k, v in work.model.state_dict().items())

@@ -1,0 +1,87 @@
+"""Callbacks that several stages put into their jobs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from flatcompress import quant
+from flatcompress.prune import masks
+from flatcompress.training.callback import Callback, Training
+
+
+class MaskedWeights(Callback):
+    """Weights that carry a mask stay exactly zero: their gradients are zeroed in every pass, their values each step."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def after_backward(self) -> None:
+        """Zero the masked weights' gradients."""
+        masks.mask_gradients_(self.model)
+
+    def after_step(self, step: int) -> None:
+        """Zero the masked weights."""
+        masks.enforce_(self.model)
+
+
+class FrozenBatchNorm(Callback):
+    """BatchNorm normalises by its running statistics from each epoch's first batch on, and leaves them as they are."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def before_epoch(self, epoch: int) -> None:
+        """Put every BatchNorm into eval mode; the loop has put the whole model into train mode."""
+        for module in self.model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+
+
+class BiasRounding(Callback):
+    """From epoch ``first`` on the forward rounds folded biases as the exported file does."""
+
+    def __init__(self, model: nn.Module, first: int) -> None:
+        self.model, self.first = model, first
+
+    def before_epoch(self, epoch: int) -> None:
+        """Round, or not yet."""
+        quant.set_bias_rounding(self.model, epoch >= self.first)
+
+    def after_epoch(self, epoch: int) -> None:
+        """An epoch is judged, and saved as the best one, as the next one trains."""
+        quant.set_bias_rounding(self.model, epoch + 1 >= self.first)
+
+
+class Distillation(Callback):
+    """Adds ``weight`` times the distillation loss; the teacher reads the batch that the model reads, once a step.
+
+    A hook on the model hands the teacher its input; it is taken off again when the job closes.
+    """
+
+    def __init__(self, teacher: nn.Module, weight: float) -> None:
+        self.teacher, self.weight = teacher, weight
+        self._input: Tensor | None = None
+        self._logits: Tensor | None = None
+        self._handle: torch.utils.hooks.RemovableHandle | None = None
+
+    def open(self, job: Training) -> None:
+        """Follow the model's inputs."""
+        self._handle = job.raw_model.register_forward_pre_hook(self._remember)
+
+    def _remember(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if module.training and self._input is not inputs[0]:
+            self._input = inputs[0]
+            with torch.no_grad():
+                self._logits = self.teacher(inputs[0])
+
+    def loss_term(self, output: Tensor, y: Tensor) -> Tensor:
+        """The weighted distillation loss of the batch that was read last."""
+        assert self._logits is not None
+        return self.weight * quant.distillation_loss(output, self._logits)
+
+    def close(self) -> None:
+        """Let the model go."""
+        if self._handle is not None:
+            self._handle.remove()
+        self._handle = self._input = self._logits = None

@@ -1,0 +1,121 @@
+"""The training job of a stage: built once from the stage's keys and its callbacks, run, and taken apart again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast
+from torch import Tensor, nn
+
+from flatcompress import flat
+from flatcompress.errors import UserError
+from flatcompress.stages.averaging import Averaging
+from flatcompress.stages.context import RunContext
+from flatcompress.stages.keys import TrainingKeys
+from flatcompress.training import objective
+from flatcompress.training.batches import evaluate
+from flatcompress.training.callback import Callback
+from flatcompress.training.job import Job
+from flatcompress.training.loop import fit, restore_best
+from flatcompress.training.schedules import make_base_optimizer
+
+
+def parameter_groups(
+    model: nn.Module, weight_decay: float, scales: Iterable[nn.Parameter] = (), scale_lr: float | None = None
+) -> list[dict[str, Any]]:
+    """Matrices and filters decay, vectors (biases, norms) do not; neither do quantizer ``scales``, at ``scale_lr``."""
+    own = {id(p) for p in scales}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in trained if p.ndim > 1 and id(p) not in own], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1 and id(p) not in own], "weight_decay": 0.0},
+        {"params": [p for p in trained if id(p) in own], "weight_decay": 0.0},
+    ]
+    if scale_lr is not None:
+        groups[2]["lr"] = scale_lr
+    return [g for g in groups if g["params"]]
+
+
+def check_trainable(model: nn.Module) -> None:
+    """UserError when no parameter of the float model may move."""
+    if not any(p.requires_grad for p in model.parameters()):
+        raise UserError("every parameter of the model is frozen (requires_grad is False): there is nothing to train.")
+
+
+def make_job(
+    run: RunContext,
+    config: TrainingKeys,
+    callbacks: Sequence[Callback],
+    *,
+    epochs: int | None = None,
+    first_epoch: int = 0,
+    eligible: Callable[[int], bool] = lambda epoch: True,
+    scales: Iterable[nn.Parameter] = (),
+    scale_lr: float | None = None,
+    extra: Iterable[Tensor] = (),
+    hyper: dict[str, Any] | None = None,
+    **slots: Any,
+) -> Job:
+    """A training job for ``run.model`` under ``config``; ``slots`` are the flat engine's (radius, compose, perturbed).
+
+    ``extra``: tensors beside the model's parameters that the optimizer must know.
+    """
+    accelerator = run.accelerator
+    model = accelerator.prepare(run.model)
+    o = config.optimizer
+    groups = parameter_groups(model, o.weight_decay, scales, scale_lr)
+    further = list(extra)
+    if further:
+        groups.append({"params": further, "weight_decay": 0.0})
+    base = make_base_optimizer(groups, o.name, o.lr, o.weight_decay, o.momentum, o.nesterov, o.betas)
+    optimizer = flat.create(
+        config.flat_method(),
+        model,
+        base,
+        scaler=accelerator.scaler,
+        max_grad_norm=config.max_grad_norm,
+        **(config.hyper if hyper is None else hyper),
+        **slots,
+    )
+    return Job(
+        model=model,
+        optimizer=optimizer,
+        train=run.data.train,
+        accelerator=accelerator,
+        loss=objective.training_loss(config.label_smoothing),
+        metric=objective.correct,
+        epochs=epochs or config.epochs,
+        first_epoch=first_epoch,
+        schedule_epochs=config.epochs,
+        batch_size=run.batch_size,
+        workers=run.workers,
+        seed=run.seed,
+        schedule=config.schedule,
+        select=config.select,
+        validate=lambda: evaluate(model, run.data.val, objective.correct, accelerator.device),
+        callbacks=[*callbacks, *run.callbacks],
+        eligible=eligible,
+        emit=run.emit,
+        progress=run.progress,
+        resume=run.resume,
+        context=run.phase,
+    )
+
+
+def train(run: RunContext, job: Job) -> None:
+    """Run the job; ``run.model`` is then the trained module, at its average or at the epoch that was selected."""
+    fit(job)
+    averages = [callback for callback in job.callbacks if isinstance(callback, Averaging)]
+    for average in averages:
+        average.finish()
+    if not averages:
+        restore_best(job)
+    run.model = job.accelerator.unwrap_model(job.model, keep_fp32_wrapper=False)
+    if job.accelerator.num_processes > 1:  # running statistics are each process's own until now
+        broadcast(list(run.model.buffers()))
+    job.accelerator.free_memory()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    run.passes += job.optimizer.passes

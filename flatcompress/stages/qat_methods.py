@@ -1,0 +1,58 @@
+"""The QAT methods: rows of plain data over the same training (see `stages.quantize`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flatcompress.registry import Registry
+
+
+@dataclass(frozen=True)
+class QatMethod:
+    """A flat method and what decides over the scales.
+
+    ``conflict``: watch and freeze conflicting scale gradients (GAQAT).
+    ``point``: latent (perturb the weights that are quantized) or quantized (perturb what comes out, SAQ).
+    ``alternate``: weights and scales take turns (SQuAT). ``bloop``: the scales' smoothness gradient acts only where
+    it is orthogonal to their task gradient. ``float_share``: share of the epochs before the quantizers come in.
+    ``weights_only``: activations stay float.
+    """
+
+    flat: str
+    conflict: bool = False
+    point: str = "latent"
+    alternate: bool = False
+    bloop: bool = False
+    float_share: float = 0.0
+    weights_only: bool = False
+
+
+QAT_METHODS = Registry("QAT method")
+QAT_METHODS.add(
+    "gaqat",
+    lambda: QatMethod("sagm", conflict=True),
+    "LSQ under SAGM with conflicting scale gradients frozen",
+    "2412.05551",
+)
+QAT_METHODS.add("lsq", lambda: QatMethod("none"), "learned step sizes, plain optimizer", "1902.08153")
+QAT_METHODS.add("lsq_sam", lambda: QatMethod("sam"), "learned step sizes under SAM", "2010.01412")
+QAT_METHODS.add("lsq_asam", lambda: QatMethod("asam"), "learned step sizes under ASAM", "2102.11600")
+QAT_METHODS.add("lsq_sagm", lambda: QatMethod("sagm"), "learned step sizes under SAGM", "2303.10353")
+QAT_METHODS.add(
+    "saq", lambda: QatMethod("sam", point="quantized"), "SAM with the perturbation after the quantizer", "2111.12273"
+)
+QAT_METHODS.add(
+    "squat", lambda: QatMethod("sam", alternate=True), "SAM on weights and LSQ on scales, by turns", "2210.07171"
+)
+QAT_METHODS.add(
+    "scale_bloop",
+    lambda: QatMethod("sagm", bloop=True),
+    "LSQ under SAGM, the scales' smoothness gradient acting only across their task gradient",
+    "2407.02998",
+)
+QAT_METHODS.add(
+    "qt_dog",
+    lambda: QatMethod("none", float_share=0.4, weights_only=True),
+    "weights alone quantized, after a float warm-up",
+    "2410.06020",
+)
