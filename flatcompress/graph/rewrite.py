@@ -22,6 +22,13 @@ def first_input(node: fx.Node) -> fx.Node:
     return found
 
 
+_DRAWN = {
+    "bernoulli_": aten.bernoulli.p,
+    "uniform_": aten.uniform.default,
+    "normal_": aten.normal_functional.default,
+}
+
+
 def is_guard(node: fx.Node) -> bool:
     """Checks that torch.export leaves behind; they compute nothing."""
     return any(str(node.target).startswith(f"aten.{name}") for name in _GUARDS)
@@ -44,6 +51,8 @@ def functional(target: Any, where: str) -> Any:
     if schema is None or not schema.is_mutable or target is aten.batch_norm.default:
         return target
     packet, overload = target._schema.name.split("::")[1], target._overloadname
+    if packet in _DRAWN:
+        return _DRAWN[packet]
     name = packet.removesuffix("_")
     found = getattr(getattr(aten, name, None), overload, None) if name != packet else None
     if found is None or found._schema.is_mutable:
@@ -74,11 +83,11 @@ def _same_kind(node: fx.Node) -> bool:
     return before.dtype == after.dtype and before.device == after.device
 
 
-def decompose_attention(gm: fx.GraphModule, example_input: torch.Tensor) -> None:
+def decompose_attention(gm: fx.GraphModule) -> None:
     """Write every scaled_dot_product_attention out: softmax(q k^T * scale + mask) v (arXiv 1706.03762, eq. 1)."""
     for node in list(gm.graph.nodes):
         if node.op == "call_function" and node.target is aten.scaled_dot_product_attention.default:
-            _Attention(gm, node, example_input).replace()
+            _Attention(gm, node).replace()
 
 
 class _Attention:
@@ -86,18 +95,19 @@ class _Attention:
 
     _NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
-    def __init__(self, gm: fx.GraphModule, node: fx.Node, example_input: torch.Tensor) -> None:
-        self.gm, self.node, self.example_input = gm, node, example_input
+    def __init__(self, gm: fx.GraphModule, node: fx.Node) -> None:
+        self.gm, self.node = gm, node
         given: dict[str, Any] = {**dict(zip(self._NAMES, node.args)), **node.kwargs}
         self.query, self.key, self.value = given["query"], given["key"], given["value"]
         self.mask, self.scale = given.get("attn_mask"), given.get("scale")
         self.dropout = float(given.get("dropout_p") or 0.0)
-        if given.get("is_causal") or given.get("enable_gqa"):
-            raise UserError(f"module {node.meta['path']!r}: causal or grouped-query attention is not supported.")
+        self.causal, self.grouped = bool(given.get("is_causal")), bool(given.get("enable_gqa"))
 
     def replace(self) -> None:
         scale = self.scale if self.scale is not None else 1.0 / math.sqrt(self.query.meta["val"].shape[-1])
         with self.gm.graph.inserting_before(self.node):
+            if self.grouped:
+                self.key, self.value = self._repeated(self.key), self._repeated(self.value)
             keys = self._call(aten.transpose.int, (self.key, -2, -1))
             scores = self._call(aten.matmul.default, (self.query, keys))
             scores = self._masked(self._call(aten.mul.Tensor, (scores, scale)))
@@ -108,8 +118,37 @@ class _Attention:
         self.node.replace_all_uses_with(result)
         self.gm.graph.erase_node(self.node)
 
+    def _repeated(self, heads: fx.Node) -> fx.Node:
+        """[B, H', S, E] with every head as often as the query has heads for it."""
+        few, length, width = heads.meta["val"].shape[1:]
+        times = self.query.meta["val"].shape[1] // few
+        wide = self._call(aten.unsqueeze.default, (heads, 2))
+        wide = self._call(aten.expand.default, (wide, [-1, few, times, -1, -1]))
+        return self._call(aten.reshape.default, (wide, [-1, few * times, length, width]))
+
+    def _causal(self, scores: fx.Node) -> fx.Node:
+        """Scores with every key behind its query hidden; the mask is a constant of the graph."""
+        rows, columns = scores.meta["val"].shape[-2:]
+        if not isinstance(rows, int) or not isinstance(columns, int):
+            raise UserError(f"module {self.node.meta['path']!r}: causal attention over a varying length.")
+        name, mask = f"causal_{rows}_{columns}", torch.ones(rows, columns, dtype=torch.bool).tril().logical_not()
+        holder = getattr(self.gm, HOLDER, None)
+        if holder is None:
+            holder = nn.Module()
+            self.gm.add_module(HOLDER, holder)
+        assert isinstance(holder, nn.Module)
+        if not hasattr(holder, name):
+            device = scores.meta["val"].device
+            holder.register_buffer(name, mask.to(device), persistent=False)
+        hidden = self.gm.graph.get_attr(f"{HOLDER}.{name}")
+        fake = scores.meta["val"].fake_mode
+        hidden.meta.update({"val": fake.from_tensor(mask), "path": self.node.meta["path"]})
+        return self._call(aten.masked_fill.Scalar, (scores, hidden, float("-inf")))
+
     def _masked(self, scores: fx.Node) -> fx.Node:
-        if self.mask is None or _keeps_everything(self.gm, self.mask, self.example_input):
+        if self.causal:
+            scores = self._causal(scores)
+        if self.mask is None or _keeps_everything(self.gm, self.mask):
             return scores
         if self.mask.meta["val"].dtype is not torch.bool:
             return self._call(aten.add.Tensor, (scores, self.mask))
@@ -133,15 +172,15 @@ class _Attention:
         return node
 
 
-def _keeps_everything(gm: fx.GraphModule, mask: fx.Node, example_input: torch.Tensor) -> bool:
+def _keeps_everything(gm: fx.GraphModule, mask: fx.Node) -> bool:
     """Whether a mask that depends on shapes alone hides nothing (as transformers' ViT builds it)."""
-    value = _constant_value(gm, mask, example_input, {})
+    value = _constant_value(gm, mask, {})
     if not isinstance(value, torch.Tensor):
         return False
     return bool(value.all()) if value.dtype is torch.bool else not bool(value.any())
 
 
-def _constant_value(gm: fx.GraphModule, node: fx.Node, example_input: torch.Tensor, memo: dict[fx.Node, Any]) -> Any:
+def _constant_value(gm: fx.GraphModule, node: fx.Node, memo: dict[fx.Node, Any]) -> Any:
     """The value of ``node`` when it does not depend on the input's values, else None."""
     if node in memo:
         return memo[node]
@@ -150,9 +189,10 @@ def _constant_value(gm: fx.GraphModule, node: fx.Node, example_input: torch.Tens
     if node.target is aten.sym_size.int:
         source, dim = node.args
         if isinstance(source, fx.Node) and source.op == "placeholder":
-            return example_input.shape[dim]  # type: ignore[index]
+            size = source.meta["val"].shape[dim]
+            return size if isinstance(size, int) else int(size.node.hint)
         return None
-    values = {n: _constant_value(gm, n, example_input, memo) for n in node.all_input_nodes}
+    values = {n: _constant_value(gm, n, memo) for n in node.all_input_nodes}
     if any(v is None for v in values.values()):
         return None
     args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)  # type: ignore[misc]

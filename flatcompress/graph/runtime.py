@@ -19,6 +19,8 @@ from typing import Any
 from torch import fx, nn
 
 from flatcompress.errors import UserError
+from flatcompress.graph import standins
+from flatcompress.graph.interface import interface_of
 
 HOLDER = "traced"  # submodule for what the trace needs and the model did not own: constants, functional dropouts
 _counter = 0
@@ -44,16 +46,28 @@ def install(model: nn.Module, gm: fx.GraphModule, shown: fx.Graph | None = None)
         if node.op == "call_module" and getattr(gm.get_submodule(str(node.target)), "inplace", False):
             # in-place dropout: whoever edited the graph may have put something that keeps its input before it
             gm.get_submodule(str(node.target)).inplace = False  # type: ignore[assignment]
+    adopt_standins(model, gm)
     base = original_class(model)
-    namespace = {"forward": _compile(gm.graph), "_installed_graph": shown or gm.graph, "_original_class": base}
+    namespace = {"forward": _forward(gm.graph), "_installed_graph": shown or gm.graph, "_original_class": base}
     model.__class__ = type(
         base.__name__, (base,), {**namespace, "__module__": base.__module__, "__doc__": base.__doc__}
     )
     return model
 
 
+def adopt_standins(model: nn.Module, gm: fx.GraphModule) -> None:
+    """Give the modules for which ``gm`` has a stand-in its class: from now on the graph calls them."""
+    own = dict(model.named_modules(remove_duplicate=False))
+    for name, module in list(gm.named_modules(remove_duplicate=False)):
+        if name in own and standins.shares_state(own[name], module):
+            standins.adopt(own[name], module)
+
+
 def uninstall(model: nn.Module) -> nn.Module:
-    """Give ``model`` its own forward back. A model that runs no graph is returned as it is."""
+    """Give ``model`` its own forward back. A model that runs no graph is returned as it is.
+
+    Layers that a stand-in took the place of keep its class; a model with such layers is better built anew.
+    """
     model.__class__ = original_class(model)
     return model
 
@@ -66,6 +80,19 @@ def original_class(model: nn.Module) -> type[nn.Module]:
 def installed_graph(model: nn.Module) -> fx.Graph | None:
     """The graph ``model`` runs, or None when it runs its own forward."""
     return getattr(type(model), "_installed_graph", None)
+
+
+def _forward(graph: fx.Graph) -> Any:
+    """The graph as a method; behind the model's own arguments and result where they are not plain tensors."""
+    run = _compile(graph)
+    interface = interface_of(graph)
+    if interface.simple:
+        return run
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return interface.result(run(self, *interface.inputs(args, kwargs)))
+
+    return forward
 
 
 def _compile(graph: fx.Graph) -> Any:
