@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
-from flatcompress.errors import UserError
 from flatcompress.graph import standins
 from flatcompress.graph.remodularize import PRODUCTS
 from flatcompress.graph.runtime import HOLDER
@@ -232,4 +231,3 @@ def _forget(model: nn.Module, gm: fx.GraphModule, product: _Product) -> None:
         called = any(n.op == "call_module" and str(n.target) == owner_path for n in gm.graph.nodes)
         if owner is not None and not used and not called and name in owner._parameters:
             owner._parameters[name] = None
-

@@ -133,9 +133,11 @@ class Remodularizer:
         if is_block(node):
             self._block(node)
             return
-        if node.target is operator.getitem and not isinstance(self.env[node.args[0]], fx.Node):
-            self.env[node] = self.env[node.args[0]][node.args[1]]  # of a block's results
-            return
+        if node.target is operator.getitem:
+            picked: Any = node.args[0]
+            if not isinstance(self.env[picked], fx.Node):  # of a block's results
+                self.env[node] = self.env[picked][node.args[1]]
+                return
         target = rewrite.functional(node.target, where(node))
         made = self._made(node, target)
         written = rewrite.written_argument(node)

@@ -92,6 +92,8 @@ def _sum_per_scale(grad: torch.Tensor, residual: torch.Tensor, step: torch.Tenso
     """sum of grad * residual over the elements of each scale; overwrites residual."""
     if step.numel() == 1:
         return torch.dot(grad.flatten(), residual.flatten()).view(step.shape)
+    if step.shape[0] == 1:  # scales along another dimension: transposed convolutions
+        return residual.mul_(grad).sum_to_size(step.shape)
     return residual.mul_(grad).flatten(1).sum(1).view(step.shape)
 
 

@@ -12,7 +12,16 @@ from typing import Any
 
 import torch
 from brevitas.inject import ExtendedInjector
-from brevitas.nn import QuantConv1d, QuantConv2d, QuantIdentity, QuantLinear
+from brevitas.nn import (
+    QuantConv1d,
+    QuantConv2d,
+    QuantConv3d,
+    QuantConvTranspose1d,
+    QuantConvTranspose2d,
+    QuantConvTranspose3d,
+    QuantIdentity,
+    QuantLinear,
+)
 from brevitas.nn.quant_layer import QuantWeightBiasInputOutputLayer
 from brevitas.proxy.parameter_quant import WeightQuantProxyFromInjector
 from brevitas.proxy.runtime_quant import ActQuantProxyFromInjector
@@ -51,8 +60,9 @@ def injector(proxy: type[nn.Module], quantizer: LearnedStep) -> type[ExtendedInj
 
 
 class QuantizedLayer(nn.Module):
-    """What the three layer kinds share: the weight on its grid, and its grid as plain numbers."""
+    """What the layer kinds share: the weight on its grid, and its grid as plain numbers."""
 
+    axis = 0  # the dimension of the weight that has a scale each
     weight: nn.Parameter
     bias: nn.Parameter | None
     weight_quant: Any
@@ -69,14 +79,14 @@ class QuantizedLayer(nn.Module):
 
     @torch.no_grad()
     def weight_spec(self) -> WeightSpec:
-        """Integers (int8, the shape of ``weight``), scale ([out] or [1]) and bits: exactly what the forward uses."""
+        """Integers (int8, the shape of ``weight``), scale (along ``axis``, or [1]) and bits: what the forward uses."""
         quantizer = self.weight_quant.tensor_quant
         if learns_step(quantizer):
             values, scale, bits = quantizer.integers(self.weight), quantizer.step(), quantizer.bits
         else:
             found = self.weight_quant(self.weight)
             values, scale, bits = (found.value / found.scale).round(), found.scale.detach(), int(found.bit_width)
-        return WeightSpec(values.to(torch.int8), scale.flatten().float().clone(), bits)
+        return WeightSpec(values.to(torch.int8), scale.flatten().float().clone(), bits, self.axis)
 
 
 class QuantizedConv1d(QuantizedLayer, QuantConv1d):
@@ -93,6 +103,43 @@ class QuantizedConv2d(QuantizedLayer, QuantConv2d):
         return self._conv_forward(x, self.quantized_weight(), self.bias)  # type: ignore[operator]
 
 
+class QuantizedConv3d(QuantizedLayer, QuantConv3d):
+    """nn.Conv3d with quantized weights."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return self._conv_forward(x, self.quantized_weight(), self.bias)  # type: ignore[operator]
+
+
+class _QuantizedTransposed(QuantizedLayer):
+    """A transposed convolution with quantized weights; groups share the scales of their output channels."""
+
+    axis = 1
+    operator: Any
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight, own = self.quantized_weight(), vars(self)
+        given = [own[k] for k in ("stride", "padding", "output_padding", "groups", "dilation")]
+        return type(self).operator(x, weight, self.bias, *given)
+
+
+class QuantizedConvTranspose1d(_QuantizedTransposed, QuantConvTranspose1d):
+    """nn.ConvTranspose1d with quantized weights."""
+
+    operator = staticmethod(F.conv_transpose1d)
+
+
+class QuantizedConvTranspose2d(_QuantizedTransposed, QuantConvTranspose2d):
+    """nn.ConvTranspose2d with quantized weights."""
+
+    operator = staticmethod(F.conv_transpose2d)
+
+
+class QuantizedConvTranspose3d(_QuantizedTransposed, QuantConvTranspose3d):
+    """nn.ConvTranspose3d with quantized weights."""
+
+    operator = staticmethod(F.conv_transpose3d)
+
+
 class QuantizedLinear(QuantizedLayer, QuantLinear):
     """nn.Linear with quantized weights."""
 
@@ -103,8 +150,17 @@ class QuantizedLinear(QuantizedLayer, QuantLinear):
 _KINDS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv1d: QuantizedConv1d,
     nn.Conv2d: QuantizedConv2d,
+    nn.Conv3d: QuantizedConv3d,
+    nn.ConvTranspose1d: QuantizedConvTranspose1d,
+    nn.ConvTranspose2d: QuantizedConvTranspose2d,
+    nn.ConvTranspose3d: QuantizedConvTranspose3d,
     nn.Linear: QuantizedLinear,
 }
+
+
+def channel_axis(layer: nn.Module) -> int:
+    """The dimension of a layer's weight that counts its output channels."""
+    return 1 if getattr(layer, "transposed", False) else 0
 
 
 def quantize_layer(layer: nn.Module, weight_quant: Any) -> None:

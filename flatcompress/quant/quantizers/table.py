@@ -14,7 +14,7 @@ from brevitas.quant import Int8ActPerTensorFloat, Int8WeightPerChannelFloat, Uin
 from torch import nn
 
 from flatcompress.quant.quantizers.lsq import StepQuantizer
-from flatcompress.quant.quantizers.modules import ActivationProxy, WeightProxy, injector
+from flatcompress.quant.quantizers.modules import ActivationProxy, WeightProxy, channel_axis, injector
 from flatcompress.quant.quantizers.variants import ClipQuantizer, OffsetQuantizer, three_sigma
 from flatcompress.registry import Registry
 
@@ -117,10 +117,11 @@ def _granularity(per_channel: bool) -> dict[str, Any]:
 def _weight(name: str, layer: nn.Module, bits: int, per_channel: bool) -> tuple[StepQuantizer, torch.Tensor]:
     """A quantizer without a start, and the weights as one row per scale."""
     weight = layer.get_parameter("weight").detach()
-    shape = (weight.shape[0], *[1] * (weight.dim() - 1)) if per_channel else ()
+    axis = channel_axis(layer)
+    shape = tuple(n if d == axis else 1 for d, n in enumerate(weight.shape)) if per_channel else ()
     quantizer = StepQuantizer(bits, True, shape).to(weight)
     quantizer.name = name  # before it is set: what is wrong with the weights is said by name
-    return quantizer, weight.flatten(1) if per_channel else weight.reshape(1, -1)
+    return quantizer, weight.transpose(0, axis).flatten(1) if per_channel else weight.reshape(1, -1)
 
 
 def _activation(name: str, quantizer: StepQuantizer) -> Any:
