@@ -42,7 +42,8 @@ from flatcompress.graph import install, trace
 BITS = ((8, 8), (6, 8), (4, 8), (4, 4))
 CALIBRATION = 256
 CHAIN: list[tuple[str, dict[str, Any]]] = [
-    ("LSQ's start, min-max", {"weight_scale": "lsq", "calibrator": "min-max", "correction": "none", "rounding": "nearest"}),
+    ("LSQ's start, min-max", {"weight_scale": "lsq", "calibrator": "min-max", "correction": "none",
+                              "rounding": "nearest"}),
     ("+ weight scales by mse", {"weight_scale": "mse"}),
     ("+ ranges by mse", {"calibrator": "mse"}),
     ("+ bias correction", {"correction": "bias"}),

@@ -21,7 +21,7 @@ from flatcompress.quant.layers import (
     scale_parameters,
     tensor_quantizers,
 )
-from flatcompress.quant.ptq import PostTraining, diagnose, post_training
+from flatcompress.quant.ptq import PostTraining, diagnose, post_training, within_drop
 from flatcompress.quant.qat.compose import Alternation, ScaleBloop
 from flatcompress.quant.qat.conflict import ScaleConflict
 from flatcompress.quant.qat.distill import distillation_loss
@@ -63,4 +63,5 @@ __all__ = [
     "sensitivities",
     "set_bias_rounding",
     "tensor_quantizers",
+    "within_drop",
 ]

@@ -11,6 +11,7 @@ from __future__ import annotations
 from flatcompress.quant.ptq.calibrators import CALIBRATORS
 from flatcompress.quant.ptq.corrections import CORRECTIONS
 from flatcompress.quant.ptq.diagnosis import diagnose
+from flatcompress.quant.ptq.give_back import within_drop
 from flatcompress.quant.ptq.post_training import PostTraining, post_training
 from flatcompress.quant.ptq.rounding import ROUNDINGS
 from flatcompress.quant.ptq.scaling import SCALINGS
@@ -25,4 +26,5 @@ __all__ = [
     "PostTraining",
     "diagnose",
     "post_training",
+    "within_drop",
 ]
