@@ -62,6 +62,10 @@ class Pipeline:
         self._callbacks = tuple(callbacks)
         self._module = model if isinstance(model, nn.Module) else None
         self._bundle = None if isinstance(data, str) or _is_recipe_section(data) else _as_bundle(data)
+        self.recipe: Recipe = self._recipe(model, data, stages, options)
+
+    def _recipe(self, model: Any, data: Any, stages: Sequence[Any], options: dict[str, Any]) -> Recipe:
+        """The arguments as a recipe; what was given as an object stands there under its kind."""
         raw: dict[str, Any] = {"name": "python", **options}
         raw["model"] = {"name": f"python:{type(model).__name__}"} if self._module is not None else _section(model)
         batch_size = raw.pop("batch_size", None)
@@ -69,7 +73,7 @@ class Pipeline:
         if batch_size is not None:
             raw["data"]["batch_size"] = batch_size
         raw["stages"] = [_stage_entry(s) for s in stages]
-        self.recipe: Recipe = parse_recipe(raw, "Pipeline")
+        return parse_recipe(raw, "Pipeline")
 
     @classmethod
     def from_yaml(cls, path: str | Path, overrides: Sequence[str] = ()) -> Pipeline:
@@ -79,9 +83,8 @@ class Pipeline:
     @classmethod
     def from_recipe(cls, recipe: Recipe) -> Pipeline:
         """A pipeline from a checked recipe."""
-        self = cls.__new__(cls)
-        self._module, self._bundle, self._callbacks, self.recipe = None, None, (), recipe
-        return self
+        raw = recipe.to_dict()
+        return cls(raw.pop("model"), raw.pop("data"), raw.pop("stages"), **raw)
 
     @property
     def folder(self) -> Path:

@@ -15,8 +15,10 @@ from pathlib import Path
 import pytest
 import small_runs
 
+from flatcompress.cli.commands import open_run
 from flatcompress.errors import Interrupted, UserError
 from flatcompress.session import Progress, how_to_resume, seconds
+from flatcompress.store.runfolder import RunFolder
 
 ROOT = Path(__file__).parents[1]
 AGAIN = {"train": {"method": "none", "epochs": 1}}
@@ -144,6 +146,30 @@ def test_a_change_of_what_is_still_to_come_goes_on(tmp_path):
     assert small_runs.same(found, expected)
     more = run(tmp_path / "run", small_runs.TRAIN, later, AGAIN)
     assert [row["stage"] for row in more.ledger] == ["train"] * 3
+
+
+def aged(folder):
+    """The folder as a version without a schema number left it."""
+    path = folder / "recipe.yaml"
+    path.write_text("".join(line for line in path.read_text().splitlines(True) if not line.startswith("schema:")))
+
+
+def test_a_folder_of_an_earlier_version_is_read_but_not_resumed(tmp_path):
+    before = run(tmp_path / "run", AGAIN)
+    aged(tmp_path / "run")
+    with pytest.raises(UserError, match=r"(?s)earlier version .*schema 1, this version has 2.*report.*--restart"):
+        run(tmp_path / "run", AGAIN)
+    _, pipeline = open_run(tmp_path / "run")
+    assert pipeline.recipe.stages[0].kind == "train"
+    assert RunFolder(tmp_path / "run").load().extra["ledger"] == before.ledger
+    again = small_runs.pipeline(AGAIN).run(tmp_path / "run", restart=True)
+    assert small_runs.same(again, before)
+
+
+def test_a_folder_of_an_earlier_version_in_which_nothing_is_finished_is_used(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").write_text("stages: [{train: {}}]\n")
+    assert run(tmp_path / "run", AGAIN).ledger
 
 
 def test_keys_that_cannot_change_the_result_may_change(whole, tmp_path):

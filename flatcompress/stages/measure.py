@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flatcompress import flat, graph
+from flatcompress import flat, graph, quant
 from flatcompress.plan import Plan, apply_plan
+from flatcompress.quant.layers import graph_of
 from flatcompress.stages.context import RunContext
 from flatcompress.stages.reported import reported
 from flatcompress.training import objective
@@ -110,8 +111,6 @@ def nonzero(model: nn.Module) -> int:
 
 def quantizer_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The learned scales, or nothing for a float model."""
-    from flatcompress import quant
-
     return list(quant.scale_parameters(model).values()) if quant.is_quantized(model) else []
 
 
@@ -153,7 +152,6 @@ def layer_rows(run: RunContext, costs: dict[str, int]) -> list[dict[str, Any]]:
 def activation_bits(model: nn.Module) -> dict[str, int]:
     """Bits of the tensor that each quantized layer reads, by layer name; empty for a float model."""
     from flatcompress import quant
-    from flatcompress.quant.layers import graph_of
 
     if not quant.is_quantized(model):
         return {}

@@ -44,7 +44,7 @@ def _clipped(g: Tensor, share: float) -> Tensor:
 
 
 def ghost_radius(model: nn.Module, inputs: Sequence[object], direction: Sequence[Tensor]) -> float:
-    """S12: how far the softmax's Taylor series reaches along ``direction``: pi / max over samples of a's spread.
+    """How far the softmax's Taylor series reaches along ``direction``: pi / max over samples of a's spread.
 
     a = J_z v for the unit vector v along ``direction`` (one tensor per trainable parameter), in evaluation mode; the
     spread of a sample is max_k a_k - min_k a_k (arXiv 2603.13552). inputs: the model's positional arguments.

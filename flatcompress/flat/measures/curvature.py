@@ -95,7 +95,7 @@ def top_eigenvalues(
     perturbed: Choice | None = None,
     seed: int = 0,
 ) -> list[float]:
-    """S5: the ``count`` algebraically largest eigenvalues, descending, by Lanczos with full reorthogonalisation.
+    """The ``count`` algebraically largest eigenvalues, descending, by Lanczos with full reorthogonalisation.
 
     Unlike power iteration, which returns the eigenvalue of largest magnitude, a strongly negative one cannot win.
     matrix: ``hessian`` or ``ggn``. Stops after ``iterations`` products, or when the values wanted have changed by less
@@ -119,7 +119,7 @@ def trace(
     perturbed: Choice | None = None,
     seed: int = 0,
 ) -> float:
-    """S5: the trace by Hutchinson's estimator, the mean of v'Hv over random signs v."""
+    """The trace by Hutchinson's estimator, the mean of v'Hv over random signs v."""
     with probed(model, loss, perturbed=perturbed) as at:
         return sum(hutchinson(_signs(at, seed), _product(at, listed(batches, model), matrix), draws))
 
@@ -134,7 +134,7 @@ def frobenius_squared(
     perturbed: Choice | None = None,
     seed: int = 0,
 ) -> float:
-    """S5: ``||H||_F^2 = E ||Hv||^2`` over random signs v."""
+    """``||H||_F^2 = E ||Hv||^2`` over random signs v."""
     with probed(model, loss, perturbed=perturbed) as at:
         product, signs = _product(at, listed(batches, model), matrix), _signs(at, seed)
         return sum(float(vectors.norm(product(signs(j)))) ** 2 for j in range(draws)) / draws

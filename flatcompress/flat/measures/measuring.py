@@ -22,7 +22,7 @@ Choice = Callable[[str, nn.Parameter], bool]
 
 
 def normalized_logits(z: Tensor) -> Tensor:
-    """S4: ``(z - mean(z)) / max(||z - mean(z)||, 1e-10)`` per sample: scaling the last layer changes nothing."""
+    """``(z - mean(z)) / max(||z - mean(z)||, 1e-10)`` per sample: scaling the last layer changes nothing."""
     centred = z - z.mean(dim=-1, keepdim=True)
     return centred / centred.norm(dim=-1, keepdim=True).clamp_min(1e-10)
 

@@ -49,7 +49,7 @@ def one_step(
     normalize_logits: bool = False,
     perturbed: Choice | None = None,
 ) -> float:
-    """S1: L(w + e) - L(w) with SAM's e, or that of the ``|w|`` geometry when adaptive; one gradient a batch."""
+    """L(w + e) - L(w) with SAM's e, or that of the ``|w|`` geometry when adaptive; one gradient a batch."""
     _check_rho(rho)
     with probed(model, loss, normalize_logits=normalize_logits, perturbed=perturbed) as at:
         return _mean([_rise(at, x, y, rho, adaptive) for x, y in listed(batches, model)])
@@ -83,7 +83,7 @@ def worst_case(
     perturbed: Choice | None = None,
     seed: int = 0,
 ) -> float:
-    """S2: the mean over batches of max L(w + d) - L(w) over ``||d / c|| <= rho``, by Auto-PGD (arXiv 2302.07011).
+    """The mean over batches of max L(w + d) - L(w) over ``||d / c|| <= rho``, by Auto-PGD (arXiv 2302.07011).
 
     norm: ``l2`` or ``linf``. adaptive: c = |w| instead of 1. restarts > 1 needs ``random_start``.
     """
@@ -116,7 +116,7 @@ def average_case(
     noise: Callable[[int, Sequence[Tensor]], Sequence[Tensor]] | None = None,
     seed: int = 0,
 ) -> float:
-    """S3: the mean over batches and draws of L(w + d) - L(w); d = rho c N(0, 1), or uniform in the box for linf.
+    """The mean over batches and draws of L(w + d) - L(w); d = rho c N(0, 1), or uniform in the box for linf.
 
     The draws are not rescaled to a sphere. ``noise(j, params)`` replaces draw j before scaling.
     """
@@ -139,7 +139,7 @@ def average_case(
 
 
 def logit_space(model: nn.Module, batches: Batches, loss: Loss, epsilon: float = 1e-3, *, steps: int = 10) -> float:
-    """S10: max of ``100 (L(z + d) - L(z)) / (1 + L(z))`` over ``|d| <= epsilon (|z| + 1)`` on logits z (2405.18710).
+    """The max of ``100 (L(z + d) - L(z)) / (1 + L(z))`` over ``|d| <= epsilon (|z| + 1)`` on logits z (2405.18710).
 
     Needs no pass through the model beyond one forward a batch: sign ascent in the box around the logits.
     """
@@ -174,7 +174,7 @@ def layerwise(
     measure: str | Callable[..., float] = "one_step",
     **options: Any,
 ) -> dict[str, float]:
-    """S7: the measure with the perturbation restricted to one parameter tensor at a time, by its name."""
+    """The measure with the perturbation restricted to one parameter tensor at a time, by its name."""
     if measure == "one_step":
         return _layerwise_one_step(model, batches, loss, rho, **options)
     held = listed(batches, model)
@@ -212,7 +212,7 @@ def directional(
     *,
     perturbed: Choice | None = None,
 ) -> float:
-    """S8: ``v'Hv / v'v`` for the direction v of an update (arXiv 2306.00204), H of the mean loss over all batches.
+    """``v'Hv / v'v`` for the direction v of an update (arXiv 2306.00204), H of the mean loss over all batches.
 
     direction: ``gradient`` (SGD), ``sign`` (sign descent), or one tensor per trainable parameter, such as
     Adam's ``m / sqrt(v)``.
