@@ -23,7 +23,7 @@ def emitters(profile: Profile) -> Emitters:
 
 def packed() -> Profile:
     """Every weight tensor at its own bits, or as mask or N:M indices and values where that is smaller."""
-    return Profile("packed", store_packed, pack_vectors=True)
+    return Profile("packed", store_packed, pack_vectors=True, unsigned=True)
 
 
 def int8() -> Profile:
@@ -33,7 +33,7 @@ def int8() -> Profile:
 
 def int4() -> Profile:
     """ONNX INT4 and INT2 tensors with a cast: opset 21, and 25 for INT2."""
-    return Profile("int4", store_int4, opset=21, fold_weight_only=False)
+    return Profile("int4", store_int4, opset=21, fold_weight_only=False, unsigned=True)
 
 
 def qonnx() -> Profile:

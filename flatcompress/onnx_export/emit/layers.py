@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from torch import fx, nn
 
-from flatcompress.onnx_export.emit.builder import FLOAT, INT32
+from flatcompress.onnx_export.emit.builder import FLOAT, INT32, UINT8
 from flatcompress.onnx_export.emit.norms import NORM_LAYERS
 from flatcompress.onnx_export.emit.writer import ModuleEmitter, Writer, array, as_matrix
 from flatcompress.onnx_export.lower import integer
@@ -92,10 +92,19 @@ def _integer_inputs(w: Writer, node: fx.Node, module: integer.IntegerLayer, turn
     if turned:
         stored = b.op("Transpose", [stored], perm=[1, 0])
     zero = [] if module.kind == "conv" else [b.constant(np.zeros(scale.size, np.int8))]
+    if w.unsigned(module):
+        stored, zero = _unsigned(w, stored, scale.size)
     inputs = [b.op("DequantizeLinear", [stored, name, *zero], axis=int(turned))]
     if module.bias is not None:
         inputs.append(b.op("DequantizeLinear", [w.bias_of(node, module), step], axis=0))
     return inputs
+
+
+def _unsigned(w: Writer, stored: str, channels: int) -> tuple[str, list[str]]:
+    """The int8 weights plus 128 as uint8, and their zero points; folded when the file is loaded."""
+    b = w.builder
+    moved = b.op("Add", [b.cast(stored, INT32), b.constant(np.int32(128))])
+    return b.cast(moved, UINT8), [b.constant(np.full(channels, 128, np.uint8))]
 
 
 def _product(w: Writer, node: fx.Node, module: Any, inputs: list[str], turned: bool) -> str:

@@ -47,8 +47,9 @@ class Profile:
 
     ``fold_weight_only``: integer weights on real inputs become float weights on load. ``pack_vectors``: scales
     and biases are stored in the bits they need. ``integer_kernels``: onnxruntime is expected to run the layers on
-    integers. ``functions``: of the opset, definitions that the file carries. ``c``: C sources are written beside it.
-    ``modules``: writers of modules in place of the ordinary ones.
+    integers. ``unsigned``: weights whose products can saturate in 16 bits are handed to the kernel as uint8 with zero
+    point 128, whose kernels do not. ``functions``: of the opset, definitions that the file carries. ``c``: C sources
+    are written beside it. ``modules``: writers of modules in place of the ordinary ones.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Profile:
     fold_weight_only: bool = True
     pack_vectors: bool = False
     integer_kernels: bool = True
+    unsigned: bool = False
     functions: tuple[Callable[[int], onnx.FunctionProto], ...] = ()
     c: bool = False
     modules: dict[type, Callable[..., str]] = field(default_factory=dict)

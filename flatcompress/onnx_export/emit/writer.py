@@ -200,6 +200,15 @@ class Writer:
         limits = [self.builder.constant(np.uint8(v)) for v in (grid.low, grid.high)]
         return self.builder.op("Clip", [codes, *limits])
 
+    def can_saturate(self, module: nn.Module) -> bool:
+        """Whether an integer kernel of int8 weights may clip a layer on processors without VNNI."""
+        floats = not isinstance(module, integer.IntegerLayer) or (module.kind == "conv" and module.out_grid is None)
+        return self.profile.integer_kernels and not floats and bool(module.can_saturate)
+
+    def unsigned(self, module: nn.Module) -> bool:
+        """Whether a layer's weights are handed to the kernel as uint8; see `Profile`."""
+        return self.profile.unsigned and self.can_saturate(module)
+
     def note_layer(self, node: fx.Node, module: Any) -> None:
         """Add a row about one weighted layer: what the report and the certificate show."""
         stored, floats = self.stored.get(node.name), np.dtype(self.profile.floats).itemsize
@@ -218,6 +227,8 @@ class Writer:
                 "bytes": stored.bytes if stored else values.size * floats,
                 "theoretical_bytes": theoretical_bytes(values, bits) if quantized else values.size * floats,
                 "sparsity": float((values == 0).mean()),
+                "unsigned": self.unsigned(module),
+                "can_saturate": self.can_saturate(module) and not self.profile.unsigned,
             }
         )
 

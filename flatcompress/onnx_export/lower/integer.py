@@ -98,7 +98,30 @@ class ClampCodes(nn.Module):
         return self.grid.clamp(codes)
 
 
-class IntegerLayer(nn.Module):
+class Rounded(nn.Module):
+    """A layer on codes: a `value` that is computed, then rounded to codes of ``out_grid`` (real without one)."""
+
+    out_grid: Grid | None
+
+    def value(self, *codes: Tensor) -> Tensor:
+        """In steps of ``out_grid``, without its zero point; the real result where there is none."""
+        raise NotImplementedError
+
+    def codes(self, value: Tensor) -> Tensor:
+        """``value`` rounded half to even, on the grid."""
+        assert self.out_grid is not None
+        return self.out_grid.clamp(torch.round(value) + self.out_grid.zero_point)
+
+    def terms(self, *codes: Tensor) -> int:
+        """How many products or codes are added for one result."""
+        raise NotImplementedError
+
+    def forward(self, *codes: Tensor) -> Tensor:
+        value = self.value(*codes)
+        return value if self.out_grid is None else self.codes(value)
+
+
+class IntegerLayer(Rounded):
     """A convolution or linear layer on codes: int8 weights, int32 bias, and one rescaling at the end.
 
     weight: int8, [out, ...], multiplied by ``2**headroom``; scale: float32 [out] of the multiplied weights; bias:
@@ -132,18 +155,36 @@ class IntegerLayer(nn.Module):
         """ "linear" or "conv"."""
         return "linear" if self.weight.dim() == 2 else "conv"
 
-    def forward(self, codes: Tensor) -> Tensor:
+    def value(self, *codes: Tensor) -> Tensor:
+        (x,) = codes
         kind = self._exact_type()
-        total = self._products(codes.to(kind) - self.in_grid.zero_point, self.weight.to(kind) * 2**self.headroom)
+        total = self._products(x.to(kind) - self.in_grid.zero_point, self.weight.to(kind) * 2**self.headroom)
         shape = [-1] + [1] * (0 if self.kind == "linear" else self.weight.dim() - 2)
         if self.bias is None:
             return rescale(total, scale32(self.in_grid.scale) * self.scale.reshape(shape), self.out_grid)
-        if self.out_grid is None and self.kind == "linear" and codes.dim() > 2:
+        if self.out_grid is None and self.kind == "linear" and x.dim() > 2:
             # The runtime has no kernel that adds the bias to the integers here: it comes after.
             step = scale32(self.in_grid.scale) * self.scale
             return rescale(total, step, None) + self.bias.to(torch.float32) * step
         total = total + self.bias.to(kind).reshape(shape)
         return rescale(total, scale32(self.in_grid.scale) * self.scale.reshape(shape), self.out_grid)
+
+    def terms(self, *codes: Tensor) -> int:
+        return self.weight[0].numel()
+
+    @property
+    def can_saturate(self) -> bool:
+        """Whether a u8 x s8 kernel without VNNI (pmaddubsw) may clip: it adds two products in 16 bits.
+
+        Decided for the worst codes of the input's grid. A depthwise kernel multiplies in 16 bits and never clips.
+        """
+        if self.weight.dim() > 2 and self.weight.shape[1] == 1 and self.attributes.get("groups", 1) > 1:
+            return False
+        rows = self.weight.flatten(1).to(torch.int32) * 2**self.headroom
+        count = min(2, rows.shape[1])
+        most = rows.clamp(min=0).topk(count, 1).values.sum(1).max()
+        least = rows.clamp(max=0).topk(count, 1, largest=False).values.sum(1).min()
+        return bool(most * self.in_grid.high > 32767) or bool(least * self.in_grid.high < -32768)
 
     def _products(self, x: Tensor, weight: Tensor) -> Tensor:
         if self.kind == "linear":
@@ -167,14 +208,11 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, attributes: dict[s
 
 
 def rescale(total: Tensor, scale: Tensor, out_grid: Grid | None) -> Tensor:
-    """Exact integer sums at ``scale`` -> codes of ``out_grid``, or real values where there is none."""
-    if out_grid is None:
-        return total.to(torch.float32) * scale
-    codes = torch.round(total.to(torch.float32) * (scale / scale32(out_grid.scale)))
-    return out_grid.clamp(codes + out_grid.zero_point)
+    """Exact integer sums at ``scale`` in steps of ``out_grid``, or as real values where there is none."""
+    return total.to(torch.float32) * (scale if out_grid is None else scale / scale32(out_grid.scale))
 
 
-class IntegerAdd(nn.Module):
+class IntegerAdd(Rounded):
     """Codes + codes -> codes: ``fma(a, s_a/s_c, fma(b, s_b/s_c, z_c - (s_a/s_c z_a + s_b/s_c z_b)))``.
 
     The two fused multiply-adds are onnxruntime's; float64 holds each product exactly, so rounding the sum to
@@ -184,27 +222,38 @@ class IntegerAdd(nn.Module):
     def __init__(self, first: Grid, second: Grid, out_grid: Grid) -> None:
         super().__init__()
         self.first, self.second, self.out_grid = first, second, out_grid
+        self.out_grid: Grid
 
-    def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        out = self.out_grid
+    def value(self, *codes: Tensor) -> Tensor:
+        (a, b), out = codes, self.out_grid
         ratio_a = scale32(self.first.scale) / scale32(out.scale)
         ratio_b = scale32(self.second.scale) / scale32(out.scale)
         fixed = out.zero_point - (ratio_a * self.first.zero_point + ratio_b * self.second.zero_point)
         partial = (b.double() * ratio_b.double() + fixed.double()).float()
-        total = (a.double() * ratio_a.double() + partial.double()).float()
-        return out.clamp(torch.round(total))
+        return (a.double() * ratio_a.double() + partial.double()).float()
+
+    def codes(self, value: Tensor) -> Tensor:
+        return self.out_grid.clamp(torch.round(value))  # its zero point is in the sum already
+
+    def terms(self, *codes: Tensor) -> int:
+        return 2
 
 
-class IntegerMul(nn.Module):
+class IntegerMul(Rounded):
     """Codes * codes -> codes, as a gate is applied: ``round((a - z_a)(b - z_b) (s_a s_b / s_c)) + z_c``."""
 
     def __init__(self, first: Grid, second: Grid, out_grid: Grid) -> None:
         super().__init__()
         self.first, self.second, self.out_grid = first, second, out_grid
+        self.out_grid: Grid
 
-    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+    def value(self, *codes: Tensor) -> Tensor:
+        a, b = codes
         product = (a - self.first.zero_point) * (b - self.second.zero_point)
         return rescale(product, scale32(self.first.scale) * scale32(self.second.scale), self.out_grid)
+
+    def terms(self, *codes: Tensor) -> int:
+        return 1
 
 
 class Table(nn.Module):
@@ -220,30 +269,38 @@ class Table(nn.Module):
         return self.codes[codes.long()]
 
 
-class IntegerPool(nn.Module):
+class IntegerPool(Rounded):
     """Global average pooling of codes over height and width: the sum times ``s_x / (s_y * pixels)``."""
 
     def __init__(self, in_grid: Grid, out_grid: Grid) -> None:
         super().__init__()
         self.in_grid, self.out_grid = in_grid, out_grid
+        self.out_grid: Grid
 
-    def forward(self, codes: Tensor) -> Tensor:
-        pixels = codes.shape[-1] * codes.shape[-2]
-        total = (codes - self.in_grid.zero_point).double().sum((-2, -1), keepdim=True).float()
+    def value(self, *codes: Tensor) -> Tensor:
+        (x,), pixels = codes, self.terms(*codes)
+        total = (x - self.in_grid.zero_point).double().sum((-2, -1), keepdim=True).float()
         factor = scale32(self.in_grid.scale) / (scale32(self.out_grid.scale) * pixels)
-        return self.out_grid.clamp(torch.round(total * factor) + self.out_grid.zero_point)
+        return total * factor
+
+    def terms(self, *codes: Tensor) -> int:
+        return codes[0].shape[-1] * codes[0].shape[-2]
 
 
-class IntegerMatMul(nn.Module):
+class IntegerMatMul(Rounded):
     """A product of two activations, both codes; real without ``out_grid``."""
 
     def __init__(self, first: Grid, second: Grid, out_grid: Grid | None) -> None:
         super().__init__()
         self.first, self.second, self.out_grid = first, second, out_grid
 
-    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+    def value(self, *codes: Tensor) -> Tensor:
+        a, b = codes
         total = torch.matmul((a - self.first.zero_point).double(), (b - self.second.zero_point).double())
         return rescale(total, scale32(self.first.scale) * scale32(self.second.scale), self.out_grid)
+
+    def terms(self, *codes: Tensor) -> int:
+        return codes[0].shape[-1]
 
 
 class WeightOnlyLayer(nn.Module):

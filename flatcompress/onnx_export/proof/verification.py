@@ -17,15 +17,8 @@ import onnxruntime as ort
 
 from flatcompress.environment import machine
 from flatcompress.errors import UserError
-from flatcompress.onnx_export.proof import inspect_file, parity
-from flatcompress.onnx_export.proof.certificate import (
-    ARGMAX,
-    LARGEST_STEPS,
-    METRIC,
-    SCHEMA,
-    unoptimized_floor,
-    used,
-)
+from flatcompress.onnx_export.proof import inspect_file, judging, parity
+from flatcompress.onnx_export.proof.certificate import SCHEMA, used
 from flatcompress.onnx_export.proof.evidence import Evidence, read
 from flatcompress.onnx_export.runtime.sessions import kernels, run, session
 from flatcompress.storage import sha256_file
@@ -178,26 +171,39 @@ def _outputs(handle: ort.InferenceSession, evidence: Evidence) -> np.ndarray:
 
 def _judge(result: Verification, evidence: Evidence, outputs: dict[str, np.ndarray]) -> None:
     claimed = result.certificate["parity"].get("step")
-    step = (
-        claimed if isinstance(claimed, float) and 0 < claimed < float("inf") else parity.output_step(evidence.reference)
-    )
-    for name, least in (("optimized", ARGMAX), ("unoptimized", unoptimized_floor(result.certificate))):
-        found = outputs[name]
+    step = claimed if _positive(claimed) else parity.output_step(evidence.reference)
+    slack = {name: _roundoff(result, name) * step for name in outputs}
+    for name, found in outputs.items():
         if found.shape != evidence.reference.shape:
             result.failures.append(f"{name}: output shape {found.shape}, evidence {evidence.reference.shape}.")
-            continue
-        row = result.measured[name] = parity.compare(evidence.reference, found, step)
-        steps = row["largest_error_steps"]
-        if name == "optimized" and (steps is None or steps > LARGEST_STEPS):
-            result.failures.append(f"an output is {steps} steps from the reference; {LARGEST_STEPS} is allowed.")
-        if row["equal_argmax"] < least:
-            result.failures.append(f"{name}: argmax equal on {row['equal_argmax']:.4%} of samples, not {least:.1%}.")
-    if evidence.label is not None and "optimized" in result.measured:
+            return
+        result.measured[name] = judging.compare(evidence.reference, found, step, slack[name])
+    result.failures += judging.failures(result.measured["optimized"], result.measured["unoptimized"])
+    if evidence.label is not None:
         here = parity.accuracy(outputs["optimized"], evidence.label)
         there = parity.accuracy(evidence.reference, evidence.label)
         result.measured["accuracy"] = {"samples": len(evidence), "onnxruntime": here, "reference": there}
-        if abs(here - there) > METRIC:
-            result.failures.append(f"accuracy on the evidence is {here:.4f}, the reference's {there:.4f}.")
+        result.failures += judging.metric_failure(
+            evidence.reference, outputs["optimized"], evidence.label, slack["optimized"]
+        )
+    if result.failures:
+        result.failures += judging.saturation(
+            result.certificate["kernels"].get("can_saturate"), result.measured["optimized"]
+        )
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, float) and 0 < value < float("inf")
+
+
+def _roundoff(result: Verification, name: str) -> float:
+    """What the certificate says that roundoff may do, in steps; none where it says nothing that could be true."""
+    row = result.certificate["parity"].get(name)
+    claimed = row.get("roundoff_steps") if isinstance(row, dict) else None
+    if not isinstance(claimed, float) or not 0 <= claimed < float("inf"):
+        result.notes.append(f"{name}: the certificate does not say what roundoff may do; nothing is allowed for it.")
+        return 0.0
+    return claimed
 
 
 def _judge_kernels(result: Verification, model: Path) -> None:

@@ -1,0 +1,116 @@
+"""The rules that a certificate and its repetition elsewhere judge by: what two sets of outputs prove.
+
+A changed argmax is evidence where the reference's own margin, its largest output minus the one that was found largest,
+is more than twice what roundoff may move an output by (`roundoff`): rounding cannot explain that one. The others say
+that two outputs are as good as equal. Of few samples a share is judged with its uncertainty: it is too high where a
+file whose true share is just what is allowed would show as many with a probability below 5 % (the exact binomial
+test, which is the lower limit of Clopper and Pearson, Biometrika 1934).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flatcompress.onnx_export.proof import parity
+
+LARGEST_STEPS = 1.0
+FLIPPED = 0.001
+METRIC = 0.001
+DOUBT = 0.05
+ROUNDOFFS = 4.0
+
+
+def compare(reference: NDArray[np.float32], found: NDArray[np.float32], step: float, roundoff: float) -> dict[str, Any]:
+    """`parity.compare`, and what the changed argmaxes are worth. roundoff: in the outputs' unit, as `step` is.
+
+    ``flips``: samples whose argmax changed; ``decisive``: those that rounding cannot explain; ``undecided``: the share
+    of samples whose two largest reference outputs lie so near that a flip of them would prove nothing.
+    """
+    near = _margin(reference) <= 2 * roundoff
+    return {
+        **parity.compare(reference, found, step),
+        "roundoff_steps": roundoff / step,
+        "decisions": near.size,
+        "flips": int((reference.argmax(-1) != found.argmax(-1)).sum()),
+        "decisive": int(decisive(reference, found, roundoff).sum()),
+        "undecided": float(near.mean()),
+    }
+
+
+def decisive(reference: NDArray[np.float32], found: NDArray[np.float32], roundoff: float) -> NDArray[np.bool_]:
+    """[N]: the argmax changed, by more than an error of ``roundoff`` in each of both outputs explains."""
+    ours, theirs = reference.argmax(-1)[..., None], found.argmax(-1)[..., None]
+    taken = reference.astype(np.float64)
+    margin = (np.take_along_axis(taken, ours, -1) - np.take_along_axis(taken, theirs, -1))[..., 0]
+    broken = ~np.isfinite(found).all(-1)
+    return broken | ((ours != theirs)[..., 0] & ~(margin <= 2 * roundoff))
+
+
+def _margin(reference: NDArray[np.float32]) -> NDArray[np.float64]:
+    if reference.shape[-1] < 2:
+        return np.full(reference.shape[:-1], np.inf)
+    ordered = np.sort(reference.astype(np.float64), -1)
+    return ordered[..., -1] - ordered[..., -2]
+
+
+def too_many(count: int, samples: int, allowed: float) -> bool:
+    """Whether ``count`` of ``samples`` shows that the true share is above ``allowed``, beyond a doubt of 5 %."""
+    return count > 0 and _at_least(count, samples, allowed) < DOUBT
+
+
+def _at_least(count: int, samples: int, share: float) -> float:
+    """P(X >= count) of X binomial(samples, share)."""
+    below = 0.0
+    for k in range(count):
+        ways = math.lgamma(samples + 1) - math.lgamma(k + 1) - math.lgamma(samples - k + 1)
+        below += math.exp(ways + k * math.log(share) + (samples - k) * math.log1p(-share))
+    return max(0.0, 1.0 - below)
+
+
+def failures(optimized: dict[str, Any], unoptimized: dict[str, Any]) -> list[str]:
+    """What the rows of `compare` prove against a file, one sentence each."""
+    found = _too_far("an output is", optimized, LARGEST_STEPS, "")
+    most = LARGEST_STEPS + ROUNDOFFS * unoptimized["roundoff_steps"]
+    found += _too_far("without optimizations an output is", unoptimized, most, ", which is more than rounding makes")
+    for words, row in (("", optimized), ("without optimizations ", unoptimized)):
+        count, samples = row["decisive"], row["decisions"]
+        if too_many(count, samples, FLIPPED):
+            found.append(
+                f"{words}argmax differs from the reference's on {count} of {samples} samples by more than rounding "
+                f"explains ({row['roundoff_steps']:.3g} steps an output); {FLIPPED:.1%} is allowed."
+            )
+    return found
+
+
+def saturation(layers: object, optimized: dict[str, Any]) -> list[str]:
+    """What to say of layers that can saturate, where the outputs are not the reference's bit for bit."""
+    names = [str(name)[:80] for name in layers[:8]] if isinstance(layers, list) else []
+    if not names or optimized["bit_equal"] == 1.0:
+        return []
+    return [
+        f"{', '.join(names)}: weights beyond 64 as int8 saturate in 16 bits on x86 processors without VNNI; export "
+        "with profile packed, or train these layers with 7 bits (weight_bits, first_last_bits: 7)."
+    ]
+
+
+def _too_far(what: str, row: dict[str, Any], most: float, why: str) -> list[str]:
+    steps = row["largest_error_steps"]
+    if steps is not None and steps <= most:
+        return []
+    return [f"{what} {steps} steps from the reference; at most {most:.4g} is allowed{why}."]
+
+
+def metric_failure(
+    reference: NDArray[np.float32], found: NDArray[np.float32], truth: NDArray[np.int64], roundoff: float
+) -> list[str]:
+    """Whether the accuracies differ by more than is allowed on samples that rounding does not explain."""
+    changed = decisive(reference, found, roundoff)
+    right = (found.argmax(-1) == truth).astype(int) - (reference.argmax(-1) == truth).astype(int)
+    difference = float((right * changed).sum() / max(1, len(truth)))
+    if abs(difference) <= METRIC:
+        return []
+    return [f"accuracy differs by {difference:+.4f} from the reference's; {METRIC} is allowed."]

@@ -1,0 +1,126 @@
+"""How far roundoff alone may move a reference's outputs: what a certificate holds a changed argmax against.
+
+Two correct evaluations of one file differ where they add floats in another order, and a code that lies on a rounding
+boundary then goes up in one and down in the other. Here the reference is run again and again with every float result
+moved by the error that its operation may have, each value up or down by chance, so whatever lies that near a boundary
+goes either way. The largest change of an output is the bound. It comes from the reference and the inputs alone: a
+wrong file cannot widen what it is judged by.
+
+The error of a float result is taken as ``(8 + sqrt(n)) u max|y|``: u is the unit roundoff, n the number of terms that
+are added, max|y| the sample's largest value (the probabilistic bound of Higham and Mary, SISC 2019, thm. 2.4, with the
+largest result in place of the sum of magnitudes).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from flatcompress.onnx_export.lower import integer
+from flatcompress.onnx_export.proof.parity import reference_outputs
+
+SINGLE = 2.0**-24
+HALF = 2.0**-11
+EVALUATIONS = 256  # of one sample each; few samples are repeated more often
+_SAFETY = 8.0
+
+
+def roundoff(
+    reference: fx.GraphModule, inputs: Sequence[Tensor], *, floats: bool, unit: float = SINGLE, seed: int = 0
+) -> float:
+    """The largest change of an output of ``reference``, in the outputs' own unit, that roundoff makes on ``inputs``.
+
+    inputs: batches [B, ...]; of many samples, `EVALUATIONS` / 2 spread over them are taken. floats: the runtime
+    convolves dequantized floats (onnxruntime without optimizations, profile qonnx), so that integer layers round too;
+    otherwise their sums are exact and only real-valued operators count. unit: unit roundoff of the runtime's floats.
+    """
+    batches = _spread(inputs, EVALUATIONS // 2)
+    samples = sum(len(batch) for batch in batches)
+    expected = reference_outputs(reference, batches)
+    largest = 0.0
+    for repeat in range(max(2, math.ceil(EVALUATIONS / samples))):
+        moved = _Moved(reference, floats, unit, seed + repeat)
+        with torch.no_grad():
+            found = np.concatenate([moved.run(batch).cpu().numpy() for batch in batches])
+        difference = np.abs(found.astype(np.float64) - expected)
+        largest = max(largest, float(np.nanmax(difference, initial=0.0)))
+    return largest if math.isfinite(largest) else 0.0
+
+
+def _spread(inputs: Sequence[Tensor], most: int) -> list[Tensor]:
+    """At most ``most`` samples, evenly spread over all batches."""
+    total = sum(len(batch) for batch in inputs)
+    chosen = torch.linspace(0, total - 1, min(most, total)).round().long()
+    start, found = 0, []
+    for batch in inputs:
+        inside = chosen[(chosen >= start) & (chosen < start + len(batch))] - start
+        if len(inside):
+            found.append(batch[inside])
+        start += len(batch)
+    return found
+
+
+class _Moved(fx.Interpreter):
+    """Runs a reference with every float result moved by its error, up or down by chance."""
+
+    def __init__(self, reference: fx.GraphModule, floats: bool, unit: float, seed: int) -> None:
+        super().__init__(reference)
+        self.floats, self.unit = floats, unit
+        self.generator = torch.Generator().manual_seed(seed)
+        self.codes: set[fx.Node] = set()
+
+    def run(self, *args: Any, **options: Any) -> Any:
+        self.codes.clear()
+        return super().run(*args, **options)
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op in ("placeholder", "get_attr", "output"):
+            return super().run_node(n)
+        if n.op == "call_module":
+            return self._module(n, self.fetch_attr(str(n.target)))
+        result = super().run_node(n)
+        if any(source in self.codes for source in n.all_input_nodes):  # it moves codes and computes nothing
+            self.codes.add(n)
+            return result
+        return self._move(result, _terms(n, self.env))
+
+    def _module(self, n: fx.Node, module: nn.Module) -> Any:
+        args, _ = self.fetch_args_kwargs_from_env(n)
+        if isinstance(module, integer.Rounded):
+            value = module.value(*args)
+            if module.out_grid is None:
+                return self._move(value, module.terms(*args) if self.floats else 1)
+            self.codes.add(n)
+            return module.codes(self._move(value, module.terms(*args)) if self.floats else value)
+        result = module(*args)
+        if isinstance(module, integer.Quantize | integer.ClampCodes | integer.Table):
+            self.codes.add(n)
+            return result
+        if isinstance(module, integer.Dequantize):  # one product, rounded alike everywhere
+            return result
+        weight = getattr(module, "weight", None)
+        return self._move(result, weight[0].numel() if isinstance(weight, Tensor) and weight.dim() > 1 else 1)
+
+    def _move(self, result: Any, terms: int) -> Any:
+        if not isinstance(result, Tensor) or not result.is_floating_point() or result.dim() == 0:
+            return result
+        sizes = torch.where(result.isfinite(), result, torch.zeros_like(result)).abs()
+        largest = sizes.flatten(1).amax(1) if result.dim() > 1 else sizes
+        error = (_SAFETY + math.sqrt(terms)) * self.unit * largest.reshape([-1] + [1] * (result.dim() - 1))
+        signs = torch.randint(0, 2, result.shape, generator=self.generator).to(result.dtype) * 2 - 1
+        return result + signs * error
+
+
+def _terms(node: fx.Node, env: dict[fx.Node, Any]) -> int:
+    """How many numbers a function may add for one of its results: the last axis of its widest input."""
+    sizes = [
+        env[source].shape[-1]
+        for source in node.all_input_nodes
+        if isinstance(env.get(source), Tensor) and env[source].dim()
+    ]
+    return max([1, *sizes])
