@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from flatcompress.onnx_export.lower import integer
+from flatcompress.onnx_export.proof.evidence import BYTES
 from flatcompress.onnx_export.proof.parity import reference_outputs
 
 SINGLE = 2.0**-24
@@ -39,30 +40,28 @@ def roundoff(
     convolves dequantized floats (onnxruntime without optimizations, profile qonnx), so that integer layers round too;
     otherwise their sums are exact and only real-valued operators count. unit: unit roundoff of the runtime's floats.
     """
-    batches = _spread(inputs, EVALUATIONS // 2)
-    samples = sum(len(batch) for batch in batches)
-    expected = reference_outputs(reference, batches)
-    largest = 0.0
-    for repeat in range(max(2, math.ceil(EVALUATIONS / samples))):
-        moved = _Moved(reference, floats, unit, seed + repeat)
+    chosen = _spread(inputs, EVALUATIONS // 2)
+    together = max(1, min(64, BYTES // max(1, chosen[:1].nbytes)))  # few large images at a time
+    expected = reference_outputs(reference, list(chosen.split(together)))
+    turns = torch.arange(max(EVALUATIONS, 2 * len(chosen))) % len(chosen)
+    moved, largest = _Moved(reference, floats, unit, seed), 0.0
+    for index in turns.split(together):
         with torch.no_grad():
-            found = np.concatenate([moved.run(batch).cpu().numpy() for batch in batches])
-        difference = np.abs(found.astype(np.float64) - expected)
+            found = moved.run(chosen[index]).cpu().numpy()
+        difference = np.abs(found.astype(np.float64) - expected[index.numpy()])
         largest = max(largest, float(np.nanmax(difference, initial=0.0)))
     return largest if math.isfinite(largest) else 0.0
 
 
-def _spread(inputs: Sequence[Tensor], most: int) -> list[Tensor]:
-    """At most ``most`` samples, evenly spread over all batches."""
+def _spread(inputs: Sequence[Tensor], most: int) -> Tensor:
+    """At most ``most`` samples [N, ...], evenly spread over all batches."""
     total = sum(len(batch) for batch in inputs)
     chosen = torch.linspace(0, total - 1, min(most, total)).round().long()
     start, found = 0, []
     for batch in inputs:
-        inside = chosen[(chosen >= start) & (chosen < start + len(batch))] - start
-        if len(inside):
-            found.append(batch[inside])
+        found.append(batch[chosen[(chosen >= start) & (chosen < start + len(batch))] - start])
         start += len(batch)
-    return found
+    return torch.cat(found)
 
 
 class _Moved(fx.Interpreter):
