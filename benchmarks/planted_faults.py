@@ -30,8 +30,8 @@ from benchmarks._common import arguments, finish
 from flatcompress import models, quant
 from flatcompress.onnx_export import certify, export, verify
 from flatcompress.onnx_export.exporting import Exported
-from flatcompress.onnx_export.proof.evidence import sha256
 from flatcompress.onnx_export.runtime.sessions import run, session
+from flatcompress.storage import sha256_file
 
 SAMPLES = (9, 100, 1795)
 KINDS = ("weight", "channel scale", "layer scale", "activation scale", "swapped channels", "zero point")
@@ -140,7 +140,7 @@ def refused(exported: Exported, bad: Path) -> bool:
     """Whether the certificate of the good file, its hash adapted, is refused for ``bad``, which lies beside it."""
     path = bad.with_name("certificate.json")
     certificate = json.loads(path.read_text())
-    certificate["file"] |= {"name": bad.name, "sha256": sha256(bad)}
+    certificate["file"] |= {"name": bad.name, "sha256": sha256_file(bad)}
     path.write_text(json.dumps(certificate))
     return not verify(path).holds
 

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import planted_faults as planted
 from flatcompress.onnx_export import certify, export, verify
-from flatcompress.onnx_export.proof.evidence import sha256
+from flatcompress.storage import sha256_file
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ def test_verify_refuses_it_by_replay_when_the_hash_was_adapted(kind, tmp_path, g
     moves = []
     for fault in [f for f in planted.faults(exported.path) if f.kind == kind][::4]:
         fault.plant(exported.path, bad)
-        (tmp_path / "certificate.json").write_text(text.replace(sha256(exported.path), sha256(bad)))
+        (tmp_path / "certificate.json").write_text(text.replace(sha256_file(exported.path), sha256_file(bad)))
         moves.append(planted.moved(exported.path, bad, x.numpy(), step))
         assert moves[-1] <= 1 or not verify(tmp_path).holds
     assert max(moves) > 1
