@@ -24,16 +24,15 @@ from torch import Tensor, nn
 from flatcompress.errors import UserError, unknown
 from flatcompress.quant.layers import graph_of, scale_parameters, tensor_quantizers
 from flatcompress.quant.placement import readers_of_quantizers
+from flatcompress.quant.qat.disorder import Policy, Statistics, mean
+from flatcompress.quant.qat.remedies import SlowSteps, dropped, projected
 from flatcompress.quant.quantizers.protocol import learns_step
 
 MODES = ("paper", "gated", "opposed")
 REMEDIES = ("freeze", "slow", "project")
-SLOW = 0.1  # how far a scale moves under the remedy "slow", as a share of its step
 TARGETS = ("task", "smooth", "both")
 GRANULARITIES = ("quantizer", "layer", "channel")
 TAU_KINDS = ("absolute", "quantile", "sigma")
-_COUNTERS = ("last_task", "last_smooth", "moves", "flips", "moves_smooth", "flips_smooth", "seen", "pairs", "opposed")
-_SUMS = ("sum_task", "sum_smooth")
 
 
 class ScaleConflict:
@@ -79,9 +78,8 @@ class ScaleConflict:
             raise UserError(f"K must be a whole number of at least 2 steps; found {K!r}.")
         if not math.isfinite(tau) or tau < 0 or (tau_kind == "quantile" and tau > 1):
             raise UserError(f"tau must be at least 0 (and a quantile at most 1); found {tau!r}.")
-        self.K, self.tau, self.mode, self.freeze_target = K, float(tau), mode, freeze_target
-        self.granularity, self.refreeze, self.tau_kind, self.mix = granularity, refreeze, tau_kind, mix
-        self.remedy = remedy
+        self.K, self.freeze_target, self.granularity, self.refreeze = K, freeze_target, granularity, refreeze
+        self.mix, self.remedy, self.policy = mix, remedy, Policy(K, float(tau), tau_kind, mode)
         self.scales = scale_parameters(model)
         if not self.scales:
             raise UserError("the model has no learned scales to watch.")
@@ -94,8 +92,8 @@ class ScaleConflict:
         self.t, self.windows = 0, 0
         self.frozen = torch.zeros(sum(self.sizes), dtype=torch.bool, device=device)
         self._latest: dict[str, dict[str, Any]] = {}
-        self._before: tuple[list[Tensor], Tensor] | None = None
-        self._reset()
+        self.statistics = Statistics(sum(self.sizes), device)
+        self._slow = SlowSteps(list(self.scales.values()))
 
     # -- the compose slot ----------------------------------------------------------------------------------------
 
@@ -109,14 +107,8 @@ class ScaleConflict:
         position = {id(p): i for i, p in enumerate(params)}
         where = [position.get(id(p)) for p in self.scales.values()]
         task, smooth = self._vector(where, probes[0]), self._vector(where, probes[1])
-        if self.remedy == "project":
-            self._project(where, combined, task, smooth)
-        elif bool(self.frozen.any()):
-            if self.remedy == "slow":
-                self._before = [p.detach().clone() for p in self.scales.values()], self.frozen.clone()
-            else:
-                self._drop(where, combined, task, smooth)
-        self._count(task, smooth)
+        self._remedy(where, combined, task, smooth)
+        self.statistics.count(task, smooth)
         self.t += 1
         if self.t % self.K == 0:
             self._close_window()
@@ -128,33 +120,18 @@ class ScaleConflict:
             parts.append(torch.zeros_like(scale).flatten() if found is None else found.detach().flatten())
         return torch.cat(parts)
 
-    @torch.no_grad()
     def after_step(self) -> None:
         """After the optimizer's step: a scale that is ``slow`` goes back nine tenths of it. Else nothing."""
-        if self._before is None:
-            return
-        values, slow = self._before
-        for scale, before, mask in zip(self.scales.values(), values, slow.split(self.sizes)):
-            scale.copy_(torch.where(mask.view_as(scale), before.lerp(scale, SLOW), scale))
-        self._before = None
+        self._slow.after_step()
 
-    def _project(self, where: list[int | None], combined: list[Tensor | None], task: Tensor, smooth: Tensor) -> None:
-        a, b = self.mix
-        t, s = task.double(), smooth.double()  # squares of tiny gradients are no numbers in single precision
-        dot, task_square, smooth_square = (_total(v, self._groups) for v in (t * s, t.square(), s.square()))
-        opposing = dot < 0
-        task_goes, smooth_goes = opposing & (task_square < smooth_square), opposing & (task_square >= smooth_square)
-        none = torch.zeros_like(dot)
-        t = t - torch.where(task_goes, dot / smooth_square, none)[self._groups] * smooth
-        s = s - torch.where(smooth_goes, dot / task_square, none)[self._groups] * task
-        self._write(where, combined, opposing[self._groups], (a * t + b * s).to(task))
-
-    def _drop(self, where: list[int | None], combined: list[Tensor | None], task: Tensor, smooth: Tensor) -> None:
-        kept = (~self.frozen).to(task)
-        a, b = self.mix
-        keep_task = kept if self.freeze_target in ("task", "both") else torch.ones_like(kept)
-        keep_smooth = kept if self.freeze_target in ("smooth", "both") else torch.ones_like(kept)
-        self._write(where, combined, self.frozen, a * keep_task * task + b * keep_smooth * smooth)
+    def _remedy(self, where: list[int | None], combined: list[Tensor | None], task: Tensor, smooth: Tensor) -> None:
+        if self.remedy == "project":
+            self._write(where, combined, *projected(task, smooth, self._groups, self.mix))
+        elif bool(self.frozen.any()) and self.remedy == "slow":
+            self._slow.remember(self.frozen.split(self.sizes))
+        elif bool(self.frozen.any()):
+            changed = dropped(task, smooth, self.frozen, self.mix, self.freeze_target)
+            self._write(where, combined, self.frozen, changed)
 
     def _write(self, where: list[int | None], combined: list[Tensor | None], changed: Tensor, composed: Tensor) -> None:
         for index, mask, new in zip(where, changed.split(self.sizes), composed.split(self.sizes)):
@@ -163,72 +140,26 @@ class ScaleConflict:
                 kept = mask.view_as(gradient)  # a channel that is not frozen keeps its bits
                 combined[index] = torch.where(kept, new.view_as(gradient), gradient)
 
-    # -- statistics ----------------------------------------------------------------------------------------------
-
-    def _reset(self) -> None:
-        size, device = sum(self.sizes), self.frozen.device
-        self.state: dict[str, Tensor] = {name: torch.zeros(size, device=device) for name in _COUNTERS}
-        self.state.update({name: torch.zeros(size, dtype=torch.float64, device=device) for name in _SUMS})
-
-    def _count(self, task: Tensor, smooth: Tensor) -> None:
-        s = self.state
-        signs = task.sign().float(), smooth.sign().float()
-        for sign, key in zip(signs, ("task", "smooth")):
-            tail = "" if key == "task" else "_smooth"
-            last = s[f"last_{key}"]
-            carried = torch.where(sign == 0, last, sign)
-            product = carried * last
-            s[f"moves{tail}"] += product != 0
-            s[f"flips{tail}"] += product < 0
-            s[f"last_{key}"] = carried
-        s["seen"] += signs[0] != 0
-        product = signs[0] * signs[1]
-        s["pairs"] += product != 0
-        s["opposed"] += product < 0
-        s["sum_task"] += task
-        s["sum_smooth"] += smooth
+    # -- decisions -----------------------------------------------------------------------------------------------
 
     def _close_window(self) -> None:
-        s = self.state
-        # fewer than two signs say nothing about order: such a scale (a dead quantizer) keeps its last decision
-        known = s["seen"] >= 2
-        disorder = _mean(s["flips"] / s["moves"].clamp_min(1), known, self._groups)
-        opposed = _mean(s["opposed"] / s["pairs"].clamp_min(1), known, self._groups)
-        decided = _total(known.double(), self._groups) > 0
-        measure = 1 - opposed if self.mode == "opposed" else disorder
-        frozen = measure < self._threshold(measure, decided)
-        if self.mode == "gated":
-            against = _total(s["sum_task"] * s["sum_smooth"], self._groups) < 0
-            frozen &= (opposed > 0.5) & against
         if self.remedy != "project":
+            frozen, decided = self.policy.frozen(self.statistics, self._groups)
             self._decide(frozen[self._groups], decided[self._groups])
         self.windows += 1
-        self._latest = self._rows(known)
-        self._reset()
-
-    def _threshold(self, disorder: Tensor, decided: Tensor) -> Tensor:
-        if self.tau_kind == "absolute":
-            return torch.full_like(disorder, self.tau)
-        if self.tau_kind == "sigma":
-            return torch.full_like(disorder, 0.5 - self.tau * 0.5 / math.sqrt(self.K - 1))
-        # the k least disordered; a stable sort breaks ties by position, so the share is exact and repeatable
-        order = torch.argsort(torch.where(decided, disorder, torch.full_like(disorder, math.inf)), stable=True)
-        limit = torch.zeros_like(disorder)
-        limit[order[: int(self.tau * int(decided.sum()) + 1e-9)]] = math.inf
-        return limit
+        self._latest = self._rows()
+        self.statistics.reset()
 
     def _decide(self, frozen: Tensor, decided: Tensor) -> None:
         new = torch.where(decided, frozen, self.frozen)
         self.frozen = new if self.refreeze else new | self.frozen
 
-    def _rows(self, known: Tensor) -> dict[str, dict[str, Any]]:
-        s, owner = self.state, self._owner
+    def _rows(self) -> dict[str, dict[str, Any]]:
+        everywhere = torch.ones_like(self.frozen)
         columns = {
-            "disorder": _mean(s["flips"] / s["moves"].clamp_min(1), known, owner),
-            "disorder_smooth": _mean(s["flips_smooth"] / s["moves_smooth"].clamp_min(1), known, owner),
-            "conflict": _mean(s["opposed"] / s["pairs"].clamp_min(1), s["pairs"] > 0, owner),
-            "frozen": _mean(self.frozen.double(), torch.ones_like(self.frozen), owner),
-            "scale_ratio": _mean(self._scale_ratio(), torch.ones_like(self.frozen), owner),
+            **self.statistics.columns(self._owner),
+            "frozen": mean(self.frozen.double(), everywhere, self._owner),
+            "scale_ratio": mean(self._scale_ratio(), everywhere, self._owner),
         }
         lists = {key: value.tolist() for key, value in columns.items()}
         return {name: {key: _plain(lists[key][i]) for key in lists} for i, name in enumerate(self.names)}
@@ -247,7 +178,7 @@ class ScaleConflict:
     @property
     def frozen_share(self) -> float:
         """Share of quantizers with a frozen gradient."""
-        per = _mean(self.frozen.double(), torch.ones_like(self.frozen), self._owner)
+        per = mean(self.frozen.double(), torch.ones_like(self.frozen), self._owner)
         return float((per > 0).double().mean())
 
     # -- set-up and state ----------------------------------------------------------------------------------------
@@ -281,7 +212,7 @@ class ScaleConflict:
             "frozen": self.frozen.clone(),
             "starts": self._starts.clone(),
             "latest": self._latest,
-            "counters": {k: v.clone() for k, v in self.state.items()},
+            "counters": self.statistics.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -292,18 +223,7 @@ class ScaleConflict:
         self.t, self.windows, self._latest = int(state["t"]), int(state["windows"]), dict(state["latest"])
         self.frozen = state["frozen"].clone().to(device)
         self._starts = state["starts"].clone().to(device)
-        self.state = {k: v.clone().to(device) for k, v in state["counters"].items()}
-
-
-def _total(values: Tensor, groups: Tensor) -> Tensor:
-    size = int(groups.max()) + 1
-    return torch.zeros(size, dtype=torch.float64, device=values.device).index_add_(0, groups, values.double())
-
-
-def _mean(values: Tensor, known: Tensor, groups: Tensor) -> Tensor:
-    """Mean of the known values per group; NaN for a group without any."""
-    weight = known.double()
-    return _total(torch.where(known, values.double(), torch.zeros_like(weight)), groups) / _total(weight, groups)
+        self.statistics.load_state_dict(state["counters"])
 
 
 def _plain(value: float) -> float | None:
