@@ -1,7 +1,7 @@
 """The Plan: plain data that says what has been done to an architecture, and the one door that does it again.
 
 A plan is a list of steps in the order they were applied. Each step has a ``kind`` and JSON data that only the
-room that wrote it understands. A checkpoint is ``plan.json`` + ``model.safetensors``: `apply_plan` on a freshly
+package that wrote it understands. A checkpoint is ``plan.json`` + ``model.safetensors``: `apply_plan` on a freshly
 built model gives a module whose state dict has exactly the checkpoint's names and shapes. No pickle anywhere.
 """
 
@@ -22,7 +22,7 @@ from flatcompress.errors import UserError, unknown
 SCHEMA = 1
 
 # kind -> "module:function" with signature (model, data, example_input) -> model. Strings, so that this page
-# stays below every room: rooms import Plan, and a room is loaded only when a plan needs it.
+# stays below every package: they import Plan, and one is loaded only when a plan needs it.
 APPLIERS: dict[str, str] = {
     "channels": "flatcompress.prune.channels:apply",
     "masks": "flatcompress.prune.masks:apply",
@@ -30,7 +30,7 @@ APPLIERS: dict[str, str] = {
 }
 
 
-# What a step's data can provoke when it is not what the room that applies it once wrote.
+# What a step's data can provoke when it is not what the package that applies it once wrote.
 _DAMAGED = (TypeError, ValueError, KeyError, IndexError, AttributeError, RuntimeError, OverflowError, RecursionError)
 
 

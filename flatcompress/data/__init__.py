@@ -1,7 +1,7 @@
 """Data sets: the embedded ones, the user's own, and the corruptions they are tested under.
 
 `load` gives a `DataBundle` of normalised `ImageSet`s: training, selection, test, the unseen domain, corruptions.
-Everything is determined by the seed and nothing is downloaded. The room knows nothing of models or training.
+Everything is determined by the seed and nothing is downloaded. The package knows nothing of models or training.
 """
 
 from __future__ import annotations

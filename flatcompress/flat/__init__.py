@@ -1,6 +1,6 @@
 """Flat minima: sharpness-aware optimizers, weight averaging and sharpness measures.
 
-This room knows nothing of quantizers, pruning or recipes. `create` wraps any ``torch.optim`` optimizer; the methods
+This package knows nothing of quantizers, pruning or recipes. `create` wraps any ``torch.optim`` optimizer; the methods
 are the rows of `METHODS`; stages plug into the slots ``compose``, ``radius`` and ``perturbed``.
 """
 

@@ -3,7 +3,7 @@
 `trace` turns any exportable module into an fx graph whose weighted layers are calls of the module's own
 submodules, so that names in the graph, in the state dict and in the exported file are the same names.
 `install` makes a module run such a graph instead of its own forward. `macs` counts multiply-accumulates.
-This room knows nothing of quantizers: `ActivationSpec` and `WeightSpec` are the protocol they answer to.
+This package knows nothing of quantizers: `ActivationSpec` and `WeightSpec` are the protocol they answer to.
 """
 
 from __future__ import annotations

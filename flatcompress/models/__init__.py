@@ -1,7 +1,7 @@
 """Architectures: a small zoo of our own, and one door to everybody else's.
 
 `build` makes any of them for any number of channels, image size and classes; `MODELS` lists the built-in ones and
-`SOURCES` the prefixes for the rest. The room knows nothing of quantizers, pruning or training; its models keep
+`SOURCES` the prefixes for the rest. The package knows nothing of quantizers, pruning or training; its models keep
 to what those need: one activation module per use, no functional norms, stable names, no dropout.
 """
 

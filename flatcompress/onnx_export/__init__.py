@@ -1,7 +1,7 @@
 """ONNX files of their true size, at full integer speed, that carry their own proof.
 
 `export` lowers a model to integers and writes it; `certify` measures the file against the torch reference,
-`verify` repeats that anywhere, `bench` times it. This room knows nothing of how a model was trained, and of
+`verify` repeats that anywhere, `bench` times it. This package knows nothing of how a model was trained, and of
 quantizers only the two methods in `flatcompress.graph.lowering_spec`.
 """
 

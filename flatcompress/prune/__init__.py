@@ -1,6 +1,6 @@
 """Channels and masks: what can be cut, what should be, and the cut itself.
 
-The room knows nothing of flat minima, quantizers or recipes. `find_groups` gives the coupled channels, `score` their
+The package knows nothing of flat minima, quantizers or recipes. `find_groups` gives the coupled channels, `score` their
 importance, `adaptive_radius` AdaSAP's perturbation radius; `SoftMask` holds removed channels at zero while training
 goes on and `shrink` cuts them for good; `prune` does it all at once. `masks` is for unstructured and N:M zeros.
 """

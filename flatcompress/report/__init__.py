@@ -1,6 +1,6 @@
 """What a run looked like: one HTML file that opens offline, and the tables and progress of the terminal.
 
-This room reads a run folder's files and events, never live objects, and imports nothing named in them: a report of
+This package reads a run folder's files and events, never live objects, and imports nothing named in them: a report of
 a stranger's run folder can at worst be ugly.
 """
 
