@@ -16,9 +16,9 @@ from torch import Tensor
 
 from flatcompress.data.bundle import Part
 from flatcompress.data.images.pixels import MemoryPixels
-from flatcompress.data.raw_data import RawData, held_out_name
+from flatcompress.data.raw_data import RawData, held_out_name, training_domains
 from flatcompress.data.split import split_identities
-from flatcompress.errors import UserError, unknown
+from flatcompress.errors import UserError
 from flatcompress.randomness import generator
 
 ANGLES = (0, 15, 30, 45, 60, 75)
@@ -69,7 +69,7 @@ def rotated_digits(
     if not 8 <= size <= 256:
         raise UserError(f"rotated-digits: size must be between 8 and 256, found {size}")
     unseen = held_out_name(held_out, DOMAINS)
-    sources = _sources(domains, unseen)
+    sources = training_domains("rotated-digits", domains, DOMAINS, unseen)
     if not 0 <= copies <= len(sources):
         raise UserError(f"rotated-digits: copies must be between 0 and {len(sources)} (the domains), found {copies}")
     labels = digits()[1]
@@ -91,20 +91,6 @@ def rotated_digits(
         domains=DOMAINS,
         held_out_domain=unseen,
     )
-
-
-def _sources(domains: Any, unseen: str | None) -> list[str]:
-    if domains is None:
-        return [name for name in DOMAINS if name != unseen]
-    if not isinstance(domains, (list, tuple)) or not domains:
-        raise UserError(f"rotated-digits: domains must be a list of {', '.join(DOMAINS)}, found {domains!r}")
-    names = list(dict.fromkeys(map(str, domains)))
-    for name in names:
-        if name not in DOMAINS:
-            raise unknown("domain of rotated-digits", name, DOMAINS)
-        if name == unseen:
-            raise UserError(f"rotated-digits: domain {name!r} is held out and cannot be trained on as well")
-    return names
 
 
 def _fewer_copies(train: Part, domains: int, copies: int, seed: int) -> Part:

@@ -17,8 +17,8 @@ from flatcompress.data.embedded.shapes import SHAPES
 from flatcompress.data.embedded.styles import STYLES, paint
 from flatcompress.data.images.image_cache import cached
 from flatcompress.data.images.pixels import MemoryPixels
-from flatcompress.data.raw_data import RawData, held_out_name
-from flatcompress.errors import UserError, unknown
+from flatcompress.data.raw_data import RawData, held_out_name, training_domains
+from flatcompress.errors import UserError
 from flatcompress.randomness import generator
 
 CLASSES = tuple(SHAPES)
@@ -54,7 +54,7 @@ def styled_shapes(
         if not len(CLASSES) <= count <= _MOST:
             raise UserError(f"styled-shapes: {name}_count must be between {len(CLASSES)} and {_MOST}, found {count}")
     unseen = held_out_name(held_out, DOMAINS)
-    sources = _sources(domains, unseen)
+    sources = training_domains("styled-shapes", domains, DOMAINS, unseen)
 
     def part(name: str, styles: list[str], count: int) -> Part:
         return _part(seed, name, styles, count, size, cache)
@@ -100,17 +100,3 @@ def _images(seed: int, style: str, part: str, count: int, size: int, cache: bool
         return make()
     name = f"styled-shapes-{DRAWING}/{size}px-seed{seed}-{style}-{part}-{count}.images"
     return cached(name, (count, 3, size, size), make)
-
-
-def _sources(domains: Any, unseen: str | None) -> list[str]:
-    if domains is None:
-        return [name for name in DOMAINS if name != unseen]
-    if not isinstance(domains, (list, tuple)) or not domains:
-        raise UserError(f"styled-shapes: domains must be a list of {', '.join(DOMAINS)}, found {domains!r}")
-    names = list(dict.fromkeys(map(str, domains)))
-    for name in names:
-        if name not in DOMAINS:
-            raise unknown("domain of styled-shapes", name, DOMAINS)
-        if name == unseen:
-            raise UserError(f"styled-shapes: domain {name!r} is held out and cannot be trained on as well")
-    return names
