@@ -40,6 +40,12 @@ class Result:
     model: nn.Module
     plan: Plan
 
+    def summary(self) -> dict[str, Any]:
+        """What there is to show of it, as plain data."""
+        files = {"folder": self.folder, "onnx": self.onnx, "report": self.report}
+        paths = {name: None if path is None else str(path) for name, path in files.items()}
+        return {**paths, "ledger": self.ledger, "certificate": self.certificate}
+
 
 class Pipeline:
     """A recipe, ready to run.

@@ -99,7 +99,7 @@ class Session:
             raise failure from error
 
     def _failure(self, error: Any) -> BaseException | None:
-        """What is raised for ``error``: the machine's failures as a RunError, an interruption with how to go on."""
+        """What is raised for ``error``: the machine's failures as a RunError, an interruption with how to resume."""
         if isinstance(error, Interrupted):
             return Interrupted(f"{error}; everything is saved. {how_to_resume()}")
         if isinstance(error, OSError):

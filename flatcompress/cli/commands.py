@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,38 +39,15 @@ CATALOGUE: dict[str, Registry] = {
 }
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """A finished run as the command line shows it."""
-
-    folder: str
-    onnx: str | None
-    report: str | None
-    ledger: list[dict[str, Any]]
-    certificate: dict[str, Any] | None
-
-    def summary(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self)
-
-
 def run_recipe(
     path: Path,
     settings: list[str],
     output: Path | None,
     restart: bool,
     display: Callable[[dict[str, Any]], None] | None,
-) -> Outcome:
-    """Run a recipe file. UserError, RunError or Interrupted say what went wrong and how to go on."""
-    pipeline = Pipeline.from_recipe(load_recipe(path, settings))
-    result: Result = pipeline.run(output, restart=restart, display=display)
-    return Outcome(
-        folder=str(result.folder),
-        onnx=str(result.onnx) if result.onnx else None,
-        report=str(result.report) if result.report else None,
-        ledger=result.ledger,
-        certificate=result.certificate,
-    )
+) -> Result:
+    """Run a recipe file. UserError, RunError or Interrupted say what went wrong and how to resume."""
+    return Pipeline.from_recipe(load_recipe(path, settings)).run(output, restart=restart, display=display)
 
 
 def run_sweep_file(path: Path, jobs: int | None) -> tuple[str, dict[str, Any]]:
