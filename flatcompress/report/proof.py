@@ -35,7 +35,10 @@ def checks(certificate: dict[str, Any]) -> list[dict[str, Any]]:
             found.append((f"Same class on {share}", f"against the torch reference, {words}{error}"))
     inner, layers = number(kernels.get("integer_layers")), number(kernels.get("layers"))
     if inner is not None and layers is not None:
+        said = certificate.get("warnings")
         rest = kernels.get("not_integer")
+        if isinstance(said, list) and said:
+            found.append(("Not all of it on integers", text(said[0], 400)))
         names = ", ".join(text(n, 60) for n in rest[:6]) if isinstance(rest, list) else ""
         found.append((f"{inner:.0f} of {layers:.0f} layers run as integer kernels", f"not: {names}" if names else ""))
     change = number(metric.get("difference"))

@@ -38,6 +38,7 @@ class ExportConfig(StageKeys):
         None, description="ONNX opset; default: lowest that works"
     )
     latency: bool = Field(True, description="measure latency beside the float model's")
+    require_integer: bool = Field(False, description="a layer that computes in floats is a failure, not a warning")
     threads: Annotated[int, Field(ge=1, le=256)] = Field(1, description="onnxruntime threads for the latency")
 
     @property
@@ -111,8 +112,16 @@ def write(run: RunContext, config: ExportConfig, path: Path) -> tuple[dict[str, 
     test = run.data.test
     batches = list(loader(test, [list(range(i, min(i + BATCH, len(test)))) for i in range(0, len(test), BATCH)]))
     certificate = onnx_export.certify(
-        exported, [x for x, _ in batches], [y for _, y in batches], model=model, latency_runs=0
+        exported,
+        [x for x, _ in batches],
+        [y for _, y in batches],
+        model=model,
+        latency_runs=0,
+        require_integer=config.require_integer,
+        integer_time=config.latency,
     )
+    for message in certificate["warnings"]:
+        work.emit("warning", message=message)
     nothing: dict[str, Any] = {"float": {"bytes": None, "smaller": None, "faster": None}, "latency": None}
     certificate |= reported(
         "the file could not be compared with the float model's", lambda: beside_float(run, config, path), nothing

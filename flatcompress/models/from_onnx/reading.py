@@ -222,7 +222,7 @@ class _Reader:
             raise UserError(f"{called(node)} {error}") from None
         if layer is None:
             return False
-        path = self._place(node, layer)
+        path = self._place(node, layer.eval())  # or a BatchNorm would learn from the example
         self._append(node, Step(called(node), tuple(node.output), (self._slot(names[index]),), layer=path))
         if fused is not None:
             self._alias(fused[0], node.output[0])

@@ -8,7 +8,6 @@ The certificate is JSON beside the model. It holds when
   on a rounding boundary may change) none is further than a step and four times what roundoff may move it by;
 - of the samples whose argmax changed by more than roundoff explains there are not more than 0.1 %, on or off
   (`judging`; how far roundoff reaches is measured on the reference, see `roundoff`, and stands beside it);
-- every layer with integer weights and integer inputs runs as an integer kernel, but for the first and the last;
 - with profile ``c``, the C model, compiled and run here, gives every output bit that onnxruntime gives;
 - the task metric through onnxruntime differs by at most 0.1 points from the reference's, on samples that roundoff
   does not explain.
@@ -38,7 +37,7 @@ from flatcompress.modules import evaluating
 from flatcompress.onnx_export.c import model as c_model
 from flatcompress.onnx_export.emit.catalogue import PROFILES
 from flatcompress.onnx_export.exporting import Exported
-from flatcompress.onnx_export.proof import inspect_file, judging, parity
+from flatcompress.onnx_export.proof import inspect_file, integers, judging, parity
 from flatcompress.onnx_export.proof.diverging import first_diverging_layer
 from flatcompress.onnx_export.proof.evidence import BYTES, Evidence
 from flatcompress.onnx_export.proof.roundoff import HALF, SINGLE, roundoff
@@ -62,12 +61,16 @@ def certify(
     recipe: str | None = None,
     evidence_bytes: int = BYTES,
     write: bool = True,
+    require_integer: bool = False,
+    integer_time: bool = False,
 ) -> dict[str, Any]:
     """Measure ``exported`` on ``batches`` and return its certificate; see the module's docstring for when it holds.
 
     batches: float inputs [B, C, H, W], the whole test set. labels: int64 [B] each, or one [N]; without them the task
-    metric is null. model: the trained model, to say how far the reference is from it. latency_runs: 0 leaves latency
-    out. recipe: its text, for a hash. write: put ``certificate.json`` and ``evidence.safetensors`` beside the file.
+    metric is null. model: the trained model, to say how far file and reference are from it. latency_runs: 0 leaves
+    latency out. recipe: its text, for a hash. write: put ``certificate.json`` and ``evidence.safetensors`` beside the
+    file. require_integer: a layer that computes in floats is a failure, not a warning. integer_time: measure the share
+    of the time that integer kernels take.
     """
     inputs = [batch.detach().cpu().float() for batch in batches]
     if not inputs or not all(len(batch) for batch in inputs):
@@ -78,6 +81,7 @@ def certify(
     reference = parity.reference_outputs(exported.reference, inputs)
     measured = _outputs(exported.path, inputs)
     found = kernels(exported.path)
+    trained = None if model is None else _in_eval(model, inputs)
     evidence = Evidence(np.concatenate([b.numpy() for b in inputs]), reference, truth).capped(evidence_bytes)
     certificate = {
         "schema": SCHEMA,
@@ -92,13 +96,19 @@ def certify(
         "kernels": _kernels(found, exported),
         "layers": [{**row, "kernel": found.of.get(row["name"])} for row in exported.layers],
         "parity": _parity(reference, measured, exported, inputs),
-        "metric": _metric(reference, measured, truth, inputs, model),
+        "trained": _against_trained(reference, measured["optimized"], trained),
+        "integer": _integer(exported, found, integer_time),
+        "metric": _metric(reference, measured, truth, trained),
         "latency": _latency(exported.path, latency_runs, threads),
     }
     if exported.c is not None:
         samples = np.concatenate([batch.numpy() for batch in inputs])
         certificate["c"] = c_model.section(exported.c, samples, measured["optimized"], reference)
+    floats = integers.sentence(certificate["integer"])
+    certificate["warnings"] = [floats] if floats and not require_integer else []
     certificate["failures"] = _failures(certificate, reference, measured["optimized"], truth)
+    if require_integer:
+        certificate["failures"] += integers.required(certificate["integer"], exported.profile)
     certificate["holds"] = not certificate["failures"]
     if write:
         _store(exported.path, certificate, evidence)
@@ -114,11 +124,6 @@ def _failures(
     """Why a certificate does not hold: one sentence each."""
     both = certificate["parity"]
     reasons = judging.failures(both["optimized"], both["unoptimized"])
-    inner = certificate["kernels"]["not_integer_inside"]
-    if inner:
-        reasons.append(
-            f"{len(inner)} layers between the first and the last do not run on integers: {', '.join(inner)}."
-        )
     if truth is not None:
         slack = both["optimized"]["roundoff_steps"] * both["step"]
         reasons += judging.metric_failure(reference, found, truth, slack)
@@ -215,10 +220,8 @@ def _metric(
     reference: NDArray[np.float32],
     measured: dict[str, NDArray[np.float32]],
     truth: NDArray[np.int64] | None,
-    inputs: list[Tensor],
-    model: torch.nn.Module | None,
+    trained: NDArray[np.float32] | None,
 ) -> dict[str, Any]:
-    trained = None if model is None else _in_eval(model, inputs)
     agreement = None if trained is None else float((trained.argmax(-1) == reference.argmax(-1)).mean())
     row: dict[str, Any] = {"name": "accuracy", "samples": len(reference), "trained_agreement": agreement}
     if truth is None:
@@ -227,6 +230,21 @@ def _metric(
     expected = parity.accuracy(reference, truth)
     before = None if trained is None else parity.accuracy(trained, truth)
     return {**row, "onnxruntime": found, "reference": expected, "trained": before, "difference": found - expected}
+
+
+def _integer(exported: Exported, found: Kernels, timed: bool) -> dict[str, Any]:
+    expected = PROFILES[exported.profile]().integer_kernels and PROFILES[exported.profile]().integer
+    return integers.verdict(exported.reference, found, exported.path if timed and expected else None, expected)
+
+
+def _against_trained(
+    reference: NDArray[np.float32], found: NDArray[np.float32], trained: NDArray[np.float32] | None
+) -> dict[str, Any] | None:
+    """The file, and its reference, beside the model that was trained, in output steps; null without that model."""
+    if trained is None:
+        return None
+    step = parity.output_step(trained)
+    return {"file": parity.compare(trained, found, step), "reference": parity.compare(trained, reference, step)}
 
 
 def _in_eval(model: torch.nn.Module, inputs: list[Tensor]) -> NDArray[np.float32]:

@@ -146,5 +146,13 @@ def sentence(part: dict[str, Any], most: int = 6) -> str | None:
     return f"{len(rows)} of {part['layers']} layers compute in floats ({', '.join(shares)}{told}): {names}."
 
 
+def required(part: dict[str, Any], profile: str) -> list[str]:
+    """What stands against a certificate that requires integers throughout."""
+    if part["holds"] is None:
+        return [f"require_integer: profile {profile!r} is not meant to run on integers."]
+    found = sentence(part)
+    return [f"require_integer: {found}"] if found else []
+
+
 def _rest(share: float | None) -> float | None:
     return None if share is None else 1 - share

@@ -75,7 +75,8 @@ def kernel_events(model: str | Path | bytes, threads: int = 1) -> list[dict[str,
         handle = sessions.session(model, threads=threads, profile_to=Path(folder) / "profile")
         random = np.random.default_rng(1)
         shapes = {e.name: [d if isinstance(d, int) else 1 for d in e.shape] for e in handle.get_inputs()}
-        feed = {name: random.random(shape, dtype=np.float32) for name, shape in shapes.items()}
+        types = {e.name: e.type for e in handle.get_inputs()}
+        feed = {name: sessions.drawn(random, shape, types[name]) for name, shape in shapes.items()}
         fetch = [handle.get_outputs()[0].name]  # all are computed, one is copied
         for _ in range(WARM_UP):
             start = time.process_time()

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -84,6 +85,16 @@ class Kernels:
     def integer(self) -> int:
         """How many integer kernels there are."""
         return sum(count for kind, count in self.counts.items() if kind in INTEGER_KERNELS)
+
+
+_WHOLE = {"tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(bool)": np.bool_, "tensor(uint8)": np.uint8}
+
+
+def drawn(random: np.random.Generator, shape: list[int], kind: str) -> NDArray[Any]:
+    """A value for an input of onnxruntime's type ``kind``: real ones in [0, 1), whole ones (token ids, masks) 1."""
+    if kind in _WHOLE:
+        return np.ones(shape, _WHOLE[kind])
+    return random.random(shape, dtype=np.float32)
 
 
 def kernels(model: str | Path | bytes) -> Kernels:
