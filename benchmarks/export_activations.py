@@ -33,7 +33,10 @@ SLACK = 2.0
 GATE = {"hardswish": "HardSigmoid", "silu": "Sigmoid"}
 # Of every function: what it is in torch, and its nodes from d to o.
 FUNCTIONS: dict[str, tuple[Any, list[tuple[str, str, str, dict[str, Any]]]]] = {
-    "hardswish": (aten.hardswish.default, [("HardSigmoid", "d", "g", {"alpha": 1 / 6, "beta": 0.5}), ("Mul", "d g", "o", {})]),
+    "hardswish": (
+        aten.hardswish.default,
+        [("HardSigmoid", "d", "g", {"alpha": 1 / 6, "beta": 0.5}), ("Mul", "d g", "o", {})],
+    ),
     "silu": (aten.silu.default, [("Sigmoid", "d", "g", {}), ("Mul", "d g", "o", {})]),
     "sigmoid": (aten.sigmoid.default, [("Sigmoid", "d", "o", {})]),
     "hardsigmoid": (aten.hardsigmoid.default, [("HardSigmoid", "d", "o", {"alpha": 1 / 6, "beta": 0.5})]),

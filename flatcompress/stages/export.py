@@ -121,7 +121,7 @@ def write(run: RunContext, config: ExportConfig, path: Path) -> tuple[dict[str, 
         integer_time=config.latency,
     )
     for message in certificate["warnings"]:
-        work.emit("warning", message=message)
+        warnings.warn(message, stacklevel=2)
     nothing: dict[str, Any] = {"float": {"bytes": None, "smaller": None, "faster": None}, "latency": None}
     certificate |= reported(
         "the file could not be compared with the float model's", lambda: beside_float(run, config, path), nothing
