@@ -83,7 +83,7 @@ def certify(
     found = kernels(exported.path)
     trained = None if model is None else _in_eval(model, inputs)
     evidence = Evidence(np.concatenate([b.numpy() for b in inputs]), reference, truth).capped(evidence_bytes)
-    certificate = {
+    certificate: dict[str, Any] = {
         "schema": SCHEMA,
         "holds": True,
         "failures": [],
