@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ from flatcompress.prune.channels import Surgery, channel_count, head_counts, kee
 from flatcompress.prune.dependency import axes
 from flatcompress.prune.dependency.groups import Group
 from flatcompress.prune.dependency.survey import cut_equals_mask
+
+NARROW = 0.2
 
 
 class SoftMask:
@@ -84,11 +87,13 @@ def shrink(
     ``mask``: a `SoftMask`, or bool [units] per group. With ``example_input`` the equality is checked first. The groups
     are spent afterwards. Parameters are new objects: build the optimizer after this.
     UserError: nothing was removed, or a group would be emptied. RunError: the check failed. The model is then whole.
+    Warns of groups that keep less than a fifth of their units, by name.
     """
     keep = mask.keep if isinstance(mask, SoftMask) else [k.cpu() for k in mask]
     _check_keep(groups, keep)
     if example_input is not None and not cut_equals_mask(model, example_input, groups, keep):
         raise RunError("the cut model does not compute what the masked one does; nothing was cut.")
+    _warn_of_narrow(groups, keep)
     plan = plan_of(groups, keep)
     surgery = Surgery(model)
     try:
@@ -98,6 +103,22 @@ def shrink(
         raise
     surgery.settle()
     return plan
+
+
+def narrow(groups: Sequence[Group], keep: Sequence[Tensor]) -> list[str]:
+    """The groups that keep less than a fifth of their units, as "NAME (2 of 16 channels)"."""
+    counts = [(group, int(units.sum())) for group, units in zip(groups, keep, strict=True)]
+    return [f"{g.name} ({n} of {g.units} {g.kind})" for g, n in counts if n < NARROW * g.units]
+
+
+def _warn_of_narrow(groups: Sequence[Group], keep: Sequence[Tensor]) -> None:
+    found = narrow(groups, keep)
+    if found:
+        warnings.warn(
+            f"few are left in {', '.join(found)}: everything behind passes through them, and accuracy depends on which "
+            "they are. A larger floor, or ranking uniform, keeps more there.",
+            stacklevel=3,
+        )
 
 
 def _check_keep(groups: Sequence[Group], keep: Sequence[Tensor]) -> None:

@@ -250,15 +250,17 @@ def dry_run(model: nn.Module, example: torch.Tensor, config: PruneConfig) -> Non
     check_trainable(model)
     if config.row.regularizer == "mask":
         prune.regularizers.require_gammas(prune.find_groups(model, example, config.ignore))
-    prune.prune(
-        model,
-        example,
-        importance=config.importance or config.row.importance,
-        budget=budget(config, model, example),
-        ignore=config.ignore,
-        batches=[(example, torch.zeros(len(example), dtype=torch.long, device=example.device))],
-        **asdict(limits(config)),
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what would be left: these weights are not trained yet
+        prune.prune(
+            model,
+            example,
+            importance=config.importance or config.row.importance,
+            budget=budget(config, model, example),
+            ignore=config.ignore,
+            batches=[(example, torch.zeros(len(example), dtype=torch.long, device=example.device))],
+            **asdict(limits(config)),
+        )
 
 
 def limits(config: PruneConfig) -> prune.Limits:

@@ -295,3 +295,20 @@ def test_weight_masks_are_cut_with_their_weights() -> None:
     rows = [i for a, b in data["out"]["keep"] for i in range(a, b)]
     columns = [i for a, b in data["in"]["keep"] for i in range(a, b)]
     assert torch.equal(model.conv2.weight_mask, mask[rows][:, columns])
+
+
+def test_a_layer_that_keeps_few_of_its_channels_is_named():
+    model, x = build("resnet8"), images(32)
+    groups = find_groups(model, x)
+    keep = [torch.ones(g.units, dtype=torch.bool) for g in groups]
+    keep[0][2:] = False
+    with pytest.warns(UserWarning, match=rf"few are left in {groups[0].name} \(2 of {groups[0].units} channels\)"):
+        shrink(model, groups, keep, x)
+
+
+def test_half_of_the_channels_is_no_reason_to_warn(recwarn):
+    model, x = build("resnet8"), images(32)
+    groups = find_groups(model, x)
+    keep = [torch.arange(g.units) < g.units // 2 for g in groups]
+    shrink(model, groups, keep, x)
+    assert not [w for w in recwarn if "few are left" in str(w.message)]
