@@ -40,7 +40,7 @@ from flatcompress.onnx_export.exporting import Exported
 from flatcompress.onnx_export.proof import inspect_file, integers, judging, parity
 from flatcompress.onnx_export.proof.diverging import first_diverging_layer
 from flatcompress.onnx_export.proof.evidence import BYTES, Evidence
-from flatcompress.onnx_export.proof.roundoff import HALF, SINGLE, roundoff
+from flatcompress.onnx_export.proof.roundoff import HALF, SINGLE, real_operators, roundoff
 from flatcompress.onnx_export.runtime import (
     latency,
 )
@@ -194,6 +194,7 @@ def _kernels(found: Kernels, exported: Exported) -> dict[str, Any]:
         "integer_layers": len(integer),
         "not_integer": floating,
         "can_saturate": [row["name"] for row in layers if row["can_saturate"]],
+        "rounds": real_operators(exported.reference) if expected else [],
         "not_integer_inside": [name for name in quantized[1:-1] if expected and name in floating],
     }
 

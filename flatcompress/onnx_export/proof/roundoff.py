@@ -53,6 +53,36 @@ def roundoff(
     return largest if math.isfinite(largest) else 0.0
 
 
+def real_operators(reference: fx.GraphModule) -> list[str]:
+    """The modules of a quantized reference that compute on floats and are quantized again after it.
+
+    Their results round differently from processor to processor and from one release of a runtime to the next; a code on
+    a boundary then moves. Integer layers, and floats that only go on to the output, are not among them.
+    """
+    before: set[fx.Node] = set()
+    for node in reference.graph.nodes:
+        module = reference.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(module, integer.Quantize):
+            before.update(_floats_before(reference, node))
+    paths = [str(node.meta.get("path") or node.name) for node in reference.graph.nodes if node in before]
+    return list(dict.fromkeys(paths))
+
+
+def _floats_before(reference: fx.GraphModule, node: fx.Node) -> set[fx.Node]:
+    """Every node on the way to ``node`` that computes on floats, back to where they come from codes."""
+    found: set[fx.Node] = set()
+    waiting = list(node.all_input_nodes)
+    while waiting:
+        source = waiting.pop()
+        module = reference.get_submodule(str(source.target)) if source.op == "call_module" else None
+        exact = isinstance(module, integer.Dequantize | integer.Rounded | integer.Quantize | integer.ClampCodes)
+        if source in found or exact or source.op not in ("call_module", "call_function"):
+            continue
+        found.add(source)
+        waiting += source.all_input_nodes
+    return found
+
+
 def _spread(inputs: Sequence[Tensor], most: int) -> Tensor:
     """At most ``most`` samples [N, ...], evenly spread over all batches."""
     total = sum(len(batch) for batch in inputs)
