@@ -13,7 +13,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,8 @@ from flatcompress.data import preview
 from flatcompress.environment import versions
 from flatcompress.errors import Interrupted, RunError, UserError
 from flatcompress.plan import apply_plan, load_weights
-from flatcompress.recipe import SCHEMA, Recipe, identity, parse_recipe
+from flatcompress.recipe import Recipe
+from flatcompress.recipe.resuming import first_changed_stage
 from flatcompress.stages import RunContext
 from flatcompress.stages.reported import reported
 from flatcompress.storage import write_bytes_atomic, write_error
@@ -36,15 +36,6 @@ from flatcompress.store.trackers import open_tracker
 from flatcompress.training import memory
 from flatcompress.training.divergence import describe
 from flatcompress.training.signals import StopRequest
-from flatcompress.yaml_source import parse_yaml
-
-
-@dataclass(frozen=True)
-class _Before:
-    """The recipe of the run that is in the folder; one from before there was a schema number has 1."""
-
-    recipe: Recipe
-    schema_number: int
 
 
 class Session:
@@ -75,7 +66,7 @@ class Session:
                 stack.enter_context(self.folder.locked())
                 if self.restart:
                     self._clear()
-                first_changed = self._check_recipe()
+                first_changed = first_changed_stage(self.folder, self.recipe)
                 if first_changed is not None:
                     checkpoint.rewind(self.folder.checkpoints, first_changed)
                 trackers = [open_tracker(name, self.folder.path, self.recipe.name) for name in self.recipe.log]
@@ -115,42 +106,6 @@ class Session:
         f = self.folder
         for path in (f.log, f.ledger, f.report, f.certificate, *f.path.glob("model*.onnx"), f.recipe):
             path.unlink(missing_ok=True)
-
-    def _check_recipe(self) -> int | None:
-        """None when the folder's recipe is this one; else the first stage that changed, if that is still to come."""
-        text = self.folder.read_recipe()
-        if text is None:
-            return None
-        before = self._recipe_before(text)
-        latest = checkpoint.load_latest(self.folder.checkpoints)
-        begun = 0 if latest is None else latest.stage_index + 1
-        if begun and before.schema_number != SCHEMA:
-            raise UserError(
-                f"{self.folder.path} holds a run of an earlier version of flatcompress (recipe schema "
-                f"{before.schema_number}, this version has {SCHEMA}), which cannot be resumed. Its files can still be "
-                "read (report, verify, export). Run with --restart to start over (its results are removed), or give "
-                "this run another name."
-            )
-        found = identity.differences(before.recipe, self.recipe)
-        if not found:
-            return None
-        first = identity.first_stage(found)
-        if first < begun:
-            raise UserError(
-                f"{self.folder.path} holds a run of another recipe, and what changed was already used:\n"
-                f"{identity.as_text(found)}\n"
-                "Run with --restart to start over (its results are removed), or give this run another name."
-            )
-        return first
-
-    def _recipe_before(self, text: str) -> _Before:
-        """The folder's own recipe. UserError when it cannot be read as one."""
-        where = str(self.folder.recipe)
-        try:
-            raw, _ = parse_yaml(text, where)
-            return _Before(parse_recipe(raw, where), int(raw.get("schema", 1)))
-        except UserError as error:
-            raise UserError(f"{where}: not a recipe any more ({error}). Run with --restart to start over.") from None
 
     @property
     def stop_requested(self) -> bool:
