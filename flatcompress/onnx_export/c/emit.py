@@ -185,8 +185,11 @@ def _conv(made: Sources, decided: Decided, index: int, step: ir.Conv) -> None:
 
 def _uses_of_conv(layer: Layer, kind: str) -> set[str]:
     found = {"DEPTHWISE"} if layer.step.depthwise else {"CONV"}
+    planes, window = weights.PLANES[layer.digits.bits], layer.step.window
     if not layer.step.depthwise:
-        found |= {f"BITS_{bits}" for bits in weights.PLANES[layer.digits.bits]}
+        found |= {f"BITS_{bits}" for bits in planes} | ({"PLANES"} if len(planes) > 1 else set())
+    elif window.kernel == (3, 3) and window.dilation == (1, 1) and window.stride[0] <= 3:
+        found.add("THREE")
     found |= {"WIDE_BIAS"} if _wide(layer) else set()
     return found | {"FC_SCALED": {"FLOATS"}, "FC_REAL": {"REALS"}}.get(kind, set())
 

@@ -40,6 +40,8 @@ def digits(conv: Conv) -> Digits:
         signs, turned = np.ones_like(signs), rows
     lowest = int(turned.min())
     bits = max(1, int(turned.max() - lowest).bit_length())
+    if conv.bits in (1, 2, 4, 8) and not conv.depthwise:  # one plane is half the instructions of two
+        bits = next(width for width in (1, 2, 4, 8) if width >= bits)
     return Digits(turned - lowest, lowest, 8 if bits == 7 else bits, signs)
 
 

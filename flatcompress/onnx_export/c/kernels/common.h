@@ -24,11 +24,31 @@
 #define FC_DSP 0
 #endif
 
+#if FC_DSP
+typedef struct {
+    uint32_t value;
+} __attribute__((packed, may_alias)) fc_word; /* four bytes at any address */
+#endif
+
+/* Two words and on: one LDRD, which compilers seldom form. Only an optimization; the other form is plain C. */
+#if FC_DSP && defined(__GNUC__)
+#define FC_LOAD2(x, y, from) __asm__ volatile("ldrd %0, %1, [%2], #8" : "=r"(x), "=r"(y), "+r"(from) : : "memory")
+#else
+#define FC_LOAD2(x, y, from)                                                                                           \
+    do {                                                                                                               \
+        (x) = (from)[0];                                                                                               \
+        (y) = (from)[1];                                                                                               \
+        (from) += 2;                                                                                                   \
+    } while (0)
+#endif
+
 #if defined(__GNUC__)
 #define FC_INLINE static inline __attribute__((always_inline))
+#define FC_APART static __attribute__((noinline))
 #define FC_HIDE(value) __asm__("" : "+r"(value)) /* the compiler would spell the mask out in every instruction */
 #else
 #define FC_INLINE static inline
+#define FC_APART static
 #define FC_HIDE(value) ((void)0)
 #endif
 

@@ -48,35 +48,56 @@ FC_INLINE int32_t fc_requantize(const fc_layer *layer, int32_t sum, uint32_t cha
 
 #if FC_CONV
 #if FC_DSP
-typedef struct {
-    uint32_t value;
-} __attribute__((packed, may_alias)) fc_word;
 #define FC_PAIRS(a, b, sum) ((uint32_t)__smlad((int16x2_t)(a), (int16x2_t)(b), (int32_t)(sum)))
 #else
 #define FC_PAIRS(a, b, sum) ((sum) + (((a) & 0xFFFFu) * ((b) & 0xFFFFu)) + (((a) >> 16) * ((b) >> 16)))
 #endif
 
-/* Four bytes as two words of two 16-bit numbers, in the order 0 2, 1 3; returns their sum. */
-FC_INLINE uint32_t fc_widen4(const uint8_t *from, uint32_t *to)
+/* Four bytes as two words of two 16-bit numbers, in the order 0 2, 1 3; returns their sum. The patches of two pixels
+ * alternate word by word, so that one load brings both. */
+FC_INLINE uint32_t fc_widen4(const uint8_t *from, uint32_t *to, uint32_t mask, uint32_t sum)
 {
 #if FC_DSP
-    uint32_t four = ((const fc_word *)from)->value;
-    to[0] = (uint32_t)__uxtb16((uint8x4_t)four);
-    to[1] = (uint32_t)__uxtb16((uint8x4_t)((four >> 8) | (four << 24)));
-    return (uint32_t)__usada8((uint8x4_t)four, (uint8x4_t)0u, 0u);
+    const uint32_t four = ((const fc_word *)from)->value;
+    to[0] = four & mask;
+    to[2] = (four >> 8) & mask;
+    return __usada8((uint8x4_t)four, (uint8x4_t)0u, sum);
 #else
-    uint32_t a = from[0], b = from[1], c = from[2], d = from[3];
+    const uint32_t a = from[0], b = from[1], c = from[2], d = from[3];
+    (void)mask;
     to[0] = a | (c << 16);
-    to[1] = b | (d << 16);
-    return a + b + c + d;
+    to[2] = b | (d << 16);
+    return sum + a + b + c + d;
 #endif
+}
+
+/* A run of bytes, or of zeros where it lies outside of the image; returns where the next one goes. */
+FC_INLINE uint8_t *fc_copy(uint8_t *to, const uint8_t *from, uint32_t count, uint8_t zero)
+{
+    uint32_t i = 0u;
+    if (from == NULL) {
+        for (; i < count; i++) {
+            to[i] = zero;
+        }
+        return &to[count];
+    }
+#if FC_DSP
+    for (; (i + 4u) <= count; i += 4u) {
+        ((fc_word *)(void *)&to[i])->value = ((const fc_word *)(const void *)&from[i])->value;
+    }
+#endif
+    for (; i < count; i++) {
+        to[i] = from[i];
+    }
+    return &to[count];
 }
 
 /* The inputs of one output pixel as 16-bit numbers; padding is the code of zero. Returns their sum. Runs that are no
  * multiple of four bytes long go through `bytes` first. */
-static uint32_t fc_patch(const fc_layer *layer, const uint8_t *source, uint32_t y, uint32_t x, uint32_t group,
-                         uint32_t *patch, uint8_t *bytes)
+static uint32_t fc_patch(const fc_layer *layer, uint8_t *arena, uint32_t y, uint32_t x, uint32_t group, uint32_t *patch)
 {
+    const uint8_t *const source = &arena[layer->source];
+    uint8_t *const bytes = &arena[layer->scratch + (8u * layer->words)];
     const uint32_t depth = (uint32_t)layer->in_c / layer->groups;
     const int32_t top = (int32_t)(y * layer->stride_h) - (int32_t)layer->pad_t;
     const int32_t left = (int32_t)(x * layer->stride_w) - (int32_t)layer->pad_l;
@@ -84,7 +105,8 @@ static uint32_t fc_patch(const fc_layer *layer, const uint8_t *source, uint32_t 
     const uint32_t direct = ((depth & 3u) == 0u) ? 1u : 0u;
     uint32_t *to = patch;
     uint8_t *byte = bytes;
-    uint32_t sum = 0u;
+    uint32_t sum = 0u, mask = 0x00FF00FFu;
+    FC_HIDE(mask);
     for (uint32_t ky = 0u; ky < layer->kernel_h; ky++) {
         const int32_t row = top + (int32_t)(ky * layer->dilation_h);
         const uint32_t inside = ((row >= 0) && (row < (int32_t)layer->in_h)) ? 1u : 0u;
@@ -102,20 +124,19 @@ static uint32_t fc_patch(const fc_layer *layer, const uint8_t *source, uint32_t 
                 from = source + (((((uint32_t)row * layer->in_w) + (uint32_t)column) * layer->in_c) + (group * depth));
             }
             if (direct == 0u) {
-                for (uint32_t i = 0u; i < run; i++) {
-                    *byte = (from != NULL) ? from[i] : layer->in_zero;
-                    byte++;
-                }
+                byte = fc_copy(byte, from, run, layer->in_zero);
             } else if (from != NULL) {
-                for (uint32_t i = 0u; i < run; i += 4u) {
-                    sum += fc_widen4(&from[i], to);
-                    to += 2;
-                }
+                const uint8_t *const stop = &from[run];
+                do {
+                    sum = fc_widen4(from, to, mask, sum);
+                    from += 4;
+                    to += 4;
+                } while (from != stop);
             } else {
                 const uint32_t zeros = (uint32_t)layer->in_zero | ((uint32_t)layer->in_zero << 16);
                 for (uint32_t i = 0u; i < run; i += 2u) {
                     *to = zeros;
-                    to++;
+                    to += 2;
                 }
                 sum += run * layer->in_zero;
             }
@@ -127,28 +148,28 @@ static uint32_t fc_patch(const fc_layer *layer, const uint8_t *source, uint32_t 
             byte++;
         }
         for (const uint8_t *from = bytes; from < byte; from += 4) {
-            sum += fc_widen4(from, to);
-            to += 2;
+            sum = fc_widen4(from, to, mask, sum);
+            to += 4;
         }
     }
-    while (to < &patch[layer->words]) { /* digits that fill a word up meet zeros */
+    while (to < &patch[2u * layer->words]) { /* digits that fill a word up meet zeros */
         *to = 0u;
-        to++;
+        to += 2;
     }
     return sum;
 }
 
-/* Two rows of weights times two patches, digits of BITS bits in the halves of a word. */
+/* Two rows of weights times the patches of two pixels, digits of BITS bits in the halves of a word. */
 #define FC_DOT(BITS, MASK)                                                                                             \
-    static void fc_dot_##BITS(const uint32_t *first, const uint32_t *second, const uint32_t *p0, const uint32_t *p1,   \
-                              const uint32_t *end, uint32_t *sums)                                                     \
+    FC_APART void fc_dot_##BITS(const uint32_t *first, const uint32_t *second, const uint32_t *patch,                  \
+                                const uint32_t *end, uint32_t *sums)                                                   \
     {                                                                                                                  \
         uint32_t s0 = 0u, s1 = 0u, s2 = 0u, s3 = 0u, mask = (MASK);                                                    \
         FC_HIDE(mask);                                                                                                 \
-        while (p0 != end) {                                                                                            \
+        do {                                                                                                           \
             const uint32_t a = *first++, b = *second++;                                                                \
             FC_STEPS_##BITS                                                                                            \
-        }                                                                                                              \
+        } while (patch != end);                                                                                        \
         sums[0] = s0;                                                                                                  \
         sums[1] = s1;                                                                                                  \
         sums[2] = s2;                                                                                                  \
@@ -156,8 +177,9 @@ static uint32_t fc_patch(const fc_layer *layer, const uint8_t *source, uint32_t 
     }
 #define FC_STEP(SHIFT)                                                                                                 \
     {                                                                                                                  \
-        const uint32_t x = *p0++, y = *p1++;                                                                           \
+        uint32_t x, y;                                                                                                 \
         const uint32_t v = (a >> (SHIFT)) & mask, w = (b >> (SHIFT)) & mask;                                           \
+        FC_LOAD2(x, y, patch);                                                                                         \
         s0 = FC_PAIRS(v, x, s0);                                                                                       \
         s1 = FC_PAIRS(v, y, s1);                                                                                       \
         s2 = FC_PAIRS(w, x, s2);                                                                                       \
@@ -187,7 +209,7 @@ FC_DOT(1, 0x00010001u)
     if (((uint32_t)layer->bits & (BITS##u)) != 0u) {                                                                   \
         const uint32_t length = ((uint32_t)layer->words * (BITS##u)) / 16u;                                            \
         uint32_t part[4];                                                                                              \
-        fc_dot_##BITS(first, second, p0, p1, &p0[layer->words], part);                                                 \
+        fc_dot_##BITS(first, second, patch, end, part);                                                                \
         for (uint32_t i = 0u; i < 4u; i++) {                                                                           \
             sums[i] += part[i] << place;                                                                               \
         }                                                                                                              \
@@ -197,9 +219,10 @@ FC_DOT(1, 0x00010001u)
     }
 
 /* Weights of 3, 5 and 6 bits are planes of 4, 2 and 1 bits, one after the other in a row. */
-FC_INLINE void fc_products(const fc_layer *layer, const uint32_t *first, const uint32_t *second, const uint32_t *p0,
-                           const uint32_t *p1, uint32_t *sums)
+FC_INLINE void fc_products(const fc_layer *layer, const uint32_t *first, const uint32_t *second, const uint32_t *patch,
+                           const uint32_t *end, uint32_t *sums)
 {
+#if FC_PLANES
     uint32_t place = 0u;
     sums[0] = 0u;
     sums[1] = 0u;
@@ -217,12 +240,35 @@ FC_INLINE void fc_products(const fc_layer *layer, const uint32_t *first, const u
 #if FC_BITS_1
     FC_PLANE(1)
 #endif
-    (void)first;
-    (void)second;
-    (void)place;
+#else
+    switch (layer->bits) {
+#if FC_BITS_8
+    case 8u:
+        fc_dot_8(first, second, patch, end, sums);
+        break;
+#endif
+#if FC_BITS_2
+    case 2u:
+        fc_dot_2(first, second, patch, end, sums);
+        break;
+#endif
+#if FC_BITS_1
+    case 1u:
+        fc_dot_1(first, second, patch, end, sums);
+        break;
+#endif
+    default:
+#if FC_BITS_4
+        fc_dot_4(first, second, patch, end, sums);
+#endif
+        break;
+    }
+#endif
 }
 
-FC_INLINE void fc_store(const fc_layer *layer, uint8_t *arena, float *real, int32_t sum, uint32_t pixel,
+#if FC_FUSED || FC_REALS || FC_FLOATS
+/* A sum to what is stored, in every way that is not the plain one. */
+FC_APART void fc_finish(const fc_layer *layer, uint8_t *arena, float *real, int32_t sum, uint32_t pixel,
                         uint32_t channel)
 {
     const uint32_t at = (pixel * layer->out_c) + channel;
@@ -244,56 +290,93 @@ FC_INLINE void fc_store(const fc_layer *layer, uint8_t *arena, float *real, int3
 #endif
     arena[layer->target + at] = (uint8_t)code;
 }
+#endif
+
+/* What is the same for all sums of a layer. */
+typedef struct {
+    int64_t offset;
+    int32_t low, high;
+    uint32_t shift, stride;
+    int32_t scale;
+    int32_t fixed[2]; /* of the two pixels */
+} fc_result;
+
+/* The sums of two pixels in one channel to codes: the plain way, by multipliers. */
+FC_APART void fc_plain(const fc_result *result, const uint32_t *sums, int32_t bias, int32_t multiplier, uint8_t *to)
+{
+    const int64_t offset = result->offset;
+    const int32_t low = result->low, high = result->high;
+    const uint32_t shift = result->shift;
+    const int32_t first = (((int32_t)sums[0] + result->fixed[0]) * result->scale) + bias;
+    const int32_t second = (((int32_t)sums[1] + result->fixed[1]) * result->scale) + bias;
+    int32_t code = (int32_t)((offset + ((int64_t)first * multiplier)) >> 32) >> shift;
+    int32_t next = (int32_t)((offset + ((int64_t)second * multiplier)) >> 32) >> shift;
+    to[result->stride] = (uint8_t)fc_clamp(next, low, high); /* of one pixel alone the stride is 0, and this goes */
+    to[0] = (uint8_t)fc_clamp(code, low, high);
+}
 
 static void fc_conv(const fc_layer *layer, uint8_t *arena, float *real)
 {
-    const uint32_t pixels = (uint32_t)layer->out_h * layer->out_w;
     const uint32_t outputs = (uint32_t)layer->out_c / layer->groups;
     const uint32_t row = ((uint32_t)layer->words * layer->bits) / 16u;
-    const int32_t scale = (int32_t)(1ul << layer->headroom);
-    uint32_t *const p0 = (uint32_t *)(void *)&arena[layer->scratch];
-    uint32_t *const next = p0 + layer->words;
-    uint8_t *const bytes = (uint8_t *)(next + layer->words);
+    const uint32_t stride = layer->out_c, width = layer->out_w, groups = layer->groups;
+    const uint32_t pixels = width * layer->out_h;
+    const int32_t lowest = layer->lowest;
+    uint32_t *const patch = (uint32_t *)(void *)&arena[layer->scratch];
+    const uint32_t *const finish = &patch[2u * layer->words];
+    const int32_t *const multipliers = (const int32_t *)layer->scale;
+    fc_result result = {layer->offset, layer->low, layer->high, layer->shift, layer->out_c, 0, {0, 0}};
+    uint8_t *to = &arena[layer->target];
     uint32_t y = 0u, x = 0u;
+    result.scale = (int32_t)(1ul << layer->headroom);
+#if FC_FUSED || FC_REALS || FC_FLOATS
+    const uint32_t plain = ((layer->kind == FC_CODES) && (layer->add == NULL)) ? 1u : 0u;
+#else
+    (void)real;
+#endif
     for (uint32_t pixel = 0u; pixel < pixels; pixel += 2u) {
-        const uint32_t two = ((pixel + 1u) < pixels) ? 1u : 0u;
-        const uint32_t *const p1 = (two != 0u) ? next : p0;
-        const uint32_t last_x = ((x + 1u) == layer->out_w) ? 0u : (x + 1u);
-        const uint32_t last_y = (last_x == 0u) ? (y + 1u) : y;
+        const uint32_t two = ((pixel + 1u) < pixels) ? 2u : 1u;
+        result.stride = (two == 2u) ? stride : 0u;
         const uint32_t *weight = (const uint32_t *)layer->weight;
-        uint32_t channel = 0u;
-        for (uint32_t group = 0u; group < layer->groups; group++) {
+        uint32_t channel = 0u, next_y = y, next_x = x;
+        for (uint32_t group = 0u; group < groups; group++) {
             const uint32_t end = channel + outputs;
-            const int32_t lift = layer->lowest;
-            const int32_t c0 = lift * (int32_t)fc_patch(layer, &arena[layer->source], y, x, group, p0, bytes);
-            int32_t c1 = c0;
-            if (two != 0u) {
-                c1 = lift * (int32_t)fc_patch(layer, &arena[layer->source], last_y, last_x, group, next, bytes);
+            next_y = y;
+            next_x = x;
+            for (uint32_t i = 0u; i < two; i++) {
+                result.fixed[i] = (int32_t)fc_patch(layer, arena, next_y, next_x, group, &patch[i]) * lowest;
+                next_x++;
+                if (next_x == width) {
+                    next_x = 0u;
+                    next_y++;
+                }
             }
             while (channel < end) {
-                const uint32_t pair = ((channel + 1u) < end) ? 1u : 0u;
-                const uint32_t *const second = (pair != 0u) ? (weight + row) : weight;
+                const uint32_t pair = ((channel + 1u) < end) ? 2u : 1u;
                 uint32_t sums[4];
-                int32_t bias = fc_bias(layer, channel);
-                fc_products(layer, weight, second, p0, p1, sums);
-                fc_store(layer, arena, real, (((int32_t)sums[0] + c0) * scale) + bias, pixel, channel);
-                if (two != 0u) {
-                    fc_store(layer, arena, real, (((int32_t)sums[1] + c1) * scale) + bias, pixel + 1u, channel);
-                }
-                if (pair != 0u) {
-                    bias = fc_bias(layer, channel + 1u);
-                    fc_store(layer, arena, real, (((int32_t)sums[2] + c0) * scale) + bias, pixel, channel + 1u);
-                    if (two != 0u) {
-                        fc_store(layer, arena, real, (((int32_t)sums[3] + c1) * scale) + bias, pixel + 1u,
-                                 channel + 1u);
+                fc_products(layer, weight, (pair == 2u) ? (weight + row) : weight, patch, finish, sums);
+                for (uint32_t c = 0u; c < pair; c++) {
+                    const int32_t bias = fc_bias(layer, channel);
+                    const uint32_t *const sum = &sums[2u * c];
+#if FC_FUSED || FC_REALS || FC_FLOATS
+                    if (plain == 0u) {
+                        for (uint32_t i = 0u; i < two; i++) {
+                            const int32_t total = (((int32_t)sum[i] + result.fixed[i]) * result.scale) + bias;
+                            fc_finish(layer, arena, real, total, pixel + i, channel);
+                        }
+                    } else
+#endif
+                    {
+                        fc_plain(&result, sum, bias, multipliers[channel], &to[channel]);
                     }
+                    channel++;
+                    weight += row;
                 }
-                channel += 1u + pair;
-                weight += row + ((pair != 0u) ? row : 0u);
             }
         }
-        x = ((last_x + 1u) == layer->out_w) ? 0u : (last_x + 1u);
-        y = (x == 0u) ? (last_y + 1u) : last_y;
+        to += 2u * stride;
+        y = next_y;
+        x = next_x;
     }
 }
 #endif
