@@ -64,7 +64,12 @@ def missing() -> str | None:
 
 
 def measure(
-    folder: Path, name: str, samples: NDArray[np.float32], count: int, board: str = "m4", flags: tuple[str, ...] = ("-O2",)
+    folder: Path,
+    name: str,
+    samples: NDArray[np.float32],
+    count: int,
+    board: str = "m4",
+    flags: tuple[str, ...] = ("-O2",),
 ) -> Measured:
     """Compile the model ``name`` in ``folder`` for a board and run it on samples [N, ...]; count: outputs of one.
 
@@ -87,7 +92,7 @@ def measure(
 def _float(value: np.floating) -> str:
     number = float(value)
     if np.isnan(number) or np.isinf(number):
-        return "__builtin_nanf(\"\")" if np.isnan(number) else f"{'-' if number < 0 else ''}__builtin_inff()"
+        return '__builtin_nanf("")' if np.isnan(number) else f"{'-' if number < 0 else ''}__builtin_inff()"
     return number.hex() + "f"
 
 
@@ -135,7 +140,19 @@ def _bytes(image: Path) -> int:
 
 
 def _emulate(image: Path, board: Board) -> str:
-    line = [QEMU, "-machine", board.machine, "-display", "none", "-monitor", "none", "-serial", "none", "-icount", "shift=0"]
+    line = [
+        QEMU,
+        "-machine",
+        board.machine,
+        "-display",
+        "none",
+        "-monitor",
+        "none",
+        "-serial",
+        "none",
+        "-icount",
+        "shift=0",
+    ]
     line += ["-semihosting-config", "enable=on,target=native", "-kernel", str(image)]
     try:
         done = subprocess.run(line, capture_output=True, text=True, check=False, timeout=900, stdin=subprocess.DEVNULL)

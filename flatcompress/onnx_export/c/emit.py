@@ -101,21 +101,12 @@ def _dequantize(made: Sources, decided: Decided, index: int, step: ir.Dequantize
 
 
 def _add_fields(rule: sums.AddRule, operands: Sequence[ir.Codes], out: ir.Codes) -> dict[str, Any]:
-    return {
-        "first": rule.first,
-        "second": rule.second,
-        "offset": rule.offset,
-        "ratio_first": number(rule.ratios[0]),
-        "ratio_second": number(rule.ratios[1]),
-        "fixed": number(rule.ratios[2]),
-        "shift": rule.shift,
-        "low": out.low,
-        "high": out.high,
-        "floats": int(rule.floats),
-        "base_a": operands[0].base,
-        "base_b": operands[1].base,
-        "base_out": out.base,
-    }
+    found: dict[str, Any] = {"first": rule.first, "second": rule.second, "offset": rule.offset}
+    if rule.floats:
+        found |= {f"ratio_{which}": number(ratio) for which, ratio in zip(("first", "second"), rule.ratios)}
+        found |= {"fixed": number(rule.ratios[2]), "floats": 1}
+        found |= {"base_a": operands[0].base, "base_b": operands[1].base, "base_out": out.base}
+    return found | {"shift": rule.shift, "low": out.low, "high": out.high}
 
 
 def _uses_of_add(made: Sources, rule: sums.AddRule, kind: str) -> None:
@@ -164,7 +155,7 @@ def _conv(made: Sources, decided: Decided, index: int, step: ir.Conv) -> None:
         "out_h": step.height,
         "out_w": step.width,
         "out_c": step.outputs,
-        "groups": step.groups,
+        **({"groups": step.groups} if step.groups > 1 and not step.depthwise else {}),
         "taps": step.taps,
         "words": layer.words,
         "lowest": found.lowest,
@@ -174,6 +165,7 @@ def _conv(made: Sources, decided: Decided, index: int, step: ir.Conv) -> None:
         "shift": layer.rule.shift - 32,
         "kind": kind,
         "wide": int(_wide(layer)),
+        "narrow": int(layer.rule.narrow),
         "in_zero": source.zero,
         **({"out_zero": result.zero, "low": result.low, "high": result.high} if result is not None else {}),
     }
@@ -191,6 +183,8 @@ def _uses_of_conv(layer: Layer, kind: str) -> set[str]:
     elif window.kernel == (3, 3) and window.dilation == (1, 1) and window.stride[0] <= 3:
         found.add("THREE")
     found |= {"WIDE_BIAS"} if _wide(layer) else set()
+    found |= {"NARROW"} if layer.rule.narrow else set()
+    found |= {"GROUPS"} if layer.step.groups > 1 and not layer.step.depthwise else set()
     return found | {"FC_SCALED": {"FLOATS"}, "FC_REAL": {"REALS"}}.get(kind, set())
 
 
@@ -206,13 +200,16 @@ def _parameters(made: Sources, index: int, layer: Layer, kind: str) -> dict[str,
     text = [f"0x{value:0{2 * width}X}u" for value in values.tolist()]
     weight = made.array("uint8_t" if step.depthwise else "uint32_t", f"weight_{index}", text)
     if kind == "FC_CODES":
-        scale = made.array("int32_t", f"scale_{index}", layer.rule.multiplier.tolist())
+        unit = requantize.UNIT if layer.rule.narrow else 1
+        scale = made.array(
+            "int16_t" if layer.rule.narrow else "int32_t", f"scale_{index}", (layer.rule.multiplier // unit).tolist()
+        )
     else:  # a negated channel's sum comes back by a negated scale: float products are symmetric
         scales = [number(v) for v in step.scale * found.signs.astype(np.float32)]
         scale = made.array("float", f"scale_{index}", scales)
     bias = made.array("int32_t" if _wide(layer) else "int16_t", f"bias_{index}", layer.bias.tolist())
     made.weight_bytes += values.size * width
-    made.parameter_bytes += step.outputs * (8 if _wide(layer) else 6)
+    made.parameter_bytes += step.outputs * ((4 if _wide(layer) else 2) + (2 if layer.rule.narrow else 4))
     return {"weight": weight, "scale": scale, "bias": bias}
 
 

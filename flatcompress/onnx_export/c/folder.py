@@ -14,7 +14,7 @@ from flatcompress.storage import write_output
 KERNELS = "fc_kernels.h"
 FEATURES = (
     *("QUANTIZE", "DEQUANTIZE", "CONV", "DEPTHWISE", "FUSED", "ADD", "FLOAT_ADD", "POOL", "MAX", "TABLE", "CONCAT"),
-    *("REALS", "FLOATS", "WIDE_BIAS", "BITS_1", "BITS_2", "BITS_4", "BITS_8", "PLANES", "THREE"),
+    *("REALS", "FLOATS", "WIDE_BIAS", "BITS_1", "BITS_2", "BITS_4", "BITS_8", "PLANES", "THREE", "NARROW", "GROUPS"),
 )
 RESERVED = {"main", "in", "out", "arena", "bytes", "int", "float", "char", "void", "const", "static", "if", "for"}
 

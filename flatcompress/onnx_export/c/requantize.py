@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 Ints = NDArray[np.int64]
 LARGEST_SHIFT = 53  # (2 k - 1) 2**(shift - 1) and sums times multipliers stay within int64
 MULTIPLIER_BITS = 31
+UNIT = 1 << 16
 INT32 = (-(1 << 31), (1 << 31) - 1)
 
 
@@ -24,7 +25,8 @@ INT32 = (-(1 << 31), (1 << 31) - 1)
 class Rule:
     """``(sum * multiplier + offset) >> shift`` for each channel, the zero point not included.
 
-    ``floats``: no multiplier was found, so the C multiplies by ``scale`` in float32, as onnxruntime does.
+    ``narrow``: the multipliers are multiples of 2**16, so that the C stores 16 bits of them. ``floats``: no multiplier
+    was found, so the C multiplies by ``scale`` in float32, as onnxruntime does.
     ``sums``: how many (channel, sum) pairs the proof covers; ``steps``: how many steps between codes it compared.
     """
 
@@ -34,6 +36,7 @@ class Rule:
     sums: int
     steps: int
     floats: bool = False
+    narrow: bool = False
 
     def __call__(self, sums: Ints, channel: int) -> Ints:
         """What the C computes, for tests."""
@@ -86,9 +89,18 @@ def solve(
     for nudge in _nudges(shift):
         least, most = _interval(steps, levels, low, high, shift, (1 << (shift - 1)) + nudge)
         if (least <= most).all():
-            multiplier = np.clip(wanted, least, most) * (1 if signs is None else signs)
-            return Rule(multiplier, (1 << (shift - 1)) + nudge, shift, sums, steps.size)
+            chosen, narrow = _choose(wanted, least, most)
+            chosen = chosen * (1 if signs is None else signs)
+            return Rule(chosen, (1 << (shift - 1)) + nudge, shift, sums, steps.size, narrow=narrow)
     return Rule(np.zeros(len(scale), np.int64), 0, shift, sums, steps.size, floats=True)
+
+
+def _choose(wanted: Ints, least: Ints, most: Ints) -> tuple[Ints, bool]:
+    """A multiplier of each channel's interval: multiples of 2**16 where every interval has one."""
+    first, last = -(-least // UNIT), most // UNIT
+    if (first <= last).all():
+        return np.clip(np.round(wanted / UNIT).astype(np.int64), first, last) * UNIT, True
+    return np.clip(wanted, least, most), False
 
 
 def _shift(scale: NDArray[np.float32]) -> int:

@@ -57,10 +57,15 @@ typedef struct {
 /* An addition of codes: (a * first + b * second + offset) >> shift, or in floats where no integers are exact. */
 typedef struct {
     int32_t first, second, offset;
+    uint32_t b; /* offsets in the arena; a is the convolution's result in a fused addition */
+#if FC_ADD
+    uint32_t a, target, count;
+#endif
+#if FC_FLOAT_ADD
     float ratio_first, ratio_second, fixed;
-    uint32_t a, b, target, count; /* arena offsets and codes; a is the convolution's result in a fused addition */
-    uint8_t shift, low, high, floats;
-    uint8_t base_a, base_b, base_out, swapped;
+    uint8_t floats, base_a, base_b, base_out;
+#endif
+    uint8_t shift, low, high, swapped;
 } fc_add;
 
 FC_INLINE int32_t fc_clamp(int32_t value, int32_t low, int32_t high)

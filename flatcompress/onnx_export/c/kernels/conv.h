@@ -12,11 +12,17 @@ typedef struct {
     const void *bias;      /* int16_t or int32_t, one a channel */
     const fc_add *add;     /* a fused addition or NULL */
     uint32_t source, target, scratch; /* offsets in the arena */
-    uint16_t in_h, in_w, in_c, out_h, out_w, out_c, groups;
+    uint16_t in_h, in_w, in_c, out_h, out_w, out_c;
+#if FC_GROUPS
+    uint16_t groups;
+#define FC_GROUPS_OF(layer) ((uint32_t)(layer)->groups)
+#else
+#define FC_GROUPS_OF(layer) 1u
+#endif
     uint16_t taps, words;  /* products of a value; words of a patch of 16-bit numbers */
     int16_t lowest;        /* the weight that digit 0 stands for */
     uint8_t kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w, pad_t, pad_l;
-    uint8_t bits, headroom, shift, kind, wide; /* wide: int32_t biases */
+    uint8_t bits, headroom, shift, kind, wide, narrow; /* wide: int32_t biases; narrow: int16_t multipliers */
     uint8_t in_zero, out_zero, low, high;
 } fc_layer;
 
@@ -30,6 +36,17 @@ FC_INLINE int32_t fc_bias(const fc_layer *layer, uint32_t channel)
     return (int32_t)((const int16_t *)layer->bias)[channel];
 }
 
+/* A multiplier; of narrow ones the upper 16 bits are stored. */
+FC_INLINE int32_t fc_multiplier(const fc_layer *layer, uint32_t channel)
+{
+#if FC_NARROW
+    if (layer->narrow != 0u) {
+        return (int32_t)((const int16_t *)layer->scale)[channel] * 65536;
+    }
+#endif
+    return ((const int32_t *)layer->scale)[channel];
+}
+
 /* A sum to a code of the layer's grid. */
 FC_INLINE int32_t fc_requantize(const fc_layer *layer, int32_t sum, uint32_t channel)
 {
@@ -41,7 +58,7 @@ FC_INLINE int32_t fc_requantize(const fc_layer *layer, int32_t sum, uint32_t cha
         return fc_clamp(code, (int32_t)layer->low, (int32_t)layer->high);
     }
 #endif
-    code = (int32_t)((layer->offset + ((int64_t)sum * ((const int32_t *)layer->scale)[channel])) >> 32);
+    code = (int32_t)((layer->offset + ((int64_t)sum * fc_multiplier(layer, channel))) >> 32);
     return fc_clamp(code >> layer->shift, (int32_t)layer->low, (int32_t)layer->high);
 }
 #endif
@@ -98,7 +115,7 @@ static uint32_t fc_patch(const fc_layer *layer, uint8_t *arena, uint32_t y, uint
 {
     const uint8_t *const source = &arena[layer->source];
     uint8_t *const bytes = &arena[layer->scratch + (8u * layer->words)];
-    const uint32_t depth = (uint32_t)layer->in_c / layer->groups;
+    const uint32_t depth = (uint32_t)layer->in_c / FC_GROUPS_OF(layer);
     const int32_t top = (int32_t)(y * layer->stride_h) - (int32_t)layer->pad_t;
     const int32_t left = (int32_t)(x * layer->stride_w) - (int32_t)layer->pad_l;
     const int32_t right = left + (((int32_t)layer->kernel_w - 1) * (int32_t)layer->dilation_w);
@@ -112,7 +129,7 @@ static uint32_t fc_patch(const fc_layer *layer, uint8_t *arena, uint32_t y, uint
         const uint32_t inside = ((row >= 0) && (row < (int32_t)layer->in_h)) ? 1u : 0u;
         uint32_t whole = 0u, count = layer->kernel_w, run = depth;
         if ((inside != 0u) && (left >= 0) && (right < (int32_t)layer->in_w) && (layer->dilation_w == 1u) &&
-            (layer->groups == 1u)) {
+            (FC_GROUPS_OF(layer) == 1u)) {
             whole = 1u;
             run = depth * count;
             count = 1u;
@@ -317,14 +334,13 @@ FC_APART void fc_plain(const fc_result *result, const uint32_t *sums, int32_t bi
 
 static void fc_conv(const fc_layer *layer, uint8_t *arena, float *real)
 {
-    const uint32_t outputs = (uint32_t)layer->out_c / layer->groups;
+    const uint32_t outputs = (uint32_t)layer->out_c / FC_GROUPS_OF(layer);
     const uint32_t row = ((uint32_t)layer->words * layer->bits) / 16u;
-    const uint32_t stride = layer->out_c, width = layer->out_w, groups = layer->groups;
+    const uint32_t stride = layer->out_c, width = layer->out_w, groups = FC_GROUPS_OF(layer);
     const uint32_t pixels = width * layer->out_h;
     const int32_t lowest = layer->lowest;
     uint32_t *const patch = (uint32_t *)(void *)&arena[layer->scratch];
     const uint32_t *const finish = &patch[2u * layer->words];
-    const int32_t *const multipliers = (const int32_t *)layer->scale;
     fc_result result = {layer->offset, layer->low, layer->high, layer->shift, layer->out_c, 0, {0, 0}};
     uint8_t *to = &arena[layer->target];
     uint32_t y = 0u, x = 0u;
@@ -367,7 +383,7 @@ static void fc_conv(const fc_layer *layer, uint8_t *arena, float *real)
                     } else
 #endif
                     {
-                        fc_plain(&result, sum, bias, multipliers[channel], &to[channel]);
+                        fc_plain(&result, sum, bias, fc_multiplier(layer, channel), &to[channel]);
                     }
                     channel++;
                     weight += row;

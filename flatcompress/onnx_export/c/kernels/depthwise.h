@@ -54,7 +54,7 @@ FC_APART void fc_three(const fc_layer *layer, uint8_t *arena, const int16_t *tap
 #endif
     const int32_t a2 = taps[2], b2 = taps[5], c2 = taps[8];
     const int64_t offset = layer->offset;
-    const int32_t multiplier = ((const int32_t *)layer->scale)[channel];
+    const int32_t multiplier = fc_multiplier(layer, channel);
     const uint32_t shift = layer->shift;
     const int32_t low = layer->low, high = layer->high;
     int32_t row = -(int32_t)layer->pad_t;
