@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from flatcompress.onnx_export.c import ir, requantize, sums, weights
 from flatcompress.onnx_export.c.layers import Decided, Layer
 
-KERNELS = ("common.h", "conv.h", "depthwise.h", "others.h")
+KERNELS = ("common.h", "conv.h", "sparse.h", "depthwise.h", "others.h")
 
 
 def kernels() -> str:
@@ -155,7 +155,7 @@ def _conv(made: Sources, decided: Decided, index: int, step: ir.Conv) -> None:
         "out_h": step.height,
         "out_w": step.width,
         "out_c": step.outputs,
-        **({"groups": step.groups} if step.groups > 1 and not step.depthwise else {}),
+        **({"groups": step.groups} if any(_grouped(conv) for conv in decided.program.convs) else {}),
         "taps": step.taps,
         "words": layer.words,
         "lowest": found.lowest,
@@ -166,25 +166,33 @@ def _conv(made: Sources, decided: Decided, index: int, step: ir.Conv) -> None:
         "kind": kind,
         "wide": int(_wide(layer)),
         "narrow": int(layer.rule.narrow),
+        **({"gap": layer.entries.gap, "pairs": layer.entries.pairs} if layer.entries is not None else {}),
         "in_zero": source.zero,
         **({"out_zero": result.zero, "low": result.low, "high": result.high} if result is not None else {}),
     }
     made.constants.append(_struct("fc_layer", f"layer_{index}", fields))
     made.uses |= _uses_of_conv(layer, kind)
-    call = f"fc_depthwise(&layer_{index}, bytes)" if step.depthwise else f"fc_conv(&layer_{index}, bytes, out)"
+    kernel = "fc_conv" if layer.entries is None else "fc_sparse"
+    call = f"fc_depthwise(&layer_{index}, bytes)" if step.depthwise else f"{kernel}(&layer_{index}, bytes, out)"
     made.calls.append(f"{call}; /* {_comment(step.path)} */")
 
 
+def _grouped(step: ir.Conv) -> bool:
+    return step.groups > 1 and not step.depthwise
+
+
 def _uses_of_conv(layer: Layer, kind: str) -> set[str]:
-    found = {"DEPTHWISE"} if layer.step.depthwise else {"CONV"}
+    found = {"DEPTHWISE"} if layer.step.depthwise else {"CONV"} if layer.entries is None else {"SPARSE"}
     planes, window = weights.PLANES[layer.digits.bits], layer.step.window
-    if not layer.step.depthwise:
+    if layer.entries is not None:
+        found.add(("SPARSE_WIDE", "SPARSE_BITS", "SPARSE_BYTES")[layer.entries.pairs])
+    elif not layer.step.depthwise:
         found |= {f"BITS_{bits}" for bits in planes} | ({"PLANES"} if len(planes) > 1 else set())
     elif window.kernel == (3, 3) and window.dilation == (1, 1) and window.stride[0] <= 3:
         found.add("THREE")
     found |= {"WIDE_BIAS"} if _wide(layer) else set()
     found |= {"NARROW"} if layer.rule.narrow else set()
-    found |= {"GROUPS"} if layer.step.groups > 1 and not layer.step.depthwise else set()
+    found |= {"GROUPS"} if _grouped(layer.step) else set()
     return found | {"FC_SCALED": {"FLOATS"}, "FC_REAL": {"REALS"}}.get(kind, set())
 
 
@@ -195,10 +203,9 @@ def _wide(layer: Layer) -> bool:
 def _parameters(made: Sources, index: int, layer: Layer, kind: str) -> dict[str, Any]:
     """The arrays of a layer: weights, multipliers or scales, biases."""
     step, found = layer.step, layer.digits
-    values: NDArray[Any] = weights.stream(found) if step.depthwise else weights.rows(found).reshape(-1)
-    width = 1 if step.depthwise else 4
+    values, width = _stored(layer)
     text = [f"0x{value:0{2 * width}X}u" for value in values.tolist()]
-    weight = made.array("uint8_t" if step.depthwise else "uint32_t", f"weight_{index}", text)
+    weight = made.array("uint8_t" if width == 1 else "uint32_t", f"weight_{index}", text)
     if kind == "FC_CODES":
         unit = requantize.UNIT if layer.rule.narrow else 1
         scale = made.array(
@@ -211,6 +218,15 @@ def _parameters(made: Sources, index: int, layer: Layer, kind: str) -> dict[str,
     made.weight_bytes += values.size * width
     made.parameter_bytes += step.outputs * ((4 if _wide(layer) else 2) + (2 if layer.rule.narrow else 4))
     return {"weight": weight, "scale": scale, "bias": bias}
+
+
+def _stored(layer: Layer) -> tuple[NDArray[Any], int]:
+    """A layer's weights as numbers, and their bytes each."""
+    if layer.step.depthwise:
+        return weights.stream(layer.digits), 1
+    if layer.entries is not None:
+        return layer.entries.stream, 1
+    return weights.rows(layer.digits).reshape(-1), 4
 
 
 def _pool(made: Sources, decided: Decided, index: int, step: ir.GlobalPool) -> None:

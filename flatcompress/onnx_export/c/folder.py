@@ -15,6 +15,7 @@ KERNELS = "fc_kernels.h"
 FEATURES = (
     *("QUANTIZE", "DEQUANTIZE", "CONV", "DEPTHWISE", "FUSED", "ADD", "FLOAT_ADD", "POOL", "MAX", "TABLE", "CONCAT"),
     *("REALS", "FLOATS", "WIDE_BIAS", "BITS_1", "BITS_2", "BITS_4", "BITS_8", "PLANES", "THREE", "NARROW", "GROUPS"),
+    *("SPARSE", "SPARSE_WIDE", "SPARSE_BYTES", "SPARSE_BITS"),
 )
 RESERVED = {"main", "in", "out", "arena", "bytes", "int", "float", "char", "void", "const", "static", "if", "for"}
 

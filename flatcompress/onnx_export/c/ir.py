@@ -111,6 +111,7 @@ class Conv(Step):
     height: int
     width: int
     add: Fused | None = None
+    pixels: int = 2  # output pixels that the kernel works on at once
 
     @property
     def outputs(self) -> int:

@@ -24,6 +24,7 @@ class Layer:
     rule: requantize.Rule
     bias: requantize.Ints
     add: sums.AddRule | None = None
+    entries: weights.Entries | None = None
 
     @property
     def words(self) -> int:
@@ -41,6 +42,8 @@ class Layer:
         if self.step.depthwise:
             span = (self.step.window.kernel[0] - 1) * self.step.window.dilation[0] + 1
             return 2 * (span * self.words + self.step.taps)
+        if self.entries is not None:
+            return 16 * self.step.taps
         direct = self.step.weight.shape[3] % 4 == 0
         return 2 * 4 * self.words + (0 if direct else -(-self.step.taps // 4) * 4)
 
@@ -88,9 +91,27 @@ def decide(program: ir.Program) -> Decided:
     return Decided(program, lay_out(program, scratch), layers, adds, pools)
 
 
+# Instructions on an emulated Cortex-M4: a product of the dense kernel; of the sparse ones, where a weight is not zero.
+DENSE, SPARSE = 1.2, {weights.WIDE: 3.5, weights.BITS: 2.8, weights.BYTES: 1.7}
+SMALLER = 0.7  # of the dense bytes: flash that is worth half as many instructions again
+
+
+def _sparse(step: ir.Conv, found: weights.Digits) -> weights.Entries | None:
+    """The stream of a layer that takes fewer instructions, and not more bytes, without its zeros."""
+    if step.groups > 1 or found.lowest > 0 or found.lowest + (1 << found.bits) <= 0:
+        return None
+    made = weights.entries(found, step.sources[0].high)
+    dense = weights.rows(found).nbytes
+    pixels = step.height * step.width
+    cost = made.count * SPARSE[made.pairs] * (-(-pixels // 8) * 8 / pixels)
+    worth = 1.5 if len(made.stream) < SMALLER * dense else 1.0
+    step.pixels = 8 if len(made.stream) <= dense and cost < worth * DENSE * step.weight.size else 2
+    return made if step.pixels == 8 else None
+
+
 def _layer(step: ir.Conv) -> Layer:
     source, found = step.sources[0], weights.digits(step)
-    grid = source.grid
+    grid, entries = source.grid, _sparse(step, found)
     low, high = requantize.reachable(
         step.weight, step.bias, step.headroom, grid.low - grid.zero_point, grid.high - grid.zero_point
     )
@@ -101,7 +122,7 @@ def _layer(step: ir.Conv) -> Layer:
     result = step.add.between if step.add is not None else step.out
     if result is None:
         rule = requantize.Rule(np.zeros(step.outputs, np.int64), 0, 32, 0, 0)
-        return Layer(step, found, rule, corrected)
+        return Layer(step, found, rule, corrected, entries=entries)
     limits = result.grid.low - result.grid.zero_point, result.grid.high - result.grid.zero_point
     rule = requantize.solve(step.scale, low, high, *limits, signs=found.signs)
     added = None
@@ -109,7 +130,7 @@ def _layer(step: ir.Conv) -> Layer:
         assert step.out is not None
         operands = (step.add.between, step.add.other) if step.add.first else (step.add.other, step.add.between)
         added = sums.solve_add(*operands, step.out)
-    return Layer(step, found, rule, corrected, added)
+    return Layer(step, found, rule, corrected, added, entries)
 
 
 def _pool(step: ir.GlobalPool) -> requantize.Rule:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from flatcompress.onnx_export.c import ir
 
 ALIGNMENT = 8
-PIXELS = 2  # output pixels a convolution works on at once
 TRIES = 400
 
 
@@ -70,7 +69,7 @@ def _conv_lead(step: ir.Conv, source: ir.Codes) -> int:
         top = max(0, y * step.window.stride[0] - step.window.pads[0])
         left = max(0, x * step.window.stride[1] - step.window.pads[1])
         needed[pixel] = min(needed[pixel + 1], top * row + left * source.channels)
-    ends = [*range(PIXELS, pixels, PIXELS), pixels]
+    ends = [*range(step.pixels, pixels, step.pixels), pixels]
     return max(end * step.outputs - needed[end] for end in ends)
 
 

@@ -72,7 +72,13 @@ class Line(nn.Module):
 
 
 def made(
-    model: nn.Module, shape: tuple[int, ...], weights: int, activations: int, path: Path, seed: int = 0
+    model: nn.Module,
+    shape: tuple[int, ...],
+    weights: int,
+    activations: int,
+    path: Path,
+    seed: int = 0,
+    sparsity: float = 0.0,
 ) -> Exported:
     """The model quantized and exported to C; inputs and BatchNorms are random, some gammas negative."""
     generator = torch.Generator().manual_seed(seed)
@@ -80,6 +86,8 @@ def made(
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
             for tensor in (module.running_mean, module.weight.data, module.bias.data):
                 tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.5 + 0.5)
+        elif sparsity and hasattr(module, "weight"):
+            module.weight.data *= torch.rand(module.weight.shape, generator=generator) >= sparsity
     x = torch.randn(16, *shape, generator=generator)
     quant.quantize(model, weight_bits=weights, activation_bits=activations, example_input=x[:2])
     quant.calibrate(model, [x])

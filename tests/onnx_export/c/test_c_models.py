@@ -128,3 +128,41 @@ def test_a_transformer_is_refused_by_its_module(tmp_path):
 def test_a_name_that_c_does_not_take_is_refused(stem, tmp_path):
     with pytest.raises(UserError, match="cannot name a C model"):
         made(Line(), (2, 20), 4, 4, tmp_path / f"{stem}.onnx")
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("name", "weight_bits", "activation_bits"),
+    [
+        ("residual", 4, 4),
+        *(pytest.param("residual", w, a, marks=pytest.mark.slow) for w, a in [(4, 8), (2, 4), (8, 8)]),
+    ],
+)
+def test_sparse_weights_are_skipped_and_every_bit_is_equal(name, weight_bits, activation_bits, tmp_path):
+    kind, shape = NETS[name]
+    torch.manual_seed(0)
+    exported = made(kind(), shape, weight_bits, activation_bits, tmp_path / "m.onnx", sparsity=0.85)
+    assert "#define FC_SPARSE 1" in (exported.c.folder / "m.c").read_text()
+    assert wrong(exported, samples(shape), STRICT) == []
+
+
+@pytest.mark.parametrize(("bits", "most"), [(4, 15), (4, 255), (2, 3), (8, 255), (3, 7)])
+@pytest.mark.parametrize("density", [0.0, 0.02, 0.3])
+def test_a_sparse_stream_holds_every_weight(bits, most, density):
+    generator = np.random.default_rng(bits)
+    low = -(1 << (bits - 1))
+    values = generator.integers(low, -low, (5, 40)) * (generator.random((5, 40)) < density)
+    found = weights.entries(weights.Digits(values - low, low, bits, np.ones(5, np.int64)), most)
+    if found.pairs == weights.BYTES:
+        entry = found.stream.astype(np.int64)
+        gaps, weight = entry >> 4, ((entry & 15) ^ 8) - 8
+    else:
+        width = found.gap + bits
+        ones = np.unpackbits(found.stream, bitorder="little")[: found.count * width].reshape(-1, width).astype(np.int64)
+        entry = ones @ (1 << np.arange(width))
+        gaps, weight = entry & ((1 << found.gap) - 1), (entry >> found.gap) + low
+    places = np.cumsum(gaps + 1) - 1
+    back = np.zeros(int(places[-1]) + 1, np.int64)
+    back[places] = weight
+    assert places[-1] >= 200 and not weight[places >= 200].any()
+    assert np.array_equal(back[:200].reshape(5, 40), values)

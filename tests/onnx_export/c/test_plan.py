@@ -31,8 +31,8 @@ def moments(step: ir.Conv):
     """What a convolution reads and then writes, in order: (lowest and highest byte read, written range)."""
     source, window = step.sources[0], step.window
     pixels = step.height * step.width
-    for first in range(0, pixels, plan.PIXELS):
-        group, read = range(first, min(first + plan.PIXELS, pixels)), []
+    for first in range(0, pixels, step.pixels):
+        group, read = range(first, min(first + step.pixels, pixels)), []
         for pixel in group:
             for ky in range(window.kernel[0]):
                 for kx in range(window.kernel[1]):

@@ -1,4 +1,4 @@
-#if FC_CONV || FC_DEPTHWISE
+#if FC_CONV || FC_DEPTHWISE || FC_SPARSE
 /* A convolution or linear layer. Kinds of result: codes by integer multipliers, codes by float scales (where no
  * multiplier is exact for every sum), real values. */
 #define FC_CODES 0u
@@ -23,6 +23,9 @@ typedef struct {
     int16_t lowest;        /* the weight that digit 0 stands for */
     uint8_t kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w, pad_t, pad_l;
     uint8_t bits, headroom, shift, kind, wide, narrow; /* wide: int32_t biases; narrow: int16_t multipliers */
+#if FC_SPARSE
+    uint8_t gap, pairs; /* bits of a gap; 1 where sums of two pixels fit one word, 2 with entries of a byte */
+#endif
     uint8_t in_zero, out_zero, low, high;
 } fc_layer;
 
@@ -61,6 +64,59 @@ FC_INLINE int32_t fc_requantize(const fc_layer *layer, int32_t sum, uint32_t cha
     code = (int32_t)((layer->offset + ((int64_t)sum * fc_multiplier(layer, channel))) >> 32);
     return fc_clamp(code >> layer->shift, (int32_t)layer->low, (int32_t)layer->high);
 }
+#endif
+
+#if FC_CONV || FC_SPARSE
+#if FC_FUSED || FC_REALS || FC_FLOATS
+/* A sum to what is stored, in every way that is not the plain one. */
+FC_APART void fc_finish(const fc_layer *layer, uint8_t *arena, float *real, int32_t sum, uint32_t pixel,
+                        uint32_t channel)
+{
+    const uint32_t at = (pixel * layer->out_c) + channel;
+    int32_t code;
+#if FC_REALS
+    if (layer->kind == FC_REAL) {
+        real[(channel * layer->out_h * layer->out_w) + pixel] = (float)sum * ((const float *)layer->scale)[channel];
+        return;
+    }
+#else
+    (void)real;
+#endif
+    code = fc_requantize(layer, sum, channel);
+#if FC_FUSED
+    if (layer->add != NULL) {
+        const int32_t other = (int32_t)arena[layer->add->b + at];
+        code = (layer->add->swapped != 0u) ? fc_sum(layer->add, other, code) : fc_sum(layer->add, code, other);
+    }
+#endif
+    arena[layer->target + at] = (uint8_t)code;
+}
+#endif
+
+/* What is the same for all sums of a layer. */
+typedef struct {
+    int64_t offset;
+    int32_t low, high;
+    uint32_t shift, stride;
+    int32_t scale;
+    int32_t fixed[2]; /* of the two pixels */
+} fc_result;
+
+#if FC_CONV
+/* The sums of two pixels in one channel to codes: the plain way, by multipliers. */
+FC_APART void fc_plain(const fc_result *result, const uint32_t *sums, int32_t bias, int32_t multiplier, uint8_t *to)
+{
+    const int64_t offset = result->offset;
+    const int32_t low = result->low, high = result->high;
+    const uint32_t shift = result->shift;
+    const int32_t first = (((int32_t)sums[0] + result->fixed[0]) * result->scale) + bias;
+    const int32_t second = (((int32_t)sums[1] + result->fixed[1]) * result->scale) + bias;
+    int32_t code = (int32_t)((offset + ((int64_t)first * multiplier)) >> 32) >> shift;
+    int32_t next = (int32_t)((offset + ((int64_t)second * multiplier)) >> 32) >> shift;
+    to[result->stride] = (uint8_t)fc_clamp(next, low, high); /* of one pixel alone the stride is 0, and this goes */
+    to[0] = (uint8_t)fc_clamp(code, low, high);
+}
+#endif
 #endif
 
 #if FC_CONV
@@ -281,55 +337,6 @@ FC_INLINE void fc_products(const fc_layer *layer, const uint32_t *first, const u
         break;
     }
 #endif
-}
-
-#if FC_FUSED || FC_REALS || FC_FLOATS
-/* A sum to what is stored, in every way that is not the plain one. */
-FC_APART void fc_finish(const fc_layer *layer, uint8_t *arena, float *real, int32_t sum, uint32_t pixel,
-                        uint32_t channel)
-{
-    const uint32_t at = (pixel * layer->out_c) + channel;
-    int32_t code;
-#if FC_REALS
-    if (layer->kind == FC_REAL) {
-        real[(channel * layer->out_h * layer->out_w) + pixel] = (float)sum * ((const float *)layer->scale)[channel];
-        return;
-    }
-#else
-    (void)real;
-#endif
-    code = fc_requantize(layer, sum, channel);
-#if FC_FUSED
-    if (layer->add != NULL) {
-        const int32_t other = (int32_t)arena[layer->add->b + at];
-        code = (layer->add->swapped != 0u) ? fc_sum(layer->add, other, code) : fc_sum(layer->add, code, other);
-    }
-#endif
-    arena[layer->target + at] = (uint8_t)code;
-}
-#endif
-
-/* What is the same for all sums of a layer. */
-typedef struct {
-    int64_t offset;
-    int32_t low, high;
-    uint32_t shift, stride;
-    int32_t scale;
-    int32_t fixed[2]; /* of the two pixels */
-} fc_result;
-
-/* The sums of two pixels in one channel to codes: the plain way, by multipliers. */
-FC_APART void fc_plain(const fc_result *result, const uint32_t *sums, int32_t bias, int32_t multiplier, uint8_t *to)
-{
-    const int64_t offset = result->offset;
-    const int32_t low = result->low, high = result->high;
-    const uint32_t shift = result->shift;
-    const int32_t first = (((int32_t)sums[0] + result->fixed[0]) * result->scale) + bias;
-    const int32_t second = (((int32_t)sums[1] + result->fixed[1]) * result->scale) + bias;
-    int32_t code = (int32_t)((offset + ((int64_t)first * multiplier)) >> 32) >> shift;
-    int32_t next = (int32_t)((offset + ((int64_t)second * multiplier)) >> 32) >> shift;
-    to[result->stride] = (uint8_t)fc_clamp(next, low, high); /* of one pixel alone the stride is 0, and this goes */
-    to[0] = (uint8_t)fc_clamp(code, low, high);
 }
 
 static void fc_conv(const fc_layer *layer, uint8_t *arena, float *real)
