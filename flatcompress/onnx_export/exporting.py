@@ -44,7 +44,7 @@ class Exported:
 
 def export(
     model: nn.Module,
-    example_input: torch.Tensor,
+    example_input: Any,
     path: str | Path,
     profile: str = "packed",
     *,
@@ -54,10 +54,12 @@ def export(
 ) -> Exported:
     """Write ``model`` (as it is in eval mode) to ``path``; the model is not changed.
 
-    example_input: float [B, C, H, W], any B; the file takes any batch size. Its one input is called ``input``, its
-    output ``output``. opset: raise it above the lowest that the profile and the model's operators allow.
-    metadata: text for the file's metadata_props, beside the writer's own ``flatcompress`` entries. UserError when
-    the model cannot be traced or written, or does not go with the profile; nothing is left at ``path`` then.
+    example_input: [B, ...], any B; a tuple of arguments or a dictionary of them for several (token ids, masks); the
+    file takes any batch size. One input is called ``input``, one output ``output``; of several the inputs have the
+    names of the model's arguments, the outputs the keys of its result, or numbers. opset: raise it above the lowest
+    that the profile and the model's operators allow. metadata: text for the file's metadata_props, beside the writer's
+    own ``flatcompress`` entries. UserError when the model cannot be traced or written, or does not go with the profile;
+    nothing is left at ``path`` then.
     Profile ``c`` writes its sources into the folder ``c`` beside ``path``, or beside it where that is its folder.
     """
     chosen: Profile = PROFILES[profile]()

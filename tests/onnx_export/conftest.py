@@ -103,7 +103,7 @@ def _ranges(gm, example):
             return result
 
     with torch.no_grad():
-        Watch(gm).run(example)
+        Watch(gm).run(*(example if isinstance(example, tuple) else (example,)))
     return found
 
 

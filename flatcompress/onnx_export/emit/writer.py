@@ -8,7 +8,7 @@ behind it; operators that only move values work on the uint8 tensor itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from onnx import TensorProto, helper
 from torch import fx, nn
 
 from flatcompress.errors import UserError
+from flatcompress.graph.interface import KEY
 from flatcompress.onnx_export.emit.builder import GraphBuilder
 from flatcompress.onnx_export.emit.profiles import Integers, Profile, Stored
 from flatcompress.onnx_export.lower import integer
@@ -52,6 +53,7 @@ class Writer:
         self.modules, self.functions, self.translate = emitters
         self.builder = GraphBuilder(opset)
         self.env: dict[fx.Node, Any] = {}
+        self.inputs: dict[fx.Node, str] = {}
         self.layers: list[dict[str, Any]] = []
         self.stored: dict[str, Stored] = {}
         self.biases: dict[str, str] = {}
@@ -65,17 +67,16 @@ class Writer:
         self.stored = self.profile.store(self.builder, self._integers())
         if self.profile.pack_vectors:
             self._store_vectors()
-        outputs: list[str] = []
+        self.inputs = _input_names(self.gm)
+        outputs: list[onnx.ValueInfoProto] = []
         for node in self.gm.graph.nodes:
             if node.op == "output":
-                outputs.append(self._finish(node))
+                outputs = self._finish(node)
             else:
                 self.env[node] = getattr(self, f"_{node.op}")(node)
-        source = next(n for n in self.gm.graph.nodes if n.op == "placeholder")
-        result = next(n for n in self.gm.graph.nodes if n.op == "output").args[0]
         return self.builder.model(
-            [_value_info("input", source.meta["shape"])],
-            [_value_info("output", result.meta["shape"])],
+            [_value_info(name, node) for node, name in self.inputs.items()],
+            outputs,
             metadata=metadata,
             producer=("flatcompress", version),
             functions=[make(self.builder.opset) for make in self.profile.functions],
@@ -111,7 +112,9 @@ class Writer:
         return self.scales.get(node.name) or self.builder.floats(array(module.scale))
 
     def _placeholder(self, node: fx.Node) -> str:
-        return "input" if self.profile.floats is np.float32 else self.builder.cast("input", TensorProto.FLOAT16)
+        name = self.inputs[node]
+        half = self.profile.floats is not np.float32 and node.meta["dtype"].is_floating_point
+        return self.builder.cast(name, TensorProto.FLOAT16) if half else name
 
     def _get_attr(self, node: fx.Node) -> str:
         return self.constant(getattr(self.gm, str(node.target)))
@@ -139,14 +142,20 @@ class Writer:
             because = f"{reason} " if reason else ""
             raise UserError(f"module {where}, operator {node.target}: {because}{error}") from None
 
-    def _finish(self, node: fx.Node) -> str:
-        last = self.env[node.args[0]]  # type: ignore[index]
-        if self.profile.floats is not np.float32:
-            last = self.builder.cast(last, TensorProto.FLOAT)
-        if not any(last in n.output for n in self.builder.nodes):  # the input or a constant handed straight through
-            last = self.builder.op("Identity", [last])
-        self.builder.rename(last, "output")
-        return "output"
+    def _finish(self, node: fx.Node) -> list[onnx.ValueInfoProto]:
+        """Give every result its name; one that is an input, a constant or another result gets a node of its own."""
+        results = list(node.args[0]) if isinstance(node.args[0], tuple | list) else [node.args[0]]
+        names = _output_names(self.gm, len(results))
+        for result, name in zip(results, names):
+            last = self.env[result]  # type: ignore[index]
+            if self.profile.floats is not np.float32 and result.meta["dtype"].is_floating_point:  # type: ignore[union-attr]
+                last = self.builder.cast(last, TensorProto.FLOAT)
+            shared = sum(self.env.get(other) == last for other in results) > 1  # type: ignore[call-overload]
+            if shared or last in names or not any(last in n.output for n in self.builder.nodes):
+                last = self.builder.op("Identity", [last])
+            self.builder.rename(last, name)
+            self.env = {n: name if v == last else v for n, v in self.env.items()}
+        return [_value_info(name, result) for result, name in zip(results, names)]
 
     # --- values, for emitters ---------------------------------------------------------------------------------
 
@@ -233,5 +242,34 @@ class Writer:
         )
 
 
-def _value_info(name: str, shape: tuple[int, ...]) -> onnx.ValueInfoProto:
-    return helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", *shape[1:]])
+def _input_names(gm: fx.GraphModule) -> dict[fx.Node, str]:
+    """``input`` for the only one, else the names of the model's arguments."""
+    nodes = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    return {node: "input" if len(nodes) == 1 else node.name for node in nodes}
+
+
+def _output_names(gm: fx.GraphModule, count: int) -> list[str]:
+    """``output`` for the only one; the keys of a dictionary (or a dataclass that is one), else numbered."""
+    if count == 1:
+        return ["output"]
+    shown = gm.meta[KEY].result(list(range(count))) if KEY in gm.meta else None
+    names = [f"output_{index}" for index in range(count)]
+    if isinstance(shown, Mapping):
+        for key, value in shown.items():
+            if isinstance(value, int):
+                names[value] = str(key)
+    taken = {node.name for node in gm.graph.nodes if node.op == "placeholder"}
+    return [f"{name}_out" if name in taken else name for name in names]
+
+
+def _value_info(name: str, node: Any) -> onnx.ValueInfoProto:
+    """Sizes that differ from call to call have a name: ``batch`` the first, the input's and the axis the others."""
+    dtype, open_ = node.meta["dtype"], node.meta.get("dynamic", {0})
+    sizes = [
+        ("batch" if not axis else f"{name}_{axis}") if axis in open_ else size
+        for axis, size in enumerate(node.meta["shape"])
+    ]
+    kind = TensorProto.FLOAT
+    if not dtype.is_floating_point:
+        kind = helper.np_dtype_to_tensor_dtype(np.dtype(str(dtype).removeprefix("torch.")))
+    return helper.make_tensor_value_info(name, kind, sizes)

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 
 from flatcompress import graph as graphs
 from flatcompress.errors import UserError
+from flatcompress.graph.interface import KEY, arguments, interface_of
 from flatcompress.modules import modes_kept
 from flatcompress.onnx_export.lower import integer, tables, transposed
 from flatcompress.onnx_export.lower.fold import Folded, fold, fold_float, integer_bias
@@ -30,6 +31,7 @@ from flatcompress.onnx_export.lower.prepare import (
     module_of,
     prepare,
 )
+from flatcompress.onnx_export.lower.shapes import note_shapes
 from flatcompress.onnx_export.lower.transposed import SubPixel
 
 _KEPT = (
@@ -49,16 +51,19 @@ class Value:
     grid: Grid | None = None
 
 
-def lower(model: nn.Module, example_input: Tensor) -> fx.GraphModule:
-    """The reference of ``model`` in eval mode, for any batch size. ``example_input``: [B, ...].
+def lower(model: nn.Module, example_input: Any) -> fx.GraphModule:
+    """The reference of ``model`` in eval mode, for any batch size. ``example_input``: a tensor [B, ...], a tuple of
+    arguments or a dictionary of them; the reference takes their tensors in order and returns one tensor or a tuple.
 
     UserError when the model cannot be traced, or holds a layer or quantizer that has no lowered form.
     """
     traced = graphs.trace(model, example_input)
+    interface = interface_of(traced.graph)
     with modes_kept(model):
         prepare(traced)
         lowered = _Lowering(traced).run()
-    _note_shapes(lowered, example_input)
+    lowered.meta[KEY] = interface
+    note_shapes(lowered, interface.inputs(*arguments(example_input)))
     return lowered
 
 
@@ -366,32 +371,3 @@ def _float_layer(module: Any, norms: list[nn.Module]) -> nn.Module:
 def _within_int8(values: Tensor) -> Tensor:
     """int8 weights. A flipped -128 is +128, the one value int8 lacks; it becomes 127, in reference and file alike."""
     return values.clamp(-128, 127).to(torch.int8)
-
-
-class _Shapes(fx.Interpreter):
-    """Runs the graph and notes every tensor's shape and type; dimensions that another run finds larger are open."""
-
-    def __init__(self, gm: fx.GraphModule, again: bool) -> None:
-        super().__init__(gm)
-        self.again = again
-
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        if isinstance(result, Tensor):
-            shape = tuple(result.shape)
-            if self.again:
-                n.meta["dynamic"] = {axis for axis, size in enumerate(n.meta["shape"]) if shape[axis] != size}
-            else:
-                n.meta["shape"], n.meta["dtype"] = shape, result.dtype
-        elif isinstance(result, int) and not self.again:
-            n.meta["size"] = result
-        return result
-
-
-def _note_shapes(lowered: fx.GraphModule, example_input: Tensor) -> None:
-    """Twice, with two and with three samples: what differs follows the batch."""
-    for again in (False, True):
-        x = example_input.detach().cpu().float()
-        repeated = x[torch.arange(2 + int(again)) % len(x)]
-        with torch.no_grad():
-            _Shapes(lowered, again).run(repeated)

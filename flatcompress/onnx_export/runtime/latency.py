@@ -21,7 +21,7 @@ import onnxruntime as ort
 from flatcompress.environment import machine
 from flatcompress.errors import UserError
 from flatcompress.onnx_export.proof import inspect_file
-from flatcompress.onnx_export.runtime.sessions import session
+from flatcompress.onnx_export.runtime.sessions import WHOLE, drawn, session
 
 METHOD = (
     "interleaved rounds, each the mean of calls lasting 2 ms; median of rounds; onnxruntime CPU, default "
@@ -115,7 +115,7 @@ class _Timer:
         self, handle: ort.InferenceSession, batch: int, size: Sequence[int] | None, clock: Callable[[], float]
     ) -> None:
         self.handle, self.clock = handle, clock
-        self.feed = {handle.get_inputs()[0].name: _input(handle, batch, size)}
+        self.feed = _feed(handle, batch, size)
         self.seconds: list[float] = []
         once = max(min(self._call(3), self._call(3)), 1e-6)
         self.calls = max(1, min(MOST_CALLS, round(TIMING_SECONDS / once)))
@@ -134,13 +134,25 @@ class _Timer:
         return {"median_ms": round(float(median), 5), "p10_ms": round(float(low), 5), "p90_ms": round(float(high), 5)}
 
 
-def _input(handle: ort.InferenceSession, batch: int, size: Sequence[int] | None) -> np.ndarray:
+def _feed(handle: ort.InferenceSession, batch: int, size: Sequence[int] | None) -> dict[str, np.ndarray]:
+    """A value for every input: normal reals, ones for whole numbers (token ids, masks)."""
     inputs = handle.get_inputs()
-    if len(inputs) != 1 or inputs[0].type != "tensor(float)":
-        raise UserError(f"one float input is timed; the file has {[(i.name, i.type) for i in inputs]}.")
-    shape = [batch, *(inputs[0].shape[1:] if size is None else size)]
+    return {entry.name: _value(entry, batch, size if index == 0 else None) for index, entry in enumerate(inputs)}
+
+
+def _value(entry: Any, batch: int, size: Sequence[int] | None) -> np.ndarray:
+    given = list(entry.shape[1:] if size is None else size)
+    first = (
+        [batch if not isinstance(d, int) else d for d in entry.shape[:1]] if entry.type != "tensor(float)" else [batch]
+    )
+    shape = [*first, *given] if entry.shape else []
     if not all(isinstance(d, int) and d > 0 for d in shape):
-        raise UserError(f"input shape {inputs[0].shape}: sizes other than the batch must be fixed, or given.")
+        raise UserError(f"input shape {entry.shape}: sizes other than the batch must be fixed, or given.")
     if np.prod(shape, dtype=np.float64) > MOST_VALUES:
         raise UserError(f"input shape {shape}: too large to time.")
-    return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    random = np.random.default_rng(0)
+    if entry.type == "tensor(float)":
+        return random.standard_normal(shape).astype(np.float32)
+    if entry.type not in WHOLE:
+        raise UserError(f"input {entry.name!r} is a {entry.type}; reals and whole numbers are timed.")
+    return drawn(random, shape, entry.type)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,10 +68,17 @@ def _first_line(error: BaseException) -> str:
     return (lines[0] if lines else type(error).__name__)[:300]
 
 
-def run(handle: ort.InferenceSession, batches: Iterable[NDArray[np.float32]]) -> NDArray[np.float32]:
-    """The first output for every batch, joined."""
-    name = handle.get_inputs()[0].name
-    return np.concatenate([handle.run(None, {name: batch})[0] for batch in batches])
+def run(handle: ort.InferenceSession, batches: Iterable[Any]) -> NDArray[np.float32]:
+    """The first output for every batch, joined. A batch is an array, or a tuple of them for several inputs."""
+    return np.concatenate([handle.run(None, feed(handle, batch))[0] for batch in batches])
+
+
+def feed(handle: ort.InferenceSession, batch: Any) -> dict[str, NDArray[Any]]:
+    """What a session is given for a batch: an array, a tuple of them in the order of the inputs, or a dictionary."""
+    if isinstance(batch, Mapping):
+        return dict(batch)
+    given = batch if isinstance(batch, tuple | list) else (batch,)
+    return {entry.name: value for entry, value in zip(handle.get_inputs(), given)}
 
 
 @dataclass(frozen=True)
@@ -87,13 +94,13 @@ class Kernels:
         return sum(count for kind, count in self.counts.items() if kind in INTEGER_KERNELS)
 
 
-_WHOLE = {"tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(bool)": np.bool_, "tensor(uint8)": np.uint8}
+WHOLE = {"tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(bool)": np.bool_, "tensor(uint8)": np.uint8}
 
 
 def drawn(random: np.random.Generator, shape: list[int], kind: str) -> NDArray[Any]:
     """A value for an input of onnxruntime's type ``kind``: real ones in [0, 1), whole ones (token ids, masks) 1."""
-    if kind in _WHOLE:
-        return np.ones(shape, _WHOLE[kind])
+    if kind in WHOLE:
+        return np.ones(shape, WHOLE[kind])
     return random.random(shape, dtype=np.float32)
 
 
