@@ -150,7 +150,7 @@ class Writer:
             last = self.env[result]  # type: ignore[index]
             if self.profile.floats is not np.float32 and result.meta["dtype"].is_floating_point:  # type: ignore[union-attr]
                 last = self.builder.cast(last, TensorProto.FLOAT)
-            shared = sum(self.env.get(other) == last for other in results) > 1  # type: ignore[call-overload]
+            shared = sum(self.env.get(other) == last for other in results) > 1  # type: ignore[arg-type]
             if shared or last in names or not any(last in n.output for n in self.builder.nodes):
                 last = self.builder.op("Identity", [last])
             self.builder.rename(last, name)
