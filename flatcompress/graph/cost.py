@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from flatcompress.graph.remodularize import PRODUCTS
 from flatcompress.graph.rewrite import first_input
 from flatcompress.graph.tracing import trace
 
 aten = torch.ops.aten
-WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED, nn.Linear)
 MATMULS = (aten.matmul.default, aten.bmm.default, aten.mm.default)
-_CONVS = (aten.conv1d.default, aten.conv2d.default, aten.conv2d.padding, aten.conv1d.padding)
+_RECURRENT = (aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input)
 
 
 def weighted(gm: fx.GraphModule) -> list[fx.Node]:
@@ -22,7 +24,7 @@ def weighted(gm: fx.GraphModule) -> list[fx.Node]:
     return [n for n in gm.graph.nodes if n.op == "call_module" and isinstance(gm.get_submodule(n.target), WEIGHTED)]
 
 
-def macs(model: nn.Module, example_input: torch.Tensor) -> dict[str, int]:
+def macs(model: nn.Module, example_input: Any) -> dict[str, int]:
     """Multiply-accumulates per sample of every conv, linear layer and matrix product, by qualified name.
 
     A matrix product belongs to no module: its key is ``path:node``. Biases, normalisation and activations count
@@ -34,14 +36,14 @@ def macs(model: nn.Module, example_input: torch.Tensor) -> dict[str, int]:
     gm = trace(model, example_input)
     counts: dict[str, int] = {}
     for node in gm.graph.nodes:
-        cost = _node_macs(gm, node)
+        cost = node_macs(gm, node)
         if cost:
             key, count = cost
             counts[key] = counts.get(key, 0) + count
     return counts
 
 
-def total_macs(model: nn.Module, example_input: torch.Tensor) -> int:
+def total_macs(model: nn.Module, example_input: Any) -> int:
     """The sum of `macs` over all layers."""
     return sum(macs(model, example_input).values())
 
@@ -53,7 +55,7 @@ def numel_per_sample(node: fx.Node) -> int:
 
 def traced_batch(graph: fx.Graph) -> int:
     """The batch size the graph was traced with."""
-    placeholder = next(n for n in graph.nodes if n.op == "placeholder")
+    placeholder = next(n for n in graph.nodes if n.op == "placeholder" and n.meta["val"].dim())
     return concrete(placeholder.meta["val"].shape[0])
 
 
@@ -66,19 +68,32 @@ def _numel(node: fx.Node) -> int:
     return math.prod(concrete(s) for s in node.meta["val"].shape)
 
 
-def _node_macs(gm: fx.GraphModule, node: fx.Node) -> tuple[str, int] | None:
+def node_macs(gm: fx.GraphModule, node: fx.Node) -> tuple[str, int] | None:
+    """(name, multiply-accumulates per sample) of one node; None for one that has none."""
     if node.op == "call_module":
         module = gm.get_submodule(str(node.target))
-        if isinstance(module, WEIGHTED):
-            return str(node.target), numel_per_sample(node) * module.weight[0].numel()
-        return None
+        if not isinstance(module, WEIGHTED):
+            return None
+        # a transposed convolution spreads every input value, the others gather every output value
+        counted = first_input(node) if isinstance(module, _TRANSPOSED) else node
+        return str(node.target), numel_per_sample(counted) * module.weight[0].numel()
     if node.op != "call_function":
         return None
+    key = f"{node.meta.get('path', '')}:{node.name}"
     if node.target in MATMULS:
-        inner = concrete(first_input(node).meta["val"].shape[-1])
-        return f"{node.meta['path']}:{node.name}", numel_per_sample(node) * inner
-    if node.target in _CONVS or node.target is aten.linear.default:
+        return key, numel_per_sample(node) * concrete(first_input(node).meta["val"].shape[-1])
+    if node.target in PRODUCTS:
         weight = node.args[1]
         assert isinstance(weight, fx.Node)
-        return f"{node.meta['path']}:{node.name}", numel_per_sample(node) * math.prod(weight.meta["val"].shape[1:])
+        counted = first_input(node) if "transpose" in str(node.target) else node
+        return key, numel_per_sample(counted) * math.prod(concrete(s) for s in weight.meta["val"].shape[1:])
+    if node.target in _RECURRENT:
+        return str(node.meta.get("path") or node.name), _recurrent_macs(node)
     return None
+
+
+def _recurrent_macs(node: fx.Node) -> int:
+    """Every matrix of a recurrent layer multiplies once a step; the sequence is every dimension but the last."""
+    steps = numel_per_sample(first_input(node)) // max(1, concrete(first_input(node).meta["val"].shape[-1]))
+    matrices = [p for p in node.args[2] if isinstance(p, fx.Node) and p.meta["val"].dim() == 2]  # type: ignore[union-attr]
+    return steps * sum(math.prod(concrete(s) for s in p.meta["val"].shape) for p in matrices)

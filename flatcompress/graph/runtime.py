@@ -39,14 +39,11 @@ def install(model: nn.Module, gm: fx.GraphModule, shown: fx.Graph | None = None)
             f"{type(model).__name__}.forward has been replaced on the instance (an accelerate wrapper?): change the "
             "model first and prepare or wrap it afterwards."
         )
-    holder = getattr(gm, HOLDER, None)
-    if isinstance(holder, nn.Module) and not hasattr(model, HOLDER):
-        model.add_module(HOLDER, holder)
+    attach(model, gm)
     for node in gm.graph.nodes:
         if node.op == "call_module" and getattr(gm.get_submodule(str(node.target)), "inplace", False):
             # in-place dropout: whoever edited the graph may have put something that keeps its input before it
             gm.get_submodule(str(node.target)).inplace = False  # type: ignore[assignment]
-    adopt_standins(model, gm)
     base = original_class(model)
     namespace = {"forward": _forward(gm.graph), "_installed_graph": shown or gm.graph, "_original_class": base}
     model.__class__ = type(
@@ -55,8 +52,14 @@ def install(model: nn.Module, gm: fx.GraphModule, shown: fx.Graph | None = None)
     return model
 
 
-def adopt_standins(model: nn.Module, gm: fx.GraphModule) -> None:
-    """Give the modules for which ``gm`` has a stand-in its class: from now on the graph calls them."""
+def attach(model: nn.Module, gm: fx.GraphModule) -> None:
+    """Give ``model`` what the trace added, and the modules for which ``gm`` has a stand-in its class.
+
+    From then on the model must run the graph: its own forward may do the same thing twice.
+    """
+    holder = getattr(gm, HOLDER, None)
+    if isinstance(holder, nn.Module) and not hasattr(model, HOLDER):
+        model.add_module(HOLDER, holder)
     own = dict(model.named_modules(remove_duplicate=False))
     for name, module in list(gm.named_modules(remove_duplicate=False)):
         if name in own and standins.shares_state(own[name], module):

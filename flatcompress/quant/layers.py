@@ -11,9 +11,13 @@ from torch import fx, nn
 
 from flatcompress.errors import UserError
 from flatcompress.graph import install, installed_graph, trace
+from flatcompress.graph.interface import call, first_tensor, inputs_of_batch, interface_of, mapped
+from flatcompress.graph.interface import tensors as graph_tensors
+from flatcompress.graph.plain import make_plain
+from flatcompress.graph.runtime import attach
 from flatcompress.modules import evaluating
 from flatcompress.plan import Plan, Step
-from flatcompress.quant import operators, placement
+from flatcompress.quant import floats, operators, placement
 from flatcompress.quant.qat.rounding import with_rounding
 from flatcompress.quant.quantizers.lsq import Observer
 from flatcompress.quant.quantizers.modules import ActivationQuantizer, QuantizedLayer, quantize_layer
@@ -35,7 +39,7 @@ def quantize(
     weight_bits: int = 4,
     activation_bits: int | None = 4,
     *,
-    example_input: torch.Tensor | None = None,
+    example_input: Any = None,
     method: str = "lsq",
     first_last_bits: int = 8,
     input_bits: int = 8,
@@ -44,6 +48,7 @@ def quantize(
     per_channel: bool = True,
     ignore: Iterable[str] = (),
     bits: Mapping[str, Any] | None = None,
+    max_float_macs: float = floats.MAX_FLOAT_MACS,
 ) -> Plan:
     """Put quantizers into ``model``, in place; the same object, under the same state-dict names.
 
@@ -51,12 +56,17 @@ def quantize(
     `QUANTIZERS`. ``first_last_bits``: weights of the first and last layers and the last one's input. ``input_bits``,
     ``input_signed``: the network's input. ``residual_bits``: signed tensors that enter a residual add. ``ignore``:
     layers (or ``re:`` patterns, or parents) that stay float. ``bits``: per layer or pattern an integer (weights) or
-    ``{"weight": .., "activation": ..}``. ``example_input``: [B, ...]; without it ``model.input_shape``, or else the
-    first usual size that the model takes.
+    ``{"weight": .., "activation": ..}``. ``example_input``: a tensor [B, ...], a tuple of arguments or a dictionary of
+    them; without it ``model.input_shape``, or else the first usual size that the model takes. ``max_float_macs``: the
+    share of multiply-accumulates in convolutions and linear layers that may stay float without being named.
+
+    Layers are what the graph says they are: a convolution that pads like TensorFlow is one, a computed weight (weight
+    norm, weight standardisation) is materialised first, and attention's input projection becomes a linear layer. What
+    stays float all the same is warned of, with its share.
 
     Weight scales are set from the weights; activation scales by `calibrate`, or else by the first batch. Returns the
     `Plan` that `flatcompress.apply_plan` repeats; `explain` says what was decided and why. Raises UserError for
-    bits outside 2..8, names that match nothing and models that cannot be traced.
+    bits outside 2..8, names that match nothing, models that cannot be traced, and more float work than is allowed.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(32, 2))
     >>> plan = quantize(model, 4, 4, example_input=torch.randn(2, 3, 4, 4))
@@ -69,11 +79,11 @@ def quantize(
     )  # fmt: skip
     entry = QUANTIZERS[method]
     example = _example(model, example_input)
-    data = _convert(model, example, entry.name, per_channel, settings)
+    data = _convert(model, example, entry.name, per_channel, settings, max_float_macs)
     return Plan([Step("quantizers", data)])
 
 
-def apply(model: nn.Module, data: dict[str, Any], example_input: torch.Tensor | None = None) -> nn.Module:
+def apply(model: nn.Module, data: dict[str, Any], example_input: Any = None) -> nn.Module:
     """Repeat a plan's quantizers on a freshly built model; load the checkpoint's state dict afterwards.
 
     UserError names the first difference when the model does not give the placement that the plan recorded.
@@ -83,6 +93,8 @@ def apply(model: nn.Module, data: dict[str, Any], example_input: torch.Tensor | 
         shape, method, per_channel = tuple(data["input_shape"]), data["method"], data["per_channel"]
     except (KeyError, TypeError) as error:
         raise UserError(f"plan: the 'quantizers' step is incomplete ({error}).") from None
+    if example_input is None and "example" in data:
+        raise UserError("plan: this model was quantized with several inputs; pass example_input.")
     example = example_input if example_input is not None else torch.zeros(2, *shape)
     found = _convert(model, _on_model(model, example), method, per_channel, settings)
     for key in ("layers", "activations"):
@@ -103,47 +115,71 @@ def _compare(key: str, recorded: list[dict[str, Any]], found: list[dict[str, Any
 
 
 def _convert(
-    model: nn.Module, example: torch.Tensor, method: str, per_channel: bool, settings: placement.Settings
-) -> dict[str, Any]:
+    model: nn.Module, example: Any, method: str, per_channel: bool, settings: placement.Settings,
+    max_float_macs: float | None = None,
+) -> dict[str, Any]:  # fmt: skip
     if hasattr(model, HOLDER):
         what = "is quantized already" if is_quantized(model) else f"has an attribute {HOLDER!r} of its own"
         raise UserError(f"the model {what}.")
-    _check_finite(model)
     gm = trace(model, example)
-    operators.hoist_scalars(gm)
-    layers, tensors, floats = placement.place(gm, model, settings)
+    _check_finite(model)
+    made_plain = make_plain(model, gm)
+    try:
+        operators.hoist_scalars(gm)
+        layers, tensors, why_float = placement.place(gm, model, settings)
+        stays = floats.record(gm, {row.name for row in layers}, why_float)
+        if max_float_macs is not None:
+            floats.say(stays, max_float_macs)
+    except UserError:
+        if made_plain:
+            install(model, gm)  # its layers are plain ones now, which only the graph calls
+        raise
+    data = _data(example, method, per_channel, settings, layers, tensors, why_float)
+    data["float_layers"] = stays
+    data["materialised"] = sorted(name for name, how in made_plain.items() if "materialised" in how)
+    _put(model, gm, first_tensor(example).device, method, per_channel, data, layers, tensors)
+    return data
+
+
+def _put(
+    model: nn.Module, gm: fx.GraphModule, device: torch.device, method: str, per_channel: bool, data: dict[str, Any],
+    layers: list[placement.LayerRow], tensors: list[operators.TensorRow],
+) -> None:  # fmt: skip
+    """The quantizers into the model, and the graph that calls them."""
     chosen: Quantizer = QUANTIZERS[method]()
     holder = Quantizers()
     for row in tensors:
         injected = chosen.activation(f"{HOLDER}.{row.name}", bits=row.bits, signed=row.signed)
         holder[row.name] = ActivationQuantizer(injected, row.bits, row.signed)
-    holder.data = _data(example, method, per_channel, settings, layers, tensors, floats)
+    holder.data = data
+    attach(model, gm)
     for layer in layers:
         module = model.get_submodule(layer.name)
         made = chosen.weight(layer.name, module, bits=layer.bits, per_channel=per_channel)
         quantize_layer(module, made)
-    holder.to(example.device, float_dtype(model)).train(model.training)
+    holder.to(device, float_dtype(model)).train(model.training)
     model.add_module(HOLDER, holder)
     gm.add_module(HOLDER, holder)
     operators.insert(gm, tensors, HOLDER)
     install(model, with_rounding(model, gm.graph), shown=gm.graph)
     for quantized in quantized_layers(model).values():
         accompany(quantized.weight, list(quantized.weight_quant.parameters()))
-    return holder.data
 
 
 def _data(
-    example: torch.Tensor, method: str, per_channel: bool, settings: placement.Settings,
-    layers: list[placement.LayerRow], tensors: list[operators.TensorRow], floats: dict[str, str],
+    example: Any, method: str, per_channel: bool, settings: placement.Settings,
+    layers: list[placement.LayerRow], tensors: list[operators.TensorRow], why_float: dict[str, str],
 ) -> dict[str, Any]:  # fmt: skip
+    several = {} if isinstance(example, torch.Tensor) else {"example": [list(t.shape) for t in graph_tensors(example)]}
     return {
         "method": method,
         "per_channel": per_channel,
-        "input_shape": list(example.shape[1:]),
+        "input_shape": list(first_tensor(example).shape[1:]),
         "settings": {**asdict(settings), "ignore": list(settings.ignore)},
         "layers": [{"name": r.name, "bits": r.bits, "why": r.why} for r in layers],
         "activations": [{"name": r.name, "bits": r.bits, "signed": r.signed, "why": r.why} for r in tensors],
-        "float": floats,
+        "float": why_float,
+        **several,
     }
 
 
@@ -153,11 +189,13 @@ def _check_finite(model: nn.Module) -> None:
             raise UserError(f"the model's {name!r} contains NaN or infinity: it cannot be quantized.")
 
 
-def _example(model: nn.Module, example_input: torch.Tensor | None) -> torch.Tensor:
+def _example(model: nn.Module, example_input: Any) -> Any:
     if example_input is not None:
-        if not bool(torch.isfinite(example_input).all()):
+        if not all(bool(torch.isfinite(t).all()) for t in graph_tensors(example_input)):
             raise UserError("example_input contains NaN or infinity.")
         return _on_model(model, example_input)
+    if not isinstance(model, nn.Module):
+        raise UserError(f"a model is a torch.nn.Module; found {type(model).__name__}.")
     shape = getattr(model, "input_shape", None)
     candidates = [tuple(shape)] if shape is not None else _plausible_shapes(model)
     for candidate in candidates:
@@ -190,9 +228,9 @@ def _accepts(model: nn.Module, example: torch.Tensor) -> bool:
     return True
 
 
-def _on_model(model: nn.Module, example: torch.Tensor) -> torch.Tensor:
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    return example.to(device, float_dtype(model)) if example.is_floating_point() else example.to(device)
+def _on_model(model: nn.Module, example: Any) -> Any:
+    device, dtype = next((p.device for p in model.parameters()), torch.device("cpu")), float_dtype(model)
+    return mapped(example, lambda t: t.to(device, dtype) if t.is_floating_point() else t.to(device))
 
 
 # -- using a quantized model ---------------------------------------------------------------------------------------
@@ -227,22 +265,23 @@ def tensor_quantizers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 @torch.no_grad()
-def calibrate(model: nn.Module, batches: Iterable[torch.Tensor]) -> None:
+def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
     """Set every activation scale from data: one pass in eval mode, activations unquantized, weights quantized.
 
-    ``batches``: input tensors [B, ...] (or (input, label) pairs). Raises UserError for no batch, and for NaN naming
-    the quantizer that met it; a quantizer that saw only zeros warns by name. Stock Brevitas quantizers collect their
-    own statistics in training mode instead.
+    ``batches``: inputs (a tensor [B, ...], a tuple of a model's arguments, a dictionary of them), alone or before
+    their labels in a pair. Raises UserError for no batch, and for NaN naming the quantizer that met it; a quantizer
+    that saw only zeros warns by name. Stock Brevitas quantizers collect their own statistics in training mode instead.
     """
     holder_of(model)
     chosen = {n: q for n, q in tensor_quantizers(model).items() if learns_step(q) and q.per_sample}
+    names = interface_of(graph_of(model)).names
     for name, quantizer in chosen.items():
         quantizer.observer = Observer(name)
     count = 0
     try:
         with evaluating(model):
             for batch in batches:
-                model(batch[0] if isinstance(batch, tuple | list) else batch)
+                call(model, inputs_of_batch(batch, names))
                 count += 1
         observers = {name: q.observer for name, q in chosen.items()}
     finally:

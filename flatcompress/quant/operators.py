@@ -9,6 +9,7 @@ import torch
 from torch import fx, nn
 
 from flatcompress.graph.cost import MATMULS
+from flatcompress.graph.remodularize import PRODUCTS
 from flatcompress.graph.rewrite import first_input
 
 aten = torch.ops.aten
@@ -17,13 +18,15 @@ SHAPES = {
     aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int, aten.transpose.int,
     aten.permute.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default,
     aten.contiguous.default, aten.clone.default, aten.t.default, aten.movedim.int, aten.alias.default,
+    aten.detach.default, aten.lift_fresh_copy.default,
 }  # fmt: skip
 # values are moved, dropped or repeated, and zeros added; never changed
 PASSES = SHAPES | {
     aten.expand.default, aten.slice.Tensor, aten.select.int, aten.chunk.default, aten.split.Tensor,
     aten.split_with_sizes.default, aten.unbind.int, aten.max_pool2d.default, aten.max_pool2d_with_indices.default,
-    aten.max_pool1d.default, aten.adaptive_max_pool2d.default, aten.upsample_nearest2d.vec, aten.roll.default,
-    operator.getitem,
+    aten.max_pool1d.default, aten.max_pool3d.default, aten.adaptive_max_pool1d.default,
+    aten.adaptive_max_pool2d.default, aten.upsample_nearest2d.vec, aten.roll.default, aten.pixel_shuffle.default,
+    aten.channel_shuffle.default, aten.flip.default, operator.getitem,
 }  # fmt: skip
 RELUS = {aten.relu.default, aten.relu6.default}
 NONNEGATIVE = RELUS | {
@@ -32,13 +35,17 @@ NONNEGATIVE = RELUS | {
     aten.hardsigmoid.default,
     aten.abs.default,
     aten.exp.default,
+    aten.softplus.default,
+    aten.square.default,
 }
+# what a gate multiplies with: squeeze-and-excite, spatial attention, GLU
+GATES = {aten.sigmoid.default, aten.hardsigmoid.default, aten.tanh.default, aten.hardtanh.default, aten.relu6.default}
 POOLS = {aten.adaptive_avg_pool2d.default, aten.avg_pool2d.default, aten.adaptive_avg_pool1d.default}
 MEANS = {aten.mean.dim}
 FREE_LAYERS = {
-    aten.conv1d.default, aten.conv2d.default, aten.conv2d.padding, aten.conv3d.default, aten.linear.default,
-    aten.conv_transpose2d.input, aten.conv_transpose1d.default, aten.embedding.default,
+    *PRODUCTS, aten.embedding.default,
 }  # fmt: skip
+RECURRENT = {aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input}
 
 
 @dataclass
@@ -58,6 +65,8 @@ def passes(model: nn.Module, node: fx.Node) -> bool:
     if node.op == "call_module":
         kinds = nn.Dropout | nn.Dropout1d | nn.Dropout2d | nn.Dropout3d | nn.Identity
         return isinstance(model.get_submodule(str(node.target)), kinds)
+    if node.target is operator.getitem:  # of a split or a pool's values; of a recurrent layer it is something new
+        return isinstance(node.args[0], fx.Node) and node.args[0].target in PASSES
     if node.target in (aten.pad.default, aten.constant_pad_nd.default):
         return is_zero_pad(node)
     return node.target in PASSES

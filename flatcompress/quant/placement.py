@@ -4,6 +4,10 @@ Demand-driven. A quantized layer, a residual add, a spatial average pool and an 
 inputs on a grid; each demand is followed back through operators that only move values (reshape, max pool, dropout)
 to the operator that made them, and there sits the tensor's one quantizer. So BatchNorm stays between its convolution
 and its ReLU (it folds on export), a ReLU is never split from what it follows, and nothing is quantized twice.
+
+A convolution has no integer kernel with a real result. So what reads one's result in floats (Hardswish, a gate, a
+GroupNorm) asks for it on a grid too: between two grids a function of one tensor is a table, and a gate an integer
+product.
 """
 
 from __future__ import annotations
@@ -18,13 +22,17 @@ from torch import fx, nn
 
 from flatcompress.errors import UserError
 from flatcompress.graph.cost import MATMULS
+from flatcompress.graph.plain import depends_on_input
+from flatcompress.graph.pointwise import CLAMPS, function_of_one
 from flatcompress.graph.rewrite import first_input
 from flatcompress.modules import check_patterns, matches
 from flatcompress.quant.operators import (
     FREE_LAYERS,
+    GATES,
     MEANS,
     NONNEGATIVE,
     POOLS,
+    RECURRENT,
     RELUS,
     TensorRow,
     passes,
@@ -32,7 +40,11 @@ from flatcompress.quant.operators import (
 from flatcompress.quant.quantizers.lsq import grid
 
 aten = torch.ops.aten
-LAYERS = (nn.Conv1d, nn.Conv2d, nn.Linear)
+CONVOLUTIONS = (
+    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+)  # fmt: skip
+LAYERS = (*CONVOLUTIONS, nn.Linear)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 @dataclass(frozen=True)
@@ -84,6 +96,7 @@ class _Placement:
         }
         self.floats: dict[str, str] = {}
         self._reach: dict[fx.Node, bool] = {}
+        self._varies: dict[fx.Node, bool] = {}
         names = sorted(set(self.calls.values()))
         check_patterns("ignore", settings.ignore, self._paths(), listed=names)
         check_patterns("bits", settings.bits, names)
@@ -109,16 +122,7 @@ class _Placement:
 
     def _activation(self, node: Any) -> bool:
         """Whether a tensor depends on the network's input."""
-        seen, stack = set(), [node]
-        while stack:
-            current = stack.pop()
-            if not isinstance(current, fx.Node) or current in seen or current.target is aten.sym_size.int:
-                continue
-            if current.op == "placeholder":
-                return True
-            seen.add(current)
-            stack.extend(current.all_input_nodes)
-        return False
+        return depends_on_input(node, self._varies)
 
     def _ends(self) -> tuple[set[str], set[str]]:
         """Paths of the first and of the last weighted layers: none before them, none after them."""
@@ -164,6 +168,10 @@ class _Placement:
             if node.op == "call_function" and node.target in FREE_LAYERS:
                 key = f"{path}:{node.name}"
                 self.floats[key] = f"{node.target} on a weight that is no plain layer's own"
+                if node.target is not aten.embedding.default and self._activation(node.args[1]):
+                    self.floats[key] = "its weight is computed from the input"
+            if node.op == "call_function" and node.target in RECURRENT:
+                self.floats[path or node.name] = "a recurrent layer is kept float"
         called = set(self.calls.values())
         for path, module in self.model.named_modules():
             kind = type(module).__name__
@@ -183,7 +191,7 @@ class _Placement:
         for consumer in self.nodes:
             for argument, bits, why in self._demands(consumer):
                 source, hop = self._source(argument, consumer)
-                if source.op != "get_attr" and self._activation(source):
+                if source.op != "get_attr" and self._activation(source) and _is_real(source):
                     wants.setdefault(source, []).append((bits, why))
                     readers.setdefault(source, set()).add(hop)
         names: set[str] = set()
@@ -212,7 +220,49 @@ class _Placement:
             parts = [p for p in node.args if isinstance(p, fx.Node)]
             if all(self._activation(p) for p in parts):
                 return [(p, bits, f"factor of {node.name}") for p in parts]
-        return []
+        return self._keepers(node)
+
+    def _keepers(self, node: fx.Node) -> list[tuple[fx.Node, int, str]]:
+        """Demands of an operator on real values: for results of convolutions, and for both sides of a gate."""
+        bits, wide = self.settings.activation_bits, self.settings.residual_bits
+        assert bits is not None
+        if node.op not in ("call_function", "call_module") or self._passes(node) or self._folds(node):
+            return []
+        if node.target in CLAMPS and self._result_of(node) is not None:
+            return []  # it fuses into the convolution
+        found = []
+        gate = self._gate(node) and self._reaches(node)
+        for part in dict.fromkeys(p for p in node.all_input_nodes if self._activation(p)):
+            source = self._source(part, node)[0]
+            layer = self._result_of(source)
+            if gate or layer is not None:
+                why = f"an input of {node.name}" if layer is None else f"keeps {layer} on integers"
+                found.append((part, bits if self._nonnegative(source) else wide, why))
+        return found
+
+    def _result_of(self, node: fx.Node) -> str | None:
+        """The quantized convolution whose result this is, after its BatchNorm and its clamps."""
+        while node.target in CLAMPS or self._folds(node):
+            node = first_input(node)
+        path = self.quantized.get(node)
+        return path if path is not None and isinstance(self._module(node), CONVOLUTIONS) else None
+
+    def _folds(self, node: fx.Node) -> bool:
+        """A BatchNorm by running statistics right behind the one layer it can be folded into."""
+        if node.op != "call_module" or not isinstance(self._module(node), _NORMS):
+            return False
+        source = first_input(node)
+        return source in self.calls and len(source.users) == 1 and self._module(node).running_mean is not None
+
+    def _gate(self, node: fx.Node) -> bool:
+        """A product of two activations of which one is bounded: squeeze-and-excite, spatial attention, GLU."""
+        if node.target is not aten.mul.Tensor or self._function(node) is not None:
+            return False
+        parts = [p for p in node.args[:2] if isinstance(p, fx.Node) and self._activation(p)]
+        return len(parts) == 2 and any(self._source(p, node)[0].target in GATES for p in parts)
+
+    def _function(self, node: fx.Node) -> fx.Node | None:
+        return function_of_one(node, self._activation)
 
     def _row(self, node: fx.Node, wants: list[tuple[int, str]], hops: set[fx.Node], names: set[str]) -> TensorRow:
         name = _unique(self._name(node), names)
@@ -235,7 +285,9 @@ class _Placement:
         if node.op == "placeholder" or self._pool(node) or node.target in RELUS | {aten.hardtanh.default}:
             return False
         if node.op == "call_module":
-            return not isinstance(self._module(node), (*LAYERS, nn.BatchNorm1d, nn.BatchNorm2d))
+            return not isinstance(self._module(node), (*LAYERS, *_NORMS))
+        if self._gate(node) or self._function(node) is not None:
+            return not self._reaches(node)
         return not self._residual(node)
 
     def _source(self, node: fx.Node, reader: fx.Node) -> tuple[fx.Node, fx.Node]:
@@ -271,9 +323,11 @@ class _Placement:
 
     def _friendly(self, node: fx.Node) -> bool:
         if node.op == "call_module":
-            return self._passes(node) or isinstance(self._module(node), nn.BatchNorm1d | nn.BatchNorm2d)
+            return self._passes(node) or isinstance(self._module(node), _NORMS)
         friends = RELUS | {aten.hardtanh.default, aten.add.Tensor, aten.cat.default}
-        return self._passes(node) or self._pool(node) or node.target in friends
+        if self._passes(node) or self._pool(node) or node.target in friends:
+            return True
+        return self._gate(node) or self._function(node) is not None
 
     def _nonnegative(self, node: fx.Node) -> bool:
         if node.target is aten.hardtanh.default:
@@ -296,6 +350,12 @@ class _Placement:
             kind = str(node.target).split(".")[1] if "." in str(node.target) else "op"
             path = f"{path}.{kind}" if path else kind
         return re.sub(r"\W", "_", path)
+
+
+def _is_real(node: fx.Node) -> bool:
+    """Whether a node makes real numbers: no token ids, no truth values."""
+    value = node.meta.get("val")
+    return not isinstance(value, torch.Tensor) or value.is_floating_point()
 
 
 def _unique(name: str, names: set[str]) -> str:

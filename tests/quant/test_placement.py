@@ -207,13 +207,16 @@ def test_what_is_no_plain_layer_is_listed_with_the_reason() -> None:
             self.unused = nn.Linear(2, 2)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.fc(nn.functional.linear(x, self.table))
+            return self.fc(nn.functional.linear(x, self.table * x.mean()))
 
     model = Odd()
-    quant.quantize(model)
+    with pytest.raises(UserError, match="computed from the input.*max_float_macs"):
+        quant.quantize(model)
+    with pytest.warns(UserWarning, match="1 of 2 layers stay float, 66.7% of the weights and 66.7%"):
+        quant.quantize(model, max_float_macs=1.0)
     floats = {r["name"]: r["why"] for r in quant.explain(model) if r["what"] == "float"}
     assert "not called" in floats["unused"]
-    assert any("no plain layer" in why for why in floats.values())
+    assert any("computed from the input" in why for why in floats.values())
 
 
 @pytest.mark.parametrize(
