@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
-from flatcompress.graph import standins
+from flatcompress.graph import rewrite, standins
 from flatcompress.graph.remodularize import PRODUCTS
 from flatcompress.graph.runtime import HOLDER
 
@@ -64,7 +64,7 @@ def make_plain(model: nn.Module, gm: fx.GraphModule) -> dict[str, str]:
         name = _converted(model, gm, product, taken) or _added(model, gm, product)
         made[name] = _origin(product)
         _call(gm, product, name)
-    gm.graph.eliminate_dead_code()
+    rewrite.drop_unread(gm.graph)
     for product in products:
         _forget(model, gm, product)
     gm.graph.lint()

@@ -74,6 +74,7 @@ class Remodularizer:
         self.graph = fx.Graph()
         self.env: dict[fx.Node, Any] = {}
         self.same: dict[fx.Node, list[fx.Node]] = {}  # nodes that are one tensor under several names
+        self.counted: set[fx.Node | None] = set()
         self.extras: dict[str, Any] = {}
         self.standins: dict[str, nn.Module] = {}
         signature = program.graph_signature
@@ -187,10 +188,14 @@ class Remodularizer:
     def _mutates_state(self, node: fx.Node) -> bool:
         """True for BatchNorm's step counter (the layer counts by itself); UserError for any other written buffer."""
         written = rewrite.written_argument(node)
+        if written in self.counted:  # the same counter once more
+            self.counted.add(node)
+            return True
         if written is None or written.name not in self.state:
             return False
         name = self.state[written.name]
         if name.endswith("num_batches_tracked"):
+            self.counted.add(node)
             return True
         raise UserError(f"{where(node)}: the forward writes to {name!r} ({node.target}), which a graph cannot repeat.")
 

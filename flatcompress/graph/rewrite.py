@@ -60,6 +60,20 @@ def functional(target: Any, where: str) -> Any:
     return found
 
 
+def drop_unread(graph: fx.Graph) -> None:
+    """Remove what nothing reads, without asking whether the attributes it names are still there."""
+    for node in reversed(list(graph.nodes)):
+        if node.op not in ("placeholder", "output") and not node.users:
+            graph.erase_node(node)
+
+
+def reshape_views(graph: fx.Graph) -> None:
+    """A view asks for a memory layout that an operator written out differently need not have."""
+    for node in graph.nodes:
+        if node.target is aten.view.default:
+            node.target = aten.reshape.default
+
+
 def drop_no_ops(graph: fx.Graph) -> None:
     """Remove what changes nothing: ``x[:]`` and conversions to the dtype and device a tensor has already."""
     for node in list(graph.nodes):

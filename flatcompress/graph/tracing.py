@@ -125,6 +125,7 @@ def _traced(model: nn.Module, example: Any, training: bool) -> fx.GraphModule:
     made.run()
     gm = fx.GraphModule(_root(model, made.extras, made.standins), made.graph)
     rewrite.decompose_attention(gm)
+    rewrite.reshape_views(gm.graph)
     rewrite.drop_no_ops(gm.graph)
     gm.graph.eliminate_dead_code()
     gm.graph.lint()

@@ -15,6 +15,7 @@ from flatcompress.graph.interface import call, first_tensor, inputs_of_batch, in
 from flatcompress.graph.interface import tensors as graph_tensors
 from flatcompress.graph.plain import make_plain
 from flatcompress.graph.runtime import attach
+from flatcompress.graph.wrapped import check_plain
 from flatcompress.modules import evaluating
 from flatcompress.plan import Plan, Step
 from flatcompress.quant import floats, operators, placement
@@ -77,6 +78,7 @@ def quantize(
         weight_bits, activation_bits, first_last_bits, input_bits, residual_bits, input_signed, tuple(ignore),
         dict(bits or {}),
     )  # fmt: skip
+    check_plain(model)
     entry = QUANTIZERS[method]
     example = _example(model, example_input)
     data = _convert(model, example, entry.name, per_channel, settings, max_float_macs)
@@ -194,8 +196,6 @@ def _example(model: nn.Module, example_input: Any) -> Any:
         if not all(bool(torch.isfinite(t).all()) for t in graph_tensors(example_input)):
             raise UserError("example_input contains NaN or infinity.")
         return _on_model(model, example_input)
-    if not isinstance(model, nn.Module):
-        raise UserError(f"a model is a torch.nn.Module; found {type(model).__name__}.")
     shape = getattr(model, "input_shape", None)
     candidates = [tuple(shape)] if shape is not None else _plausible_shapes(model)
     for candidate in candidates:

@@ -72,6 +72,9 @@ class QuantizeConfig(TrainingKeys):
     quantizer: str = Field("lsq", description="quantizer; see `flatcompress list quantizers`")
     flat: str | None = Field(None, description="flat method during QAT, in place of the QAT method's own")
     ignore: list[str] = Field(default_factory=list, description="layers that stay float: names or re:PATTERN")
+    max_float_macs: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.5, description="share of the MACs of convolutions and linear layers that may stay float unnamed"
+    )
     K: Annotated[int, Field(ge=2)] = Field(50, description="GAQAT: steps per disorder window")
     tau: NonNegative = Field(0.3, description="GAQAT: freeze below this disorder")
     tau_kind: Literal["absolute", "quantile", "sigma"] = Field("quantile", description="GAQAT: how tau is read")
@@ -282,6 +285,7 @@ def insert(model: nn.Module, example: Tensor, config: QuantizeConfig, bits: dict
     """Quantizers where ``config`` wants them, in place; ``bits`` per layer or pattern."""
     return quant.quantize(
         model, config.weight_bits, method=config.quantizer, per_channel=config.per_channel, bits=bits,
+        max_float_macs=config.max_float_macs,
         **placement(config), example_input=example,
     )  # fmt: skip
 

@@ -210,7 +210,7 @@ def test_what_is_no_plain_layer_is_listed_with_the_reason() -> None:
             return self.fc(nn.functional.linear(x, self.table * x.mean()))
 
     model = Odd()
-    with pytest.raises(UserError, match="computed from the input.*max_float_macs"):
+    with pytest.raises(UserError, match=r"computed from the input.*max_float_macs"):
         quant.quantize(model)
     with pytest.warns(UserWarning, match="1 of 2 layers stay float, 66.7% of the weights and 66.7%"):
         quant.quantize(model, max_float_macs=1.0)
