@@ -116,9 +116,25 @@ class Interface:
 
 
 def interface_of(graph: fx.Graph) -> Interface:
-    """The interface of a graph that `trace` made."""
+    """The interface of a graph: the one that `trace` noted, or of a graph made by hand its own inputs and outputs."""
     output = next(n for n in reversed(graph.nodes) if n.op == "output")
-    return output.meta[KEY]
+    return output.meta[KEY] if KEY in output.meta else _as_it_is(graph, output)
+
+
+def _as_it_is(graph: fx.Graph, output: fx.Node) -> Interface:
+    """One argument per placeholder, and what the graph returns."""
+    names = tuple(str(n.target) for n in graph.nodes if n.op == "placeholder")
+    parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names]
+    returned = output.args[0]
+    return Interface(
+        name="the graph",
+        signature=inspect.Signature(parameters),
+        names=names,
+        leaves=tuple(range(len(names))),
+        in_spec=pytree.tree_flatten(((), dict.fromkeys(names, 0)))[1],
+        out_spec=pytree.tree_flatten(returned)[1],
+        simple=not isinstance(returned, tuple | list),
+    )
 
 
 def run_graph(gm: fx.GraphModule, example: Any) -> Any:
