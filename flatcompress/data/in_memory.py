@@ -1,49 +1,61 @@
-"""Data that a Python program brings along: tensors, arrays or torch datasets, as a `DataBundle`."""
+"""Data that a Python program brings along: tensors, arrays, torch datasets or loaders, as a `DataBundle`."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
 
 from flatcompress.data.bundle import Batch, DataBundle
+from flatcompress.data.targets import class_numbers
 from flatcompress.errors import UserError, unknown
 
 PARTS = ("train", "val", "test", "held_out", "corrupted")
 _KEYS = (*PARTS, "name", "classes", "mean", "std")
 _VAL_SHARE = 0.1
+_ACCEPTED = "(images, labels) as tensors or arrays, a map-style dataset of (image, label), or a DataLoader over one"
+_SAMPLE = "an item of the dataset is (image, label)"
 
 
 class OwnSet(Dataset[Batch]):
-    """Images [N, C, H, W] and labels [N] as they are: the owner has normalised them. ``source``: a pair of tensors or
-    arrays, or a map-style dataset of (image [C, H, W], label)."""
+    """Images [N, C, H, W] and labels [N] as they are: the owner has normalised them.
 
-    def __init__(self, source: Any, where: str) -> None:
+    ``source``: a pair of tensors or arrays, or a map-style dataset of (image [C, H, W], label), read item by item; a
+    PIL image becomes [C, H, W] in 0..1. ``rows``: the items of it that are this set's. UserError names what is wrong.
+    """
+
+    def __init__(self, source: Any, where: str, rows: Tensor | None = None, labels: Tensor | None = None) -> None:
         self.where = where
+        self.source = source if rows is not None else _source(source, where)
         self.images: Tensor | None = None
-        if isinstance(source, Sequence) and len(source) == 2:
-            self.images = torch.as_tensor(source[0]).float()
-            labels = torch.as_tensor(source[1])
-        elif hasattr(source, "__getitem__") and hasattr(source, "__len__"):
-            labels = torch.as_tensor([int(source[i][1]) for i in range(len(source))])
+        if isinstance(self.source, tuple):
+            self.images = _images(self.source[0], where)
+            every = class_numbers(self.source[1], where) if labels is None else labels
+            self._check(len(every))
         else:
-            raise UserError(f"data[{where!r}]: expected (images, labels) or a dataset with a length, found {source!r}.")
-        self.source = source
-        self.labels = labels.long()
+            every = _labels(self.source, where) if labels is None else labels
+        self.rows = torch.arange(len(every)) if rows is None else rows
+        self.every = every
+        self.labels = every[self.rows]
         self.domain_ids = torch.zeros_like(self.labels)
         self.identities = torch.arange(len(self.labels))
-        self._check()
+        if not len(self.labels):
+            raise UserError(f"data[{where!r}] is empty.")
 
-    def _check(self) -> None:
-        n = len(self.labels)
-        if n == 0:
-            raise UserError(f"data[{self.where!r}] is empty.")
-        if self.images is not None and (self.images.ndim != 4 or len(self.images) != n):
-            shape = tuple(self.images.shape)
+    def _check(self, n: int) -> None:
+        assert self.images is not None
+        shape = tuple(self.images.shape)
+        if self.images.ndim != 4 or len(self.images) != n:
             raise UserError(f"data[{self.where!r}]: images are [N, C, H, W] with N = {n} labels, found {shape}.")
+        if not bool(self.images.isfinite().all()):
+            first = int((~self.images.isfinite()).flatten(1).any(1).nonzero()[0])
+            raise UserError(f"data[{self.where!r}]: image {first} holds NaN or infinity.")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -54,9 +66,10 @@ class OwnSet(Dataset[Batch]):
 
     def __getitems__(self, indices: list[int]) -> Batch:
         chosen = torch.as_tensor(indices, dtype=torch.int64)
+        rows = self.rows[chosen]
         if self.images is not None:
-            return self.images[chosen], self.labels[chosen]
-        return torch.stack([torch.as_tensor(self.source[i][0]).float() for i in indices]), self.labels[chosen]
+            return self.images[rows], self.labels[chosen]
+        return torch.stack([_image(_pair(self.source[i])[0], self.where) for i in rows.tolist()]), self.labels[chosen]
 
     def pixels(self, indices: Sequence[int]) -> Tensor:
         """uint8 [B, C, H, W] for the preview sheet: each image stretched to its own range."""
@@ -65,16 +78,142 @@ class OwnSet(Dataset[Batch]):
         return ((x - low) / (high - low).clamp(min=1e-8) * 255).round().to(torch.uint8)
 
     def take(self, indices: Tensor, where: str) -> OwnSet:
-        """A part of this set."""
-        return OwnSet(self.__getitems__(indices.tolist()), where)
+        """A part of this set; a dataset is read anew each time, so that what it draws at random stays random."""
+        return OwnSet(self.source, where, self.rows[indices], self.every)
+
+
+def _source(source: Any, where: str) -> Any:
+    """A pair, or a map-style dataset. UserError for everything else, saying what is accepted."""
+    if isinstance(source, DataLoader):
+        if source.collate_fn is not default_collate:
+            raise UserError(
+                f"data[{where!r}]: the DataLoader has a collate_fn of its own, which the pipeline cannot follow. Give "
+                "its dataset, or (images, labels)."
+            )
+        warnings.warn(
+            f"data[{where!r}]: the DataLoader's dataset is read; batch size, order and workers are the recipe's.",
+            stacklevel=2,
+        )
+        source = source.dataset
+    if isinstance(source, IterableDataset):
+        raise UserError(
+            f"data[{where!r}]: an IterableDataset has no length and no order; give {_ACCEPTED}, for example the "
+            "samples of one pass as tensors."
+        )
+    if isinstance(source, TensorDataset) and len(source.tensors) == 2:
+        source = source.tensors
+    if isinstance(source, tuple | list) and len(source) == 2 and not _is_pair(source[0]):
+        return tuple(source)
+    if isinstance(source, str | bytes | Mapping) or not (hasattr(source, "__getitem__") and hasattr(source, "__len__")):
+        raise UserError(f"data[{where!r}]: expected {_ACCEPTED}; found {_described(source)}.")
+    if isinstance(source, Tensor | np.ndarray):
+        raise UserError(f"data[{where!r}]: images without labels; give (images, labels).")
+    return source
+
+
+def _is_pair(item: Any) -> bool:
+    """Is ``item`` a sample (image, label) of a list of samples, and not the images of a pair?"""
+    return isinstance(item, tuple) and len(item) == 2
+
+
+def _described(value: Any) -> str:
+    return f"a mapping with {', '.join(map(repr, list(value)[:5]))}" if isinstance(value, Mapping) else repr(value)[:80]
+
+
+def _images(images: Any, where: str) -> Tensor:
+    if isinstance(images, Mapping) or (isinstance(images, tuple) and images and isinstance(images[0], Tensor)):
+        raise UserError(_several(where))
+    if isinstance(images, list | tuple) and images and isinstance(images[0], Image.Image | np.ndarray | Tensor):
+        return _stacked([_image(image, where) for image in images], where)
+    try:
+        found = torch.as_tensor(images)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"data[{where!r}]: the images are no array of one shape ({str(error)[:150]}).") from None
+    if found.is_complex():
+        raise UserError(f"data[{where!r}]: the images are complex numbers; take their size, or two channels.")
+    return found.float()
+
+
+def _several(where: str) -> str:
+    return (
+        f"data[{where!r}]: several inputs a sample are not supported by the pipeline yet; flatcompress.prune takes "
+        "them as an example input in your own loop."
+    )
+
+
+def _stacked(images: list[Tensor], where: str) -> Tensor:
+    shapes = dict.fromkeys(tuple(image.shape) for image in images)
+    if len(shapes) > 1:
+        raise UserError(f"data[{where!r}]: images of several sizes ({_sizes(shapes)}); resize them to one.")
+    return torch.stack(images)
+
+
+def _sizes(shapes: Mapping[tuple[int, ...], Any]) -> str:
+    return ", ".join(map(str, list(shapes)[:3]))
+
+
+def _image(image: Any, where: str) -> Tensor:
+    """float32 [C, H, W] of one sample."""
+    if isinstance(image, Image.Image):
+        plain = image if image.mode in ("L", "RGB") else image.convert("RGB")
+        array = np.asarray(plain, dtype=np.float32).reshape(plain.height, plain.width, -1)
+        return torch.from_numpy(array / 255).permute(2, 0, 1).contiguous()
+    if isinstance(image, Mapping | tuple | list):
+        raise UserError(_several(where))
+    try:
+        return torch.as_tensor(image).float()
+    except (TypeError, ValueError, RuntimeError):
+        raise UserError(
+            f"data[{where!r}]: an image is {type(image).__name__}: a tensor, an array or a PIL image."
+        ) from None
+
+
+def _pair(item: Any) -> tuple[Any, Any]:
+    """Image and label of a dataset's item: the first two of a sequence, or the usual keys of a dict."""
+    if isinstance(item, Mapping):
+        image = next((item[k] for k in ("image", "pixel_values", "img") if k in item), None)
+        label = next((item[k] for k in ("label", "labels", "target") if k in item), None)
+        if image is None or label is None:
+            raise UserError(f"{_SAMPLE}, or a dict with image and label; found keys {', '.join(map(str, item))}.")
+        return image, label
+    if isinstance(item, tuple | list) and len(item) >= 2:
+        return item[0], item[1]
+    raise UserError(f"{_SAMPLE}; found {type(item).__name__}.")
+
+
+def _labels(source: Any, where: str) -> Tensor:
+    """The labels of a map-style dataset; every item is read once, and the images must have one shape."""
+    labels: list[Any] = []
+    shapes: dict[tuple[int, ...], None] = {}
+    for i in range(len(source)):
+        try:
+            image, label = _pair(source[i])
+            shapes[tuple(_image(image, where).shape)] = None
+        except UserError as error:
+            text = str(error)
+            raise UserError(text if text.startswith("data[") else f"data[{where!r}], item {i}: {text}") from None
+        labels.append(_plain(label))
+    if len(shapes) > 1:
+        raise UserError(f"data[{where!r}]: images of several sizes ({_sizes(shapes)}); resize them to one.")
+    if shapes and len(next(iter(shapes))) != 3:
+        raise UserError(f"data[{where!r}]: an image is [C, H, W], found {next(iter(shapes))}.")
+    return class_numbers(labels, where) if labels else torch.zeros(0, dtype=torch.int64)
+
+
+def _plain(label: Any) -> Any:
+    """A label as Python numbers, so that a list of them can be told apart by type and shape."""
+    if isinstance(label, Image.Image):
+        label = np.asarray(label)
+    return label.tolist() if isinstance(label, Tensor | np.ndarray | np.generic) else label
 
 
 def bundle(data: Mapping[str, Any] | DataBundle) -> DataBundle:
     """A `DataBundle` from a mapping: ``train`` and ``test``, perhaps ``val``, ``held_out``, ``corrupted``, ``classes``.
 
-    Each part is ``(images, labels)`` or a map-style dataset; ``corrupted`` maps names to parts. Without ``val`` a tenth
-    of the training part is set aside. ``mean`` and ``std`` only describe the preprocessing for the exported file.
-    UserError names the part that is wrong.
+    Each part is ``(images, labels)``, a map-style dataset (of tensors, arrays or PIL images) or a DataLoader over one;
+    ``corrupted`` maps names to parts. Labels are class numbers. Without ``val`` a tenth of the training part is set
+    aside. ``mean`` and ``std`` only describe the preprocessing for the exported file. UserError names the part that is
+    wrong, and the task that targets of another kind belong to.
     """
     if isinstance(data, DataBundle):
         return data
@@ -85,27 +224,27 @@ def bundle(data: Mapping[str, Any] | DataBundle) -> DataBundle:
             raise unknown("part of data", key, _KEYS)
     for key in ("train", "test"):
         if key not in data:
-            raise UserError(f"data: {key!r} is missing; give (images, labels) or a dataset.")
-    train, test = OwnSet(data["train"], "train"), OwnSet(data["test"], "test")
-    if "val" in data:
-        val = OwnSet(data["val"], "val")
-    else:
+            raise UserError(f"data: {key!r} is missing; give {_ACCEPTED}.")
+    given = {part: OwnSet(data[part], part) for part in PARTS[:4] if data.get(part) is not None}
+    corrupted = {k: OwnSet(v, f"corrupted.{k}") for k, v in _corrupted(data).items()}
+    _check_shapes({**given, **corrupted})
+    train, test, held_out = given["train"], given["test"], given.get("held_out")
+    classes = _classes(data.get("classes"), [*given.values(), *corrupted.values()])
+    _check_learnable(given, classes)
+    val = given.get("val")
+    if val is None:
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
         cut = max(1, round(_VAL_SHARE * len(train)))
+        if cut >= len(train):
+            raise UserError("data['train']: one sample, and selection needs one of its own: give more, or 'val'.")
         val, train = train.take(order[:cut], "val"), train.take(order[cut:], "train")
-    held_out = OwnSet(data["held_out"], "held_out") if data.get("held_out") is not None else None
-    corrupted = {k: OwnSet(v, f"corrupted.{k}") for k, v in (data.get("corrupted") or {}).items()}
     shape = tuple(train[0][0].shape)
-    count = 1 + int(max(int(s.labels.max()) for s in (train, val, test)))
-    classes = tuple(str(c) for c in data.get("classes") or range(count))
-    if len(classes) < count:
-        raise UserError(f"data: {len(classes)} classes are named, but a label is {count - 1}.")
     return DataBundle(
         name=str(data.get("name", "python")),
         classes=classes,
         input_shape=shape,  # type: ignore[arg-type]
-        mean=tuple(data.get("mean", (0.0,) * shape[0])),
-        std=tuple(data.get("std", (1.0,) * shape[0])),
+        mean=_per_channel(data, "mean", 0.0, shape[0]),
+        std=_per_channel(data, "std", 1.0, shape[0]),
         train=train,  # type: ignore[arg-type]
         val=val,  # type: ignore[arg-type]
         test=test,  # type: ignore[arg-type]
@@ -113,3 +252,55 @@ def bundle(data: Mapping[str, Any] | DataBundle) -> DataBundle:
         corrupted=corrupted,  # type: ignore[arg-type]
         held_out_domain="held_out" if held_out is not None else None,
     )
+
+
+def _corrupted(data: Mapping[str, Any]) -> Mapping[str, Any]:
+    found = data.get("corrupted") or {}
+    if not isinstance(found, Mapping):
+        raise UserError(f"data['corrupted'] maps names to parts, found {type(found).__name__}.")
+    return found
+
+
+def _check_shapes(parts: Mapping[str, OwnSet]) -> None:
+    first = tuple(parts["train"][0][0].shape)
+    for name, part in parts.items():
+        shape = tuple(part[0][0].shape)
+        if shape != first:
+            raise UserError(f"data[{name!r}]: images are {shape}, those of 'train' are {first}.")
+
+
+def _classes(named: Any, parts: Sequence[OwnSet]) -> tuple[str, ...]:
+    count = 1 + max(int(part.labels.max()) for part in parts)
+    if named is None:
+        return tuple(str(c) for c in range(count))
+    if isinstance(named, str) or not isinstance(named, Sequence):
+        raise UserError(f"data['classes'] is a list of names, one a class, found {named!r}.")
+    classes = tuple(str(c) for c in named)
+    if len(classes) < count:
+        raise UserError(f"data: {len(classes)} classes are named, but a label is {count - 1}.")
+    twice = next((c for i, c in enumerate(classes) if c in classes[:i]), None)
+    if twice is not None:
+        raise UserError(f"data['classes'] names {twice!r} twice.")
+    return classes
+
+
+def _check_learnable(given: Mapping[str, OwnSet], classes: Sequence[str]) -> None:
+    known = set(given["train"].labels.tolist())
+    for name, part in given.items():
+        unseen = sorted(set(part.labels.tolist()) - known)
+        if unseen:
+            named = ", ".join(classes[label] for label in unseen[:5])
+            raise UserError(f"data[{name!r}] has samples of {named}, of which data['train'] has none to learn from.")
+
+
+def _per_channel(data: Mapping[str, Any], key: str, default: float, channels: int) -> tuple[float, ...]:
+    values = data.get(key)
+    if values is None:
+        return (default,) * channels
+    try:
+        found = tuple(float(v) for v in values)
+    except (TypeError, ValueError):
+        found = ()
+    if len(found) != channels or not all(np.isfinite(found)) or (key == "std" and min(found) <= 0):
+        raise UserError(f"data[{key!r}] is {channels} numbers, one a channel (std above 0), found {values!r}.")
+    return found
