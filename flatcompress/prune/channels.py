@@ -134,7 +134,7 @@ def channel_count(groups: Sequence[Group], keep: Sequence[Tensor]) -> tuple[int,
     return kept, sum(group.channels for group in groups)
 
 
-def apply(model: nn.Module, data: dict[str, Any], example_input: Tensor | None = None) -> nn.Module:
+def apply(model: nn.Module, data: dict[str, Any], example_input: Any = None) -> nn.Module:
     """Repeat a "channels" step on ``model``, in place. Nothing is traced, so ``example_input`` is not needed.
 
     UserError names the first layer that does not fit the plan; the model is then as before.

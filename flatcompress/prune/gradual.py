@@ -15,6 +15,7 @@ from flatcompress.prune.budgets.choice import Budget, choose
 from flatcompress.prune.budgets.cost import CostModel
 from flatcompress.prune.dependency.survey import survey
 from flatcompress.prune.importance import IMPORTANCES, RunningScore, score
+from flatcompress.prune.inputs import Example
 from flatcompress.prune.masks import WeightMasks, enforce_, parse_pattern
 from flatcompress.prune.oneshot import nothing_pruned, require_groups
 from flatcompress.prune.radius import Radius, adaptive_radius
@@ -36,7 +37,7 @@ class ChannelSchedule:
     def __init__(
         self,
         model: nn.Module,
-        example_input: Tensor,
+        example_input: Example,
         budget: Budget | None = None,
         *,
         events: int | Sequence[int] = 10,

@@ -45,7 +45,7 @@ _NORMALIZERS: dict[str, Callable[[Tensor], Tensor]] = {
 def _weights(group: Group) -> Iterator[tuple[Member, nn.Parameter, int]]:
     for member in group.members:
         for name, parameter, dim in axes.parameters(member.module, member.axis):
-            if name == "weight":
+            if name.startswith("weight"):
                 yield member, parameter, dim
 
 

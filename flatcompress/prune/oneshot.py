@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -17,16 +18,17 @@ from flatcompress.prune.budgets.cost import CostModel
 from flatcompress.prune.dependency.groups import Group, Survey
 from flatcompress.prune.dependency.survey import survey
 from flatcompress.prune.importance import IMPORTANCES, RunningScore, score
+from flatcompress.prune.inputs import Example, call, mapped
 from flatcompress.prune.ranking import Limits
 from flatcompress.prune.soft import shrink
 
-Batches = Iterable[tuple[Tensor, Tensor]]
+Batches = Iterable[tuple[Example, Tensor]]
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def prune(
     model: nn.Module,
-    example_input: Tensor,
+    example_input: Example,
     ratio: float | None = None,
     importance: str = "group_l2",
     *,
@@ -49,6 +51,7 @@ def prune(
     One budget: ``ratio`` (share of channels to remove; 0.5 when nothing is given), or what may be left: ``macs``,
     ``params``, ``bytes`` (up to 1 a share, above 1 absolute; bytes at ``weight_bits``), or a `Budget`, which also
     takes a cost function such as a latency table. ``ranking``, ``round_to``, ``min_channels``, ``floor``: `Limits`.
+    ``example_input``: one batch; several arguments are a tuple, or a dictionary by name.
     ``ignore``: layer names or ``re:PATTERN``. Gradient importances use ``.grad`` as it is, or average over
     ``batches`` of (input, target).
     Modules stay plain torch modules; parameters are new objects, so build the optimizer afterwards.
@@ -111,6 +114,13 @@ def _scores(
     return running.scores()
 
 
+def _singly(inputs: Example, targets: Tensor) -> Iterator[tuple[Example, Tensor]]:
+    """The samples of a batch as batches of one."""
+    for i in range(len(targets)):
+        one = slice(i, i + 1)
+        yield mapped(inputs, itemgetter(one)), targets[one]
+
+
 def observe(model: nn.Module, running: RunningScore, batches: Batches, loss: Loss, per_sample: bool = False) -> None:
     """Feed ``running`` with the gradients of ``loss`` on ``batches`` (eval mode); gradients are put back afterwards.
 
@@ -120,10 +130,9 @@ def observe(model: nn.Module, running: RunningScore, batches: Batches, loss: Los
     try:
         with evaluating(model), torch.enable_grad():
             for inputs, targets in batches:
-                parts = zip(inputs.split(1), targets.split(1)) if per_sample else [(inputs, targets)]
-                for x, y in parts:
+                for x, y in _singly(inputs, targets) if per_sample else [(inputs, targets)]:
                     model.zero_grad(set_to_none=True)
-                    value = loss(model(x), y)
+                    value = loss(call(model, x), y)
                     if not value.requires_grad:
                         raise UserError(
                             "this importance needs gradients, and the loss has none: every parameter is frozen "

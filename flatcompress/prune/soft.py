@@ -15,6 +15,7 @@ from flatcompress.prune.channels import Surgery, channel_count, head_counts, kee
 from flatcompress.prune.dependency import axes
 from flatcompress.prune.dependency.groups import Group
 from flatcompress.prune.dependency.survey import cut_equals_mask
+from flatcompress.prune.inputs import Example
 
 NARROW = 0.2
 
@@ -80,7 +81,7 @@ class SoftMask:
 
 
 def shrink(
-    model: nn.Module, groups: Sequence[Group], mask: SoftMask | Sequence[Tensor], example_input: Tensor | None = None
+    model: nn.Module, groups: Sequence[Group], mask: SoftMask | Sequence[Tensor], example_input: Example | None = None
 ) -> Plan:
     """Cut the removed units out of ``model`` for good, in place; its outputs are those of the masked model.
 

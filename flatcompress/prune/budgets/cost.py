@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ from flatcompress.prune.channels import keep_channels
 from flatcompress.prune.dependency import axes
 from flatcompress.prune.dependency.attention import find_attention
 from flatcompress.prune.dependency.groups import Group
+from flatcompress.prune.dependency.recurrent import RECURRENT, output_width
+from flatcompress.prune.inputs import Example, batch_size, call, tensors_of
 
 
 class Width(NamedTuple):
@@ -56,13 +58,17 @@ class CostModel:
     (15872.0, 260.0)
     """
 
-    def __init__(self, model: nn.Module, example_input: Tensor) -> None:
+    def __init__(self, model: nn.Module, example_input: Example) -> None:
         self.layers = _measure(model, example_input)
         outputs = [block.output for block in find_attention(model) if block.output in self.layers]
         self.attention = [(name, self.layers[name].positions) for name in outputs]
         weighted = sum(layer.weights(layer.width) for layer in self.layers.values())
         biases = sum(layer.width.outputs for layer in self.layers.values() if layer.bias)
-        norms = {n: m for n, m in model.named_modules() if axes.cuttable(m) and not isinstance(m, (_ConvNd, nn.Linear))}
+        norms = {
+            n: m
+            for n, m in model.named_modules()
+            if axes.cuttable(m) and not isinstance(m, (_ConvNd, nn.Linear, *RECURRENT))
+        }
         self._norms = {name: axes.width(module, axes.OUT) for name, module in norms.items()}
         self._per_channel = {
             name: sum(p.numel() for p in module.parameters(recurse=False)) / self._norms[name]
@@ -133,25 +139,37 @@ def _narrowed(width: Width, axis: str, kept: int, total: int, depthwise: bool) -
     return width._replace(outputs=kept) if axis == axes.OUT else width._replace(inputs=kept)
 
 
-def _measure(model: nn.Module, example_input: Tensor) -> dict[str, Layer]:
+def _recurrent(module: nn.Module, values: int) -> Layer:
+    """What reads the input of a recurrent layer; its other weights do not change with a cut."""
+    slots = [tensor for _, tensor, _ in axes.tensors(module, axes.IN)]
+    inputs, rows = axes.width(module, axes.IN), sum(len(tensor) for tensor in slots)
+    return Layer(Width(inputs, rows, 1), values // output_width(module), 1, False, False)
+
+
+def _measure(model: nn.Module, example_input: Example) -> dict[str, Layer]:
     found: dict[str, Layer] = {}
 
-    def record(name: str, module: nn.Module, output: Tensor) -> None:
+    batch = batch_size(example_input)
+
+    def record(name: str, module: nn.Module, output: Any) -> None:
+        if isinstance(module, RECURRENT):
+            found[name] = _recurrent(module, tensors_of(output)[0].numel() // batch)
+            return
         outputs = axes.width(module, axes.OUT)
         width = Width(axes.width(module, axes.IN), outputs, module.groups if isinstance(module, _ConvNd) else 1)
         weight = module.get_parameter("weight")
         kernel = weight.numel() * width.groups // (width.inputs * outputs)
-        positions = output.numel() // (outputs * len(example_input))
+        positions = output.numel() // (outputs * batch)
         found[name] = Layer(width, positions, kernel, module.bias is not None, axes.is_depthwise(module))
 
     hooks = [
         m.register_forward_hook(lambda mod, _, out, n=n: record(n, mod, out))
         for n, m in model.named_modules()
-        if isinstance(m, (_ConvNd, nn.Linear))
+        if isinstance(m, (_ConvNd, nn.Linear, *RECURRENT))
     ]
     try:
         with torch.no_grad(), evaluating(model):
-            model(example_input)
+            call(model, example_input)
     finally:
         for hook in hooks:
             hook.remove()

@@ -1,7 +1,7 @@
 """Which dimension of which tensor holds a layer's channels: the one table behind scores, masks and cuts.
 
 A layer has up to two channel axes: ``out`` (what it produces) and ``in`` (what it consumes). Layers that treat
-every channel alone (norms, PReLU, depthwise convolutions) have ``out`` only.
+every channel alone (norms, PReLU, depthwise convolutions) have ``out`` only, recurrent layers ``in`` only.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
+
+from flatcompress.prune.dependency.recurrent import RECURRENT, output_width
 
 OUT, IN = "out", "in"
 
@@ -59,11 +61,21 @@ def _channelwise_slots(module: nn.Module, axis: str) -> tuple[Slot, ...]:
     return tuple(Slot(name, 0) for name in names) if axis == OUT else ()
 
 
+def _recurrent_slots(module: nn.Module, axis: str) -> tuple[Slot, ...]:
+    """What reads the layer's input; the hidden size is kept."""
+    if axis == OUT:
+        return ()
+    names = ("weight_ih", "weight_ih_l0", "weight_ih_l0_reverse")
+    return tuple(Slot(name, 1) for name in names if hasattr(module, name))
+
+
 def _slot_table(module: nn.Module) -> Callable[[Any, str], tuple[Slot, ...]] | None:
     if isinstance(module, _ConvNd):
         return None if module.transposed and module.groups > 1 else _conv_slots
     if isinstance(module, nn.Linear):
         return _linear_slots
+    if isinstance(module, RECURRENT):
+        return _recurrent_slots
     if isinstance(module, (_BatchNorm, _InstanceNorm, nn.PReLU)):
         return _channelwise_slots
     if isinstance(module, nn.GroupNorm) and module.num_groups == module.num_channels:
@@ -102,6 +114,8 @@ def width(module: nn.Module, axis: str) -> int:
         return module.out_channels if axis == OUT else module.in_channels
     if isinstance(module, nn.Linear):
         return module.out_features if axis == OUT else module.in_features
+    if isinstance(module, RECURRENT):
+        return output_width(module) if axis == OUT else int(module.input_size)
     return int(getattr(module, _count_names(module)[0]))
 
 
@@ -120,6 +134,8 @@ def resized(module: nn.Module, axis: str, channels: int) -> dict[str, int]:
         return {"out_channels": channels, "in_channels": inputs, "groups": inputs}
     if isinstance(module, nn.Linear):
         return {"out_features" if axis == OUT else "in_features": channels}
+    if isinstance(module, RECURRENT):
+        return {"input_size": channels}
     return dict.fromkeys(_count_names(module), channels)
 
 

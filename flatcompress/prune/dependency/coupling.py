@@ -22,10 +22,14 @@ from flatcompress.errors import UserError
 from flatcompress.modules import evaluating
 from flatcompress.prune.dependency import axes
 from flatcompress.prune.dependency.attention import Attention
+from flatcompress.prune.dependency.recurrent import stood_in
+from flatcompress.prune.inputs import Example, call, described, tensors_of
 
 Atom = tuple[str, str, int]  # layer (or "!reason"), axis, channel
 
 
+_ENDLESS = "the dependency graph cannot follow these channels to an end"
+_PAIRS = 64  # (channel, root channel) per channel of the widest layer and node; 4 in networks that end
 _VISITS = 5  # per node of the graph and root; below 1 in residual, dense, depthwise and transformer networks
 
 
@@ -92,31 +96,41 @@ def _opaque(model: nn.Module, blocks: list[Attention]) -> dict[type, _Block]:
     return {type(module): pruner for module in widths}
 
 
-def call_counts(model: nn.Module, example_input: Tensor) -> Counter[str]:
+def call_counts(model: nn.Module, example_input: Example) -> Counter[str]:
     """How often each leaf module runs in one forward. UserError when the model does not run, or gives NaN."""
     counts: Counter[str] = Counter()
     leaves = [(n, m) for n, m in model.named_modules() if not list(m.children())]
     hooks = [m.register_forward_hook(lambda *_, n=n: counts.update([n])) for n, m in leaves]
     try:
         with torch.no_grad(), evaluating(model):
-            output = model(example_input)
+            output = call(model, example_input)
+    except UserError:
+        raise
     except Exception as error:
-        shape = tuple(example_input.shape)
-        raise UserError(f"the model does not run on the example input of shape {shape}: {error}") from error
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"the model does not run on the example input of shape {described(example_input)}: {reason}"
+        ) from error
     finally:
         for hook in hooks:
             hook.remove()
-    if isinstance(output, Tensor) and not bool(output.isfinite().all()):
+    if any(not bool(t.isfinite().all()) for t in tensors_of(output)):
         raise UserError(f"{type(model).__name__} gives NaN or infinity on the example input: no cut can be checked.")
     return counts
 
 
-def _graph(model: nn.Module, example_input: Tensor, blocks: list[Attention]) -> tp.DependencyGraph:
+def _graph(
+    model: nn.Module, example_input: Example, blocks: list[Attention], heard: list[Tensor]
+) -> tp.DependencyGraph:
+    def run(model: nn.Module, example: Any) -> list[Tensor]:
+        heard.clear()
+        return [t for t in tensors_of(call(model, example)) if t.grad_fn is not None] + heard
+
     try:
         with evaluating(model), _differentiable(model), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             graph = tp.DependencyGraph().build_dependency(
-                model, (example_input,), customized_pruners=_opaque(model, blocks) or None, verbose=False
+                model, example_input, run, customized_pruners=_opaque(model, blocks) or None, verbose=False
             )
             tp.dependency.index_mapping.update_index_mapping(graph)
             return graph
@@ -147,12 +161,15 @@ class _Reached(NamedTuple):
     pairs: set[Any]
 
 
-def _reach(graph: tp.DependencyGraph, root: nn.Module, widest: int) -> tuple[list[_Reached], bool]:
-    """Every node that the root's output channels reach, channel by channel, and whether the walk came to an end.
+def _reach(
+    graph: tp.DependencyGraph, names: dict[nn.Module, str], root: nn.Module, widest: int
+) -> tuple[list[_Reached], str | None]:
+    """Every node that the root's output channels reach, channel by channel, and why the walk was given up, or None.
 
     torch-pruning's own walk compares whole index lists and does not end where its index maps shift channels on each
     round (focalnet). Here a pair (channel, root channel) is followed once, and channels that no layer can have, or
-    nodes that are visited over and over, show that the maps run in circles.
+    nodes that are visited over and over, show that the maps run in circles. Where a layer mixes all of the root's
+    channels (attention over channels) they are one unit: the walk, which would be cubic in the width, ends there.
     """
     pruner = graph.get_pruner_of_module(root)
     roots = pruner.get_out_channels(root)
@@ -168,14 +185,29 @@ def _reach(graph: tp.DependencyGraph, root: nn.Module, widest: int) -> tuple[lis
                 continue
             key = (id(dependency.target), dependency.handler)
             at = reached.setdefault(key, _Reached(dependency.target, dependency.handler, set()))
-            fresh = _fresh(dependency, pairs, at.pairs)
-            if fresh:
-                at.pairs.update(fresh)
-                visits += 1
-                if visits > limit or _impossible(fresh, widest):
-                    return list(reached.values()), False
-                stack.append((dependency.target, dependency.handler, fresh))
-    return list(reached.values()), True
+            try:
+                fresh = _fresh(dependency, pairs, at.pairs)
+            except (IndexError, TypeError, AttributeError, ValueError):  # an index map that does not fit what arrives
+                return list(reached.values()), _ENDLESS
+            if not fresh:
+                continue
+            at.pairs.update(fresh)
+            visits += 1
+            if visits > limit or len(at.pairs) > _PAIRS * widest or _impossible(fresh, widest):
+                return list(reached.values()), _ENDLESS
+            if dependency.target.module in names and _all_in_one(at.pairs, roots):
+                name = names[dependency.target.module]
+                return list(reached.values()), f"{name} mixes all of these channels, so that they can only go together"
+            stack.append((dependency.target, dependency.handler, fresh))
+    return list(reached.values()), None
+
+
+def _all_in_one(pairs: set[Any], roots: int) -> bool:
+    """Do channels of the layer that carry several roots tie all ``roots`` of them together?"""
+    by_channel: dict[int, set[int]] = {}
+    for pair in pairs:
+        by_channel.setdefault(pair.idx, set()).add(pair.root_idx)
+    return roots > 1 and any(len(tied) == roots for tied in by_channel.values())
 
 
 def _fresh(dependency: Any, pairs: list[Any], seen: set[Any]) -> list[Any]:
@@ -183,7 +215,7 @@ def _fresh(dependency: Any, pairs: list[Any], seen: set[Any]) -> list[Any]:
     for mapping in dependency.index_mapping:
         if mapping is not None:
             pairs = mapping(pairs)
-    return pairs if not seen else [pair for pair in pairs if pair not in seen]
+    return [pair for pair in dict.fromkeys(pairs) if pair not in seen]
 
 
 def _impossible(pairs: list[Any], widest: int) -> bool:
@@ -191,11 +223,11 @@ def _impossible(pairs: list[Any], widest: int) -> bool:
 
 
 def _couple_one(graph: tp.DependencyGraph, names: dict[nn.Module, str], root: nn.Module, widest: int) -> Coupled:
-    reached, ended = _reach(graph, root, widest)
+    reached, stopped = _reach(graph, names, root, widest)
     channels = list(range(graph.get_pruner_of_module(root).get_out_channels(root)))
     links, through = [], []
-    if not ended:
-        links.append(Link("!the dependency graph follows these channels in circles", axes.OUT, channels, channels))
+    if stopped is not None:
+        links.append(Link(f"!{stopped}", axes.OUT, channels, channels))
     for node, handler, pairs in reached:
         name = _label(graph, names, node.module)
         if name is None:
@@ -208,13 +240,14 @@ def _couple_one(graph: tp.DependencyGraph, names: dict[nn.Module, str], root: nn
     return Coupled(names[root], links, tuple(dict.fromkeys(through)))
 
 
-def couple(model: nn.Module, example_input: Tensor, blocks: list[Attention]) -> list[Coupled]:
+def couple(model: nn.Module, example_input: Example, blocks: list[Attention]) -> list[Coupled]:
     """The coupled channels of every convolution and linear layer outside the attention ``blocks``.
 
     UserError when the graph cannot be read: what failed is in the message, the model is as before.
     """
-    graph = _graph(model, example_input, blocks)
-    names = {module: name for name, module in model.named_modules()}
+    with stood_in(model) as (readers, heard):
+        graph = _graph(model, example_input, blocks, heard)
+    names = {module: name for name, module in model.named_modules()} | readers
     if not any(module in names for module in graph.module2node):
         raise UserError(_unseen(model, example_input))
     layers = [module for module in names if isinstance(module, tp.ops.TORCH_CONV | tp.ops.TORCH_LINEAR)]
@@ -224,15 +257,17 @@ def couple(model: nn.Module, example_input: Tensor, blocks: list[Attention]) -> 
     for module in list(graph.module2node):
         if not isinstance(module, tp.ops.TORCH_CONV | tp.ops.TORCH_LINEAR) or names.get(module) in covered:
             continue
+        if module in readers or module not in names:
+            continue
         one = _couple_one(graph, names, module, widest)
         found.append(one)
         covered.update(k.name for k in one.links if k.axis == axes.OUT and _is_whole(model, k))
     return found
 
 
-def _unseen(model: nn.Module, example_input: Tensor) -> str:
+def _unseen(model: nn.Module, example_input: Example) -> str:
     with torch.no_grad(), evaluating(model):
-        output = model(example_input)
+        output = call(model, example_input)
     found = f"a tensor of {output.dtype}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
     return (
         f"the dependency graph of {type(model).__name__} cannot be read: its output ({found}) has no gradient path to "
