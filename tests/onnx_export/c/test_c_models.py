@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from nets import STRICT, Deep, Line, Residual, made, samples, wrong
+from nets import NETS, STRICT, Deep, Line, made, samples, wrong
 from torch import nn
 
 from flatcompress import models, quant
@@ -12,7 +12,6 @@ from flatcompress.onnx_export import certify, export
 from flatcompress.onnx_export.c import build, weights
 
 needs_compiler = pytest.mark.skipif(build.compiler() is None, reason="no C compiler on this machine")
-NETS = {"residual": (Residual, (3, 17, 12)), "deep": (Deep, (3, 9, 8)), "line": (Line, (2, 20))}
 
 
 @needs_compiler
