@@ -25,7 +25,7 @@ def test_every_output_bit_is_right_on_an_emulated_core(core, name, sparsity, tmp
     x = samples(shape, 6)[[0, 1, 4, 5]]  # without infinities and NaN, which torch's reference does not know
     found = board.measure(exported.c.folder, "m", x, exported.c.outputs, core)
     assert bit_equal(found.outputs, reference_outputs(exported.reference, [torch.from_numpy(x)])).all()
-    assert 0 < found.flash and 0 < found.stack < 2000
+    assert found.flash > 0 and 0 < found.stack < 2000
     assert max(found.instructions) - min(found.instructions) < 0.05 * max(found.instructions)
 
 
