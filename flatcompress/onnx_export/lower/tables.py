@@ -1,8 +1,8 @@
 """Functions of one quantized tensor: which are worth a table of 256 codes, and the table.
 
 Between two quantizers an elementwise function maps at most 256 codes to codes. onnxruntime runs most of them fastest as
-they are, floats between DequantizeLinear and QuantizeLinear: 0.2 to 4.5 ns a value with one thread, where Cast and
-Gather from a table take 10 (Gather has no byte indices; `python -m benchmarks.export_activations`). A table pays
+they are, floats between DequantizeLinear and QuantizeLinear: 0.5 to 4 ns a value with one thread, where Cast and
+Gather from a table take 10 to 11 (Gather has no byte indices; `python -m benchmarks.export_activations`). A table pays
 where the functions together cost more than that: Softplus, and with it Mish and log-sigmoid.
 """
 
