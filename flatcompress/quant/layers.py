@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from flatcompress.errors import UserError
+from flatcompress.errors import RunError, UserError
 from flatcompress.graph import install, installed_graph, trace
 from flatcompress.graph.interface import call, first_tensor, inputs_of_batch, interface_of, mapped
 from flatcompress.graph.interface import tensors as graph_tensors
@@ -281,7 +281,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
     try:
         with evaluating(model):
             for batch in batches:
-                call(model, inputs_of_batch(batch, names))
+                _observe(model, inputs_of_batch(batch, names), count)
                 count += 1
         observers = {name: q.observer for name, q in chosen.items()}
     finally:
@@ -293,6 +293,18 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
         observer = observers[name]
         if observer is not None and observer.count:
             quantizer.start_from_observer(observer)
+
+
+def _observe(model: nn.Module, inputs: Any, index: int) -> None:
+    """One calibration batch. UserError when the model does not take it."""
+    try:
+        call(model, inputs)
+    except (UserError, RunError):
+        raise
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+        lines = str(error).strip().splitlines()
+        what = f"{type(error).__name__}: {lines[0][:300] if lines else ''}"
+        raise UserError(f"calibration batch {index}: {type(model).__name__} cannot be run on it ({what}).") from error
 
 
 def scale_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -240,3 +240,7 @@ def test_what_is_no_model_and_no_example_is_said() -> None:
         quant.quantize("net", example_input=IMAGES)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="cannot be run on the example"):
         quant.quantize(nn.Sequential(nn.Conv2d(3, 8, 3)), example_input=TOKENS)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 3))
+    quant.quantize(model, example_input=IMAGES)
+    with pytest.raises(UserError, match="batch 1: Sequential cannot be run"):
+        quant.calibrate(model, [IMAGES, TOKENS])
