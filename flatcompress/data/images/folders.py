@@ -13,13 +13,14 @@ from torch import Tensor
 from flatcompress.data.bundle import Part
 from flatcompress.data.images.decoding import output_shape
 from flatcompress.data.images.files import Finder, data_root, drawn
+from flatcompress.data.images.grouping import HELD_OUT, identities, split_grouped
 from flatcompress.data.images.layout import class_folders, parts_of, same_classes
 from flatcompress.data.images.pixels import Pixels
 from flatcompress.data.images.published_tests import classes_below, corrupted_folders
 from flatcompress.data.images.reading import Reader
 from flatcompress.data.raw_data import RawData, held_out_name
 from flatcompress.data.split import split_identities
-from flatcompress.errors import UserError
+from flatcompress.errors import UserError, unknown
 
 _LEAST = 3  # images of a class: one each for training, selection and test
 
@@ -36,16 +37,18 @@ class Listing:
 
 @dataclass(frozen=True)
 class Decoded:
-    """Pixels with int64 labels and domains [N], and what was skipped."""
+    """Pixels with int64 labels, domains and identities [N]; which files they are, and what was skipped."""
 
     pixels: Pixels
     labels: Tensor
     domain_ids: Tensor
+    identity: Tensor
+    kept: list[int]
     skipped: tuple[str, ...]
 
     def part(self, rows: Tensor) -> Part:
-        """The samples at ``rows``; every file is an image of its own."""
-        return Part(self.pixels, rows, self.labels[rows], self.domain_ids[rows], rows)
+        """The samples at ``rows``."""
+        return Part(self.pixels, rows, self.labels[rows], self.domain_ids[rows], self.identity[rows])
 
 
 def folder(
@@ -129,10 +132,15 @@ def domains(
     limit: int = 0,
     on_bad_sample: str = "error",
     intensity: Any = None,
+    group: Any = None,
+    held_out_identities: str = "unseen",
 ) -> RawData:
     """PATH/DOMAIN/CLASS/image (PACS, OfficeHome, DomainNet); ``held_out`` is the domain that is never trained on.
 
-    Selection and in-domain test images are split off each source domain, class by class, by the seed.
+    Selection and in-domain test images are split off each source domain, class by class, by the seed. Where domains show
+    the same things, ``group`` says by what key (`grouping.identities`): no identity is then in two parts, and of
+    the held-out domain only those that were neither trained nor selected on are measured (``held_out_identities``:
+    unseen, or all).
     """
     root = data_root(path, "domains")
     reader, finder = Reader(output_shape(size, channels), _skips(on_bad_sample), intensity), Finder(root)
@@ -155,20 +163,29 @@ def domains(
     )
     reader.look(joined.paths)
     found = _decoded(joined, reader)
+    if held_out_identities not in HELD_OUT:
+        raise unknown("held_out_identities", held_out_identities, HELD_OUT)
     strata = found.domain_ids * len(classes) + found.labels
     _check_counts(strata, tuple(f"{d}/{c}" for d in names for c in classes), root)
-    split = split_identities(strata, {"test": test_fraction, "val": val_fraction}, seed)
-    source = found.domain_ids != names.index(unseen)
-
-    def of_sources(rows: Tensor) -> Part:
-        return found.part(rows[source[rows]])
-
+    fractions, source = {"test": test_fraction, "val": val_fraction}, found.domain_ids != names.index(unseen)
+    held_out_rows = (~source).nonzero().flatten()
+    if group is None:
+        split = {name: rows[source[rows]] for name, rows in split_identities(strata, fractions, seed).items()}
+    else:
+        found = replace(found, identity=identities([joined.paths[i] for i in found.kept], root, group))
+        split = split_grouped(found.identity, found.labels, source, fractions, seed)
+        if held_out_identities == "unseen":
+            finder.note(
+                f"held-out domain {unseen!r}: {len(split['unseen'])} of {len(held_out_rows)} images show what was "
+                "neither trained nor selected on, and are measured"
+            )
+            held_out_rows = split["unseen"]
     raw = RawData(
         classes=classes,
-        train=of_sources(split["train"]),
-        val=of_sources(split["val"]),
-        test=of_sources(split["test"]),
-        held_out=found.part((~source).nonzero().flatten()),
+        train=found.part(split["train"]),
+        val=found.part(split["val"]),
+        test=found.part(split["test"]),
+        held_out=found.part(held_out_rows),
         domains=tuple(names),
         held_out_domain=unseen,
         skipped=found.skipped,
@@ -207,9 +224,8 @@ def _decoded(listing: Listing, reader: Reader) -> Decoded:
     if reasons:
         warnings.warn(f"{len(reasons)} bad images are left out, the first: {reasons[0]}", stacklevel=3)
     labels = torch.tensor([listing.labels[i] for i in good], dtype=torch.int64)
-    return Decoded(
-        pixels, labels, torch.tensor([listing.domain_ids[i] for i in good], dtype=torch.int64), tuple(reasons)
-    )
+    domain_ids = torch.tensor([listing.domain_ids[i] for i in good], dtype=torch.int64)
+    return Decoded(pixels, labels, domain_ids, torch.arange(len(good)), good, tuple(reasons))
 
 
 def _check_counts(strata: Tensor, names: tuple[str, ...], root: Path) -> None:
