@@ -284,7 +284,8 @@ class Drawn(nn.Module):
         return does[action]() if action in does and not (plain and action in ("grouped", "groupnorm")) else layer(x)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@pytest.mark.slow
+@settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(
     actions=st.lists(st.sampled_from(ACTIONS), min_size=1, max_size=6),
     width=st.sampled_from([4, 6, 7]),

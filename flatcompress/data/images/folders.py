@@ -137,8 +137,8 @@ def domains(
 ) -> RawData:
     """PATH/DOMAIN/CLASS/image (PACS, OfficeHome, DomainNet); ``held_out`` is the domain that is never trained on.
 
-    Selection and in-domain test images are split off each source domain, class by class, by the seed. Where domains show
-    the same things, ``group`` says by what key (`grouping.identities`): no identity is then in two parts, and of
+    Selection and in-domain test images are split off each source domain, class by class, by the seed. Where domains
+    show the same things, ``group`` says by what key (`grouping.identities`): no identity is then in two parts, and of
     the held-out domain only those that were neither trained nor selected on are measured (``held_out_identities``:
     unseen, or all).
     """
