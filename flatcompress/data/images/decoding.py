@@ -54,6 +54,13 @@ def output_shape(size: int | Sequence[int], channels: int) -> Shape:
     return channels, sides[0], sides[1]
 
 
+def opened(path: Path) -> Image.Image:
+    """Pillow's image of a plain file, only its header read. OSError for anything else: a pipe would be waited for."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError("not a plain file")
+    return Image.open(path)
+
+
 def decode(path: Path, shape: Shape, intensity: Range | None = None) -> Tensor:
     """[C, H, W] of an image file in 0..255: turned as its EXIF says, transparency on white, resized.
 
@@ -67,7 +74,7 @@ def decode(path: Path, shape: Shape, intensity: Range | None = None) -> Tensor:
             raise UserError(f"{path}: not a plain file.")
         if found.st_size == 0:
             raise UserError(f"{path}: empty file (0 bytes). Remove it, or use on_bad_sample: skip.")
-        with Image.open(path) as image:
+        with opened(path) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise UserError(f"{path}: {image.width} x {image.height} pixels; at most {MOST_PIXELS:,} are read.")
             array = _pixels(ImageOps.exif_transpose(image), path, shape, intensity)

@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from flatcompress.data.images.decoding import DAMAGED, MOST_PIXELS, Range, decode, is_deep
+from flatcompress.data.images.decoding import DAMAGED, MOST_PIXELS, Range, decode, is_deep, opened
 from flatcompress.data.images.pixels import MemoryPixels, Pixels, Shape
 from flatcompress.errors import UserError
 
@@ -130,7 +129,7 @@ def _kind(path: Path) -> str:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            with Image.open(path) as image:
+            with opened(path) as image:
                 if is_deep(image):
                     return "deep"
                 if any(";16" in str(tile[3]) for tile in image.tile):
@@ -144,7 +143,9 @@ def _extent(paths: Sequence[Path]) -> Range:
     low, high = 0.0, -np.inf
     for path in paths:
         try:
-            with Image.open(path) as image:
+            with opened(path) as image:
+                if image.width * image.height > MOST_PIXELS:
+                    continue  # said when it is read
                 values = np.asarray(image)
         except DAMAGED:
             continue  # said when it is read
@@ -155,7 +156,7 @@ def _extent(paths: Sequence[Path]) -> Range:
 
 def _check_header(path: Path) -> None:
     try:
-        with Image.open(path) as image:
+        with opened(path) as image:
             size = image.width * image.height
     except DAMAGED:
         size = 0
