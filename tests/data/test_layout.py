@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from flatcompress import data
+from flatcompress.data import preview
 from flatcompress.errors import UserError
 
 
@@ -207,7 +208,7 @@ def test_corruptions_and_the_preview_of_deep_images_are_made_of_eight_bits(tmp_p
     x, _ = bundle.corrupted["contrast/3"].__getitems__([0])
     assert torch.isfinite(x).all()
     assert bundle.train.pixels([0]).dtype == torch.uint8
-    assert bundle.preview_png().startswith(b"\x89PNG")
+    assert preview.png(bundle).startswith(b"\x89PNG")
 
 
 def test_pictures_after_the_first_and_lower_bits_that_are_lost_are_said(tmp_path):
