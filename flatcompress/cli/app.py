@@ -217,6 +217,23 @@ def sharpness(
         printing.print_mapping(outcome)
 
 
+@app.command()
+def debug(
+    target: Annotated[Path, typer.Argument(help="a run folder, or the ONNX file in it")],
+    samples: Annotated[int, typer.Option(min=1, help="training samples to compare on")] = 128,
+    as_json: Json = False,
+) -> None:
+    """Say where accuracy goes: each layer's own error, what adds up, the first bad place and what to pin."""
+    from flatcompress.cli import printing
+    from flatcompress.cli.debugging import debug_run
+
+    found = debug_run(target, samples)
+    if as_json:
+        show(found, True, "")
+    else:
+        printing.print_diagnosis(found)
+
+
 @app.callback(invoke_without_command=True)
 def _version(
     version: Annotated[bool, typer.Option("--version", help="print the version and exit", is_eager=True)] = False,

@@ -11,6 +11,7 @@ from flatcompress.cli.templates import STARTERS
 from flatcompress.data.corruptions import CORRUPTIONS
 from flatcompress.errors import UserError, unknown
 from flatcompress.pipeline import Pipeline, Result
+from flatcompress.quant import ptq
 from flatcompress.recipe import Recipe, load_recipe, parse_recipe
 from flatcompress.registry import Registry, shown
 from flatcompress.session import restore
@@ -31,6 +32,11 @@ CATALOGUE: dict[str, Registry] = {
     "qat-methods": QAT_METHODS,
     "importances": prune.IMPORTANCES,
     "quantizers": quant.QUANTIZERS,
+    "scalings": ptq.SCALINGS,
+    "weight-scales": ptq.WEIGHT_SCALES,
+    "calibrators": ptq.CALIBRATORS,
+    "roundings": ptq.ROUNDINGS,
+    "corrections": ptq.CORRECTIONS,
     "models": models.MODELS,
     "data": data.DATASETS,
     "corruptions": CORRUPTIONS,

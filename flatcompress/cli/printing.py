@@ -78,6 +78,21 @@ def print_verification(outcome: dict[str, Any]) -> None:
     _console().print(certificate_line(outcome))
 
 
+def print_diagnosis(found: dict[str, Any]) -> None:
+    """A row per layer and activation, and what to do."""
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for heading in ("place", "bits", "local dB", "its bits allow", "cumulative dB", "clipped", "dead", "what is wrong"):
+        table.add_column(heading, justify="left" if heading in ("place", "what is wrong") else "right")
+    for row in found["rows"]:
+        figures = [f"{row[key]:.1f}" for key in ("local_db", "possible_db", "cumulative_db")]
+        clipped, dead = f"{row['clipped']:.2%}", str(row["dead"])
+        table.add_row(row["name"], str(row["bits"]), *figures, clipped, dead, "; ".join(row["bad"]))
+    console = _console()
+    console.print(table)
+    console.print(f"compared on {found['samples']} samples with {found['float']}", soft_wrap=True)
+    console.print(found["proposal"], soft_wrap=True)
+
+
 def print_bench(outcome: dict[str, Any]) -> None:
     """Latency, load time, size."""
     for row in outcome["files"]:

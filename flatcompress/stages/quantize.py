@@ -19,6 +19,7 @@ from flatcompress import flat, quant
 from flatcompress.errors import unknown
 from flatcompress.modules import evaluating
 from flatcompress.plan import Plan
+from flatcompress.quant import ptq
 from flatcompress.stages.averaging import Averaging
 from flatcompress.stages.callbacks import BiasRounding, Distillation, FrozenBatchNorm, MaskedWeights
 from flatcompress.stages.context import RunContext
@@ -40,17 +41,28 @@ from flatcompress.stages.qat_callbacks import Conflict, Oscillation, Point, Tran
 from flatcompress.stages.qat_methods import QAT_METHODS, QatMethod
 from flatcompress.stages.stage import Facts, Phase, Stage
 from flatcompress.training import objective
+from flatcompress.training.batches import evaluate
 from flatcompress.training.callback import Callback
 from flatcompress.training.job import Job
 
 CALIBRATION_SAMPLES = 512
 SENSITIVITY_SAMPLES = 256
+POST_TRAINING = {
+    "scaling": ptq.SCALINGS,
+    "weight_scale": ptq.WEIGHT_SCALES,
+    "calibrator": ptq.CALIBRATORS,
+    "rounding": ptq.ROUNDINGS,
+    "correction": ptq.CORRECTIONS,
+}
 BITS_BUDGETS = ("effective_bits", "bytes", "bops")
 
 
 class QuantizeConfig(TrainingKeys):
     """Quantization-aware training with learned step sizes, and GAQAT's freezing of conflicting scale gradients."""
 
+    epochs: Annotated[int, Field(ge=0, le=100_000)] = Field(
+        10, description="passes over the training split; 0: post-training quantization, nothing is trained"
+    )
     method: str = Field("gaqat", description="QAT method; see `flatcompress list qat-methods`")
     weight_bits: Bits = Field(4, description="bits of the weights")
     activation_bits: Bits | None = Field(4, description="bits of the activations; null: they stay float")
@@ -111,13 +123,24 @@ class QuantizeConfig(TrainingKeys):
     flatness_map: bool = Field(
         True, description="log how far each layer may move (Hessian trace) against how far its grid moves it"
     )
+    start: Literal["lsq", "post_training"] | None = Field(
+        None, description="where scales and weights begin: LSQ's start, or post-training (default: with epochs 0)"
+    )
+    scaling: str = Field("none", description="post-training: what moves between layers; `flatcompress list scalings`")
+    weight_scale: str = Field("mse", description="post-training: weight scales; `flatcompress list weight-scales`")
+    calibrator: str = Field("mse", description="post-training: activation ranges; `flatcompress list calibrators`")
+    rounding: str = Field("nearest", description="post-training: rounding of weights; `flatcompress list roundings`")
+    correction: str = Field("bias", description="post-training: what is put right; `flatcompress list corrections`")
+    max_drop: NonNegative | None = Field(
+        None, description="epochs 0: give layers bits back until validation accuracy falls by at most so many points"
+    )
     bias_rounding_epochs: Annotated[int, Field(ge=0)] = Field(
         1, description="last epochs that train with the exported file's rounded biases"
     )
 
     @property
     def label(self) -> str:
-        return self.method
+        return self.method if self.epochs else "post-training"
 
     @property
     def row(self) -> QatMethod:
@@ -126,6 +149,25 @@ class QuantizeConfig(TrainingKeys):
 
     def flat_method(self) -> str:
         return self.row.flat if self.flat is None else known_flat_method(self.flat, "flat")
+
+    @property
+    def from_post_training(self) -> bool:
+        """Whether post-training quantization is done, alone or before the training."""
+        return self.start == "post_training" or not self.epochs
+
+    @model_validator(mode="after")
+    def _fits_post_training(self) -> QuantizeConfig:
+        for key, table in POST_TRAINING.items():
+            if getattr(self, key) not in table:
+                raise KeyProblem(key, str(unknown(table.kind, getattr(self, key), table)))
+            # the recipe of a run folder has every default written out
+            if getattr(self, key) != type(self).model_fields[key].default and not self.from_post_training:
+                raise KeyProblem(key, "belongs to post-training quantization: epochs: 0, or start: post_training.")
+        if self.start == "lsq" and not self.epochs:
+            raise KeyProblem("start", "LSQ's start is made for training and loses points without: leave it out.")
+        if self.max_drop is not None and self.epochs:
+            raise KeyProblem("max_drop", "goes with epochs: 0.")
+        return self
 
     @property
     def bits_budget(self) -> tuple[str, float]:
@@ -181,8 +223,51 @@ def phases(run: RunContext, config: QuantizeConfig) -> list[Phase]:
     return [
         *warm_up,
         Phase("bits", lambda facts: {"bits": choose_bits(run, config)}),
-        Phase("quantized", partial(_train_quantized, run, config, teacher)),
+        Phase("quantized", partial(_train_quantized, run, config, teacher))
+        if config.epochs
+        else Phase("post_training", partial(_post_training, run, config)),
     ]
+
+
+def _post_training(run: RunContext, config: QuantizeConfig, facts: Facts) -> None:
+    """Quantize without training; a limit on the drop is measured on the validation split."""
+    if config.max_drop is None:
+        start_from_post_training(run, config, facts["bits"])
+    else:
+
+        def points(model: nn.Module) -> float:
+            return 100 * evaluate(model, run.data.val, objective.correct, run.device)
+
+        done, rounds = quant.within_drop(
+            run.model,
+            calibration(run),
+            points,
+            config.max_drop,
+            config.weight_bits,
+            **settings(run, config, facts["bits"]),
+        )
+        run.plan = run.plan + done.plan
+        run.emit("post_training", **done.to_dict(), rounds=rounds)
+    quant.set_bias_rounding(run.model, True)
+
+
+def start_from_post_training(run: RunContext, config: QuantizeConfig, bits: dict[str, Any] | None) -> None:
+    """Post-training quantization of ``run.model`` in place; the plan gains the quantizers."""
+    done = quant.post_training(run.model, calibration(run), config.weight_bits, **settings(run, config, bits))
+    run.plan = run.plan + done.plan
+    run.emit("post_training", **done.to_dict())
+
+
+def calibration(run: RunContext) -> list[Tensor]:
+    """The images that ranges are taken from."""
+    return [x for x, _ in train_batches(run, CALIBRATION_SAMPLES)]
+
+
+def settings(run: RunContext, config: QuantizeConfig, bits: dict[str, Any] | None) -> dict[str, Any]:
+    """What the recipe says to `quant.post_training`, beside the bits of the weights."""
+    rows = {key: getattr(config, key) for key in POST_TRAINING}
+    return {**placement(config), **rows, "bits": bits, "method": config.quantizer, "per_channel": config.per_channel,
+            "example_input": run.example(), "seed": run.seed}  # fmt: skip
 
 
 def _train_float(run: RunContext, config: QuantizeConfig, facts: Facts) -> None:
@@ -194,10 +279,13 @@ def _train_float(run: RunContext, config: QuantizeConfig, facts: Facts) -> None:
 
 def _train_quantized(run: RunContext, config: QuantizeConfig, teacher: nn.Module | None, facts: Facts) -> None:
     before = copy.deepcopy(run.model) if config.flatness_map and run.resume is None else None
-    run.plan = run.plan + insert(run.model, run.example(), config, facts["bits"])
+    if config.from_post_training and run.resume is None:
+        start_from_post_training(run, config, facts["bits"])
+    else:
+        run.plan = run.plan + insert(run.model, run.example(), config, facts["bits"])
+        quant.calibrate(run.model, calibration(run))
     if before is not None:
         log_map(run, before)
-    quant.calibrate(run.model, [x for x, _ in train_batches(run, CALIBRATION_SAMPLES)])
     train(run, qat_job(run, config, teacher))
     if not config.freeze_bn:
         quant.reestimate_batchnorm(run.model, [x for x, _ in train_batches(run, 10 * run.batch_size)])
@@ -325,7 +413,7 @@ def choose_bits(run: RunContext, config: QuantizeConfig) -> dict[str, Any] | Non
 def float_epochs(config: QuantizeConfig) -> int:
     """Epochs before the quantizers come in; at least one is left after them."""
     share = config.row.float_share if config.quant_start is None else config.quant_start
-    return min(round(share * config.epochs), config.epochs - 1)
+    return max(0, min(round(share * config.epochs), config.epochs - 1))
 
 
 STAGE = Stage(

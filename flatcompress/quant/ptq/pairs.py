@@ -15,9 +15,9 @@ from torch import Tensor, fx, nn
 
 from flatcompress.graph.rewrite import first_input
 from flatcompress.quant.operators import POOLS, RELUS, is_zero_pad
-from flatcompress.quant.placement import LAYERS
 
 aten = torch.ops.aten
+LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)  # rows of their weights are outputs, columns inputs
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 _HOMOGENEOUS = POOLS | {
     aten.relu.default, aten.leaky_relu.default, aten.max_pool2d.default, aten.max_pool1d.default,
