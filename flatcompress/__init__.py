@@ -18,10 +18,11 @@ _LAZY = {
     "Pipeline": "flatcompress.pipeline",
     "Plan": "flatcompress.plan",
     "apply_plan": "flatcompress.plan",
+    "compress": "flatcompress.compressing",
 }
 _PACKAGES = ("data", "flat", "graph", "models", "onnx_export", "prune", "quant", "report", "stages", "training")
 
-__all__ = ["Pipeline", "Plan", "__version__", "apply_plan", *_PACKAGES]
+__all__ = ["Pipeline", "Plan", "__version__", "apply_plan", "compress", *_PACKAGES]
 
 
 def __getattr__(name: str) -> Any:

@@ -218,6 +218,46 @@ def sharpness(
 
 
 @app.command()
+def compress(
+    model: Annotated[
+        str, typer.Argument(help="built-in, timm:NAME, torchvision:NAME, package.module:factory, FILE.onnx")
+    ],
+    data: Annotated[
+        Path | None, typer.Option(help="a folder of class folders, an .npz or .npy; default: drawn")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="the run folder (default runs/MODEL)")] = None,
+    bits: Annotated[str, typer.Option(help="8 | 6 | w4a8 | 4 | auto")] = "8",
+    keep: Annotated[float | None, typer.Option(help="share of the channels that stays (with --epochs)")] = None,
+    max_drop: Annotated[
+        float | None, typer.Option(help="most points of accuracy to lose; layers get bits back")
+    ] = None,
+    epochs: Annotated[int, typer.Option(min=0, help="0: no training; more: flat QAT")] = 0,
+    budget: Annotated[str | None, typer.Option(help="with --bits auto: 500kB of weights")] = None,
+    weights: Annotated[str | None, typer.Option(help="a safetensors or state-dict file")] = None,
+    classes: Annotated[int | None, typer.Option(min=1, help="classes, where neither data nor model say")] = None,
+    input_shape: Annotated[str | None, typer.Option(help="C,H,W without data (default 3,224,224)")] = None,
+    seed: Annotated[int, typer.Option(help="of drawn inputs and splits")] = 0,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress on stderr")] = False,
+    as_json: Json = False,
+) -> None:
+    """From a trained model to a smaller verified file, and the recipe that repeats it; exit code 3 if it does not hold."""
+    from flatcompress.cli import printing
+    from flatcompress.cli.inputs import shape_of
+    from flatcompress.compressing import compress as run_compress
+
+    shape = shape_of(input_shape)
+    with printing.display(quiet=quiet) as shown:
+        made = run_compress(model, data, out, bits=bits, keep=keep, max_drop=max_drop, epochs=epochs, budget=budget,
+                            weights=weights, classes=classes, input_shape=shape, seed=seed, display=shown)  # fmt: skip
+    if as_json:
+        show(made.to_dict(), True, "")
+    else:
+        printing.print_compressed(made.to_dict(), made.certificate)
+    if not made.certificate["holds"]:
+        raise typer.Exit(3)
+
+
+@app.command()
 def debug(
     target: Annotated[Path, typer.Argument(help="a run folder, or the ONNX file in it")],
     samples: Annotated[int, typer.Option(min=1, help="training samples to compare on")] = 128,

@@ -78,6 +78,25 @@ def print_verification(outcome: dict[str, Any]) -> None:
     _console().print(certificate_line(outcome))
 
 
+def print_compressed(made: dict[str, Any], certificate: dict[str, Any]) -> None:
+    """Before and after, the certificate in a line, what was decided, and where everything is."""
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for heading in ("", "accuracy", "bytes", "ms", "layers on integers"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for row in made["rows"]:
+        size, ms = row["bytes"], row["ms"]
+        figures = ("-" if size is None else f"{size:,}", "-" if ms is None else f"{ms:.3f}")
+        table.add_row(row["network"], f"{row['accuracy']:.2%}", *figures, row["layers on integers"])
+    console = _console()
+    console.print(table)
+    console.print(certificate_line(certificate))
+    for note in made["notes"]:
+        console.print(note, soft_wrap=True)
+    for label, key in (("ONNX file", "onnx"), ("report", "report")):
+        console.print(f"{label + ':':<12}{made[key]}", soft_wrap=True)
+    console.print(f"again:      flatcompress run {made['recipe']}", soft_wrap=True)
+
+
 def print_diagnosis(found: dict[str, Any]) -> None:
     """A row per layer and activation, and what to do."""
     table = Table(box=None, padding=(0, 2, 0, 0))

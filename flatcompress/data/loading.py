@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from flatcompress.data import augment as augmentation
+from flatcompress.data.arrays import arrays
 from flatcompress.data.bundle import DataBundle, ImageSet, Part
 from flatcompress.data.corruptions import corrupted_parts
 from flatcompress.data.embedded.rotated_digits import rotated_digits
 from flatcompress.data.embedded.styled_shapes import styled_shapes
 from flatcompress.data.images.cifar_mnist import cifar10, mnist
 from flatcompress.data.images.folders import domains, folder
-from flatcompress.data.raw_data import RawData
 from flatcompress.errors import UserError, unknown
 from flatcompress.randomness import generator
 from flatcompress.registry import Entry, Registry
@@ -28,6 +28,7 @@ DATASETS.add(
 )
 DATASETS.add("folder", folder, "your images: PATH/CLASS/image, or PATH/train and PATH/val")
 DATASETS.add("domains", domains, "your images in domains: PATH/DOMAIN/CLASS/image, one domain held out")
+DATASETS.add("arrays", arrays, "an .npz file: x [N, C, H, W] and y [N], normalised already")
 DATASETS.add("cifar10", cifar10, "CIFAR-10, the binary files", "Krizhevsky 2009")
 DATASETS.add("mnist", mnist, "MNIST and its likes, idx files, gz or not", "LeCun et al. 1998")
 
@@ -60,7 +61,14 @@ def load(
     """
     entry = DATASETS[name]
     _check_options(entry, options)
-    raw: RawData = entry(seed, **options)
+    raw = entry(seed, **options)
+    if isinstance(raw, DataBundle):
+        given = {"augment": augment, "mean": mean, "std": std, "corruptions": None if corruptions in ("default", "none")
+                 else corruptions}  # fmt: skip
+        for key, value in given.items():
+            if value is not None:
+                raise UserError(f"data set {name!r} takes its inputs as they are: leave {key!r} out.")
+        return raw
     for label in ("train", "val", "test"):
         if not len(getattr(raw, label).rows):
             raise UserError(f"data set {name!r}: the {label} part is empty; give it more images or another fraction")

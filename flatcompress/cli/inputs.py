@@ -1,0 +1,20 @@
+"""Options that are more than a word or a number."""
+
+from __future__ import annotations
+
+from flatcompress.errors import UserError
+
+
+def shape_of(text: str | None) -> tuple[int, int, int] | None:
+    """``3,224,224`` as three numbers. UserError for anything else.
+
+    >>> shape_of("1,28,28")
+    (1, 28, 28)
+    """
+    if text is None:
+        return None
+    sides = text.replace("x", ",").split(",")
+    if len(sides) != 3 or not all(side.strip().isdigit() and int(side) > 0 for side in sides):
+        raise UserError(f"--input-shape {text!r}: three numbers, channels, height and width, for example 3,224,224.")
+    channels, height, width = (int(side) for side in sides)
+    return channels, height, width

@@ -1,0 +1,60 @@
+"""One call from a trained network to a verified file and the recipe that repeats it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from flatcompress import compress, models, onnx_export
+from flatcompress.errors import UserError
+from flatcompress.recipe import load_recipe
+
+SHAPE = (3, 8, 8)
+
+
+def factory(num_classes: int = 4, input_shape=SHAPE) -> torch.nn.Module:
+    """The same small network every time; it has four classes, whoever asks."""
+    return models.build("resnet8", num_classes=4, input_shape=SHAPE, seed=1, width=4)
+
+
+def inputs(count: int = 60) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((count, *SHAPE)).astype(np.float32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["nothing", "inputs", "labelled"])
+def test_a_factory_with_or_without_data_gives_a_file_that_holds(kind, tmp_path):
+    path = tmp_path / "d.npz"
+    labels = {"y": np.arange(60) % 4} if kind == "labelled" else {}
+    np.savez(path, x=inputs(), **labels)
+    data = None if kind == "nothing" else path
+    made = compress("test_compress:factory", data, tmp_path / "out", input_shape=SHAPE)
+    assert made.certificate["holds"] and made.onnx.exists() and made.rows[1]["bytes"] < made.rows[0]["bytes"]
+    assert any("drawn" in note for note in made.notes) == (kind == "nothing")
+    assert any("agreement" in note for note in made.notes) == (kind != "labelled")
+    assert load_recipe(made.recipe).stages[0].kind == "quantize"
+
+
+@pytest.mark.slow
+def test_an_onnx_file_is_compressed(tmp_path):
+    source = tmp_path / "net.onnx"
+    onnx_export.export(factory().eval(), torch.zeros(2, *SHAPE), source, "float32")
+    made = compress(str(source), None, tmp_path / "out", input_shape=SHAPE)
+    assert made.certificate["holds"] and made.rows[0]["accuracy"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"bits": "5"}, "w4a8"),
+        ({"keep": 0.5}, "epochs"),
+        ({"budget": "500kB"}, "auto"),
+        ({"bits": "auto", "budget": "lots"}, "kB"),
+        ({"data": "nowhere.npz"}, "no such file"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused_before_anything_runs(options, words, tmp_path):
+    with pytest.raises(UserError, match=words):
+        compress("test_compress:factory", out=tmp_path / "out", input_shape=SHAPE, **options)
+    assert not (tmp_path / "out").exists()
