@@ -219,18 +219,12 @@ def sharpness(
 
 @app.command()
 def compress(
-    model: Annotated[
-        str, typer.Argument(help="built-in, timm:NAME, torchvision:NAME, package.module:factory, FILE.onnx")
-    ],
-    data: Annotated[
-        Path | None, typer.Option(help="a folder of class folders, an .npz or .npy; default: drawn")
-    ] = None,
+    model: Annotated[str, typer.Argument(help="built-in, timm:NAME, package.module:factory, FILE.onnx ...")],
+    data: Annotated[Path | None, typer.Option(help="folder of class folders, .npz, .npy; default: drawn")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="the run folder (default runs/MODEL)")] = None,
     bits: Annotated[str, typer.Option(help="8 | 6 | w4a8 | 4 | auto")] = "8",
     keep: Annotated[float | None, typer.Option(help="share of the channels that stays (with --epochs)")] = None,
-    max_drop: Annotated[
-        float | None, typer.Option(help="most points of accuracy to lose; layers get bits back")
-    ] = None,
+    max_drop: Annotated[float | None, typer.Option(help="points of accuracy: layers get bits back")] = None,
     epochs: Annotated[int, typer.Option(min=0, help="0: no training; more: flat QAT")] = 0,
     budget: Annotated[str | None, typer.Option(help="with --bits auto: 500kB of weights")] = None,
     weights: Annotated[str | None, typer.Option(help="a safetensors or state-dict file")] = None,
@@ -240,7 +234,7 @@ def compress(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress on stderr")] = False,
     as_json: Json = False,
 ) -> None:
-    """From a trained model to a smaller verified file, and the recipe that repeats it; exit code 3 if it does not hold."""
+    """From a trained model to a smaller verified file and its recipe; exit code 3 when the certificate fails."""
     from flatcompress.cli import printing
     from flatcompress.cli.inputs import shape_of
     from flatcompress.compressing import compress as run_compress
