@@ -18,7 +18,7 @@ from flatcompress.errors import UserError
 from flatcompress.modules import evaluating
 from flatcompress.quant.ptq import calibrators, weight_scales
 from flatcompress.quant.ptq.histogram import Histogram
-from flatcompress.quant.ptq.paths import Paths, Values, out_axis, weight_replaced
+from flatcompress.quant.ptq.paths import Paths, Values, float_layer, out_axis, weight_replaced
 from flatcompress.quant.ptq.post_training import decibels, rows_of
 from flatcompress.quant.quantizers.lsq import StepQuantizer
 from flatcompress.quant.quantizers.modules import QuantizedLayer
@@ -135,8 +135,8 @@ class _LayerSite(_Site):
         quantizer: Any = layer.weight_quant.tensor_quant
         super().__init__(str(node.target), quantizer.bits)
         self.layer, self.axis = layer, out_axis(layer)
-        exact: Tensor = paths.twin.get_submodule(self.name).weight.detach()  # type: ignore[union-attr, operator]
-        self.bias = getattr(paths.twin.get_submodule(self.name), "bias", None)
+        exact: Tensor = float_layer(paths, self.name).weight.detach()  # type: ignore[union-attr, operator]
+        self.bias = getattr(float_layer(paths, self.name), "bias", None)
         self.own = quantizer.quantize(layer.weight).detach()
         scale = weight_scales.mse(rows_of(exact, quantizer.scale), quantizer.qn, quantizer.qp)
         self.best = _on_grid(exact, scale.view(quantizer.scale.shape), quantizer.qn, quantizer.qp)

@@ -80,6 +80,9 @@ def _order(model: nn.Module, original: nn.Module, inputs: Sequence[Tensor]) -> l
         start = _distance(model, inputs, wanted)
         saved = {}
         for name, layer in layers.items():
+            if name not in dict(twin.named_modules()):  # a layer that quantizing itself has made
+                saved[name] = 0.0
+                continue
             exact: Tensor = twin.get_submodule(name).weight.detach()  # type: ignore[union-attr, operator]
             with weight_replaced(layer, exact):
                 saved[name] = start - _distance(model, inputs, wanted)

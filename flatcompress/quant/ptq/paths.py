@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from flatcompress.errors import UserError
 from flatcompress.quant.layers import HOLDER, graph_of
 from flatcompress.quant.quantizers.modules import QuantizedLayer
 
@@ -27,6 +28,8 @@ class Paths:
     def __init__(self, model: nn.Module, twin: nn.Module) -> None:
         self.model, self.twin = model, twin
         self.nodes: list[fx.Node] = list(graph_of(model).nodes)
+        if sum(n.op == "placeholder" for n in self.nodes) != 1:
+            raise UserError("post-training quantization and its diagnosis take networks of one input tensor.")
         calls = [str(n.target) for n in self.nodes if n.op == "call_module"]
         self.shared = {name for name in calls if calls.count(name) > 1}
         self._last = self._last_readers()
@@ -70,6 +73,10 @@ class Paths:
         if node.op == "call_module":
             if self.is_quantizer(node) and not quantized:
                 return args[0]
+            made = self.layer(node)
+            if made is not None and not quantized and not _has(self.twin, str(node.target)):
+                with weight_replaced(made, made.weight):  # a layer that quantizing itself has made
+                    return made(*args, **kwargs)
             return self._module(str(node.target), quantized)(*args, **kwargs)
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
@@ -122,6 +129,11 @@ def _attribute(model: nn.Module, name: str) -> Any:
     for part in name.split("."):
         found = getattr(found, part)
     return found
+
+
+def float_layer(paths: Paths, name: str) -> nn.Module:
+    """The float network's layer of that name, or the quantized network's own where it alone has one."""
+    return (paths.twin if _has(paths.twin, name) else paths.model).get_submodule(name)
 
 
 def float_twin(model: nn.Module) -> nn.Module:
