@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from flatcompress.data.images.pixels import Shape
@@ -54,7 +54,7 @@ def output_shape(size: int | Sequence[int], channels: int) -> Shape:
     return channels, sides[0], sides[1]
 
 
-def opened(path: Path) -> Image.Image:
+def opened(path: Path) -> ImageFile.ImageFile:
     """Pillow's image of a plain file, only its header read. OSError for anything else: a pipe would be waited for."""
     if not stat.S_ISREG(path.stat().st_mode):
         raise OSError("not a plain file")
