@@ -19,7 +19,7 @@ from flatcompress import flat, quant
 from flatcompress.errors import unknown
 from flatcompress.modules import evaluating
 from flatcompress.plan import Plan
-from flatcompress.quant import ptq
+from flatcompress.stages import post_training
 from flatcompress.stages.averaging import Averaging
 from flatcompress.stages.callbacks import BiasRounding, Distillation, FrozenBatchNorm, MaskedWeights
 from flatcompress.stages.context import RunContext
@@ -41,19 +41,10 @@ from flatcompress.stages.qat_callbacks import Conflict, Oscillation, Point, Tran
 from flatcompress.stages.qat_methods import QAT_METHODS, QatMethod
 from flatcompress.stages.stage import Facts, Phase, Stage
 from flatcompress.training import objective
-from flatcompress.training.batches import evaluate
 from flatcompress.training.callback import Callback
 from flatcompress.training.job import Job
 
-CALIBRATION_SAMPLES = 512
 SENSITIVITY_SAMPLES = 256
-POST_TRAINING = {
-    "scaling": ptq.SCALINGS,
-    "weight_scale": ptq.WEIGHT_SCALES,
-    "calibrator": ptq.CALIBRATORS,
-    "rounding": ptq.ROUNDINGS,
-    "correction": ptq.CORRECTIONS,
-}
 BITS_BUDGETS = ("effective_bits", "bytes", "bops")
 
 
@@ -157,7 +148,7 @@ class QuantizeConfig(TrainingKeys):
 
     @model_validator(mode="after")
     def _fits_post_training(self) -> QuantizeConfig:
-        for key, table in POST_TRAINING.items():
+        for key, table in post_training.TABLES.items():
             if getattr(self, key) not in table:
                 raise KeyProblem(key, str(unknown(table.kind, getattr(self, key), table)))
             # the recipe of a run folder has every default written out
@@ -230,44 +221,22 @@ def phases(run: RunContext, config: QuantizeConfig) -> list[Phase]:
 
 
 def _post_training(run: RunContext, config: QuantizeConfig, facts: Facts) -> None:
-    """Quantize without training; a limit on the drop is measured on the validation split."""
-    if config.max_drop is None:
-        start_from_post_training(run, config, facts["bits"])
-    else:
-
-        def points(model: nn.Module) -> float:
-            return 100 * evaluate(model, run.data.val, objective.correct, run.device)
-
-        done, rounds = quant.within_drop(
-            run.model,
-            calibration(run),
-            points,
-            config.max_drop,
-            config.weight_bits,
-            **settings(run, config, facts["bits"]),
-        )
-        run.plan = run.plan + done.plan
-        run.emit("post_training", **done.to_dict(), rounds=rounds)
-    quant.set_bias_rounding(run.model, True)
-
-
-def start_from_post_training(run: RunContext, config: QuantizeConfig, bits: dict[str, Any] | None) -> None:
-    """Post-training quantization of ``run.model`` in place; the plan gains the quantizers."""
-    done = quant.post_training(run.model, calibration(run), config.weight_bits, **settings(run, config, bits))
-    run.plan = run.plan + done.plan
-    run.emit("post_training", **done.to_dict())
-
-
-def calibration(run: RunContext) -> list[Tensor]:
-    """The images that ranges are taken from."""
-    return [x for x, _ in train_batches(run, CALIBRATION_SAMPLES)]
+    post_training.quantize(run, config.weight_bits, settings(run, config, facts["bits"]), config.max_drop)
 
 
 def settings(run: RunContext, config: QuantizeConfig, bits: dict[str, Any] | None) -> dict[str, Any]:
     """What the recipe says to `quant.post_training`, beside the bits of the weights."""
-    rows = {key: getattr(config, key) for key in POST_TRAINING}
-    return {**placement(config), **rows, "bits": bits, "method": config.quantizer, "per_channel": config.per_channel,
-            "example_input": run.example(), "seed": run.seed}  # fmt: skip
+    rows = {key: getattr(config, key) for key in post_training.TABLES}
+    return {
+        **placement(config),
+        **rows,
+        "bits": bits,
+        "method": config.quantizer,
+        "per_channel": config.per_channel,
+        "max_float_macs": config.max_float_macs,
+        "example_input": run.example(),
+        "seed": run.seed,
+    }
 
 
 def _train_float(run: RunContext, config: QuantizeConfig, facts: Facts) -> None:
@@ -280,10 +249,10 @@ def _train_float(run: RunContext, config: QuantizeConfig, facts: Facts) -> None:
 def _train_quantized(run: RunContext, config: QuantizeConfig, teacher: nn.Module | None, facts: Facts) -> None:
     before = copy.deepcopy(run.model) if config.flatness_map and run.resume is None else None
     if config.from_post_training and run.resume is None:
-        start_from_post_training(run, config, facts["bits"])
+        post_training.start(run, config.weight_bits, settings(run, config, facts["bits"]))
     else:
         run.plan = run.plan + insert(run.model, run.example(), config, facts["bits"])
-        quant.calibrate(run.model, calibration(run))
+        quant.calibrate(run.model, post_training.calibration(run))
     if before is not None:
         log_map(run, before)
     train(run, qat_job(run, config, teacher))

@@ -62,3 +62,12 @@ def test_a_recipe_with_every_default_written_out_is_read_again():
 def test_debug_of_something_that_is_no_run_says_so(tmp_path):
     with pytest.raises(UserError, match="run folder"):
         debug_run(tmp_path, 8)
+
+
+def test_what_may_stay_float_holds_without_training_too(tmp_path, monkeypatch):
+    only_training(monkeypatch)
+    asked = {}
+    whole = quant.post_training
+    monkeypatch.setattr(quant, "post_training", lambda *given, **keys: asked.update(keys) or whole(*given, **keys))
+    pipeline({"quantize": {"epochs": 0, "max_float_macs": 0.25}}).run(tmp_path / "run")
+    assert asked["max_float_macs"] == 0.25

@@ -1,0 +1,50 @@
+"""Post-training quantization inside the quantize stage: whole, or as the start of a training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from flatcompress import quant
+from flatcompress.quant import ptq
+from flatcompress.stages.context import RunContext
+from flatcompress.stages.measure import train_batches
+from flatcompress.training import objective
+from flatcompress.training.batches import evaluate
+
+CALIBRATION_SAMPLES = 512
+TABLES = {  # key of the stage -> the table that its value is a row of
+    "scaling": ptq.SCALINGS,
+    "weight_scale": ptq.WEIGHT_SCALES,
+    "calibrator": ptq.CALIBRATORS,
+    "rounding": ptq.ROUNDINGS,
+    "correction": ptq.CORRECTIONS,
+}
+
+
+def quantize(run: RunContext, weight_bits: int, settings: dict[str, Any], max_drop: float | None) -> None:
+    """Quantize without training; a limit on the drop, in points, is measured on the validation split."""
+    if max_drop is None:
+        start(run, weight_bits, settings)
+    else:
+
+        def points(model: nn.Module) -> float:
+            return 100 * evaluate(model, run.data.val, objective.correct, run.device)
+
+        done, rounds = quant.within_drop(run.model, calibration(run), points, max_drop, weight_bits, **settings)
+        run.plan = run.plan + done.plan
+        run.emit("post_training", **done.to_dict(), rounds=rounds)
+    quant.set_bias_rounding(run.model, True)
+
+
+def start(run: RunContext, weight_bits: int, settings: dict[str, Any]) -> None:
+    """Post-training quantization of ``run.model`` in place; the plan gains the quantizers."""
+    done = quant.post_training(run.model, calibration(run), weight_bits, **settings)
+    run.plan = run.plan + done.plan
+    run.emit("post_training", **done.to_dict())
+
+
+def calibration(run: RunContext) -> list[Tensor]:
+    """The images that ranges are taken from."""
+    return [x for x, _ in train_batches(run, CALIBRATION_SAMPLES)]
