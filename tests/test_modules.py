@@ -11,7 +11,8 @@ from torch import nn
 from flatcompress import flat, graph, models, onnx_export, prune, quant
 from flatcompress.errors import UserError
 from flatcompress.modules import check_patterns, estimate_batchnorm, evaluating, matches, modes_kept
-from flatcompress.training.batches import accuracy
+from flatcompress.training import objective
+from flatcompress.training.batches import evaluate
 
 X = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(8) % 4
@@ -35,7 +36,7 @@ def loss(model: nn.Module) -> torch.Tensor:
 
 
 EVALUATING = {
-    "accuracy": lambda m: accuracy(m, DATA),
+    "accuracy": lambda m: evaluate(m, DATA, objective.correct),
     "trace": lambda m: graph.trace(m, X),
     "macs": lambda m: graph.macs(m, X),
     "groups": lambda m: prune.find_groups(m, X),

@@ -9,6 +9,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from flatcompress import data
+from flatcompress.data import preview
 from flatcompress.errors import UserError
 
 X = torch.rand(12, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -56,7 +57,7 @@ def test_every_accepted_source_gives_the_same_samples(name: str):
     assert x.dtype == torch.float32
     assert torch.allclose(x, X, atol=1 / 255 if "pictures" in name else 0)
     assert len(found.train) + len(found.val) == 12
-    assert found.preview_png().startswith(b"\x89PNG")
+    assert preview.png(found).startswith(b"\x89PNG")
 
 
 def test_a_loader_stands_for_its_dataset_and_says_so():

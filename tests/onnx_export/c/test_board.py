@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 import torch
-from nets import NETS, made, samples
+from c_nets import NETS, made, samples
 
 from flatcompress.onnx_export.c import board, build
 from flatcompress.onnx_export.c.model import bit_equal

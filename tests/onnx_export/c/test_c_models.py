@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from nets import NETS, STRICT, Deep, Line, made, samples, wrong
+from c_nets import NETS, STRICT, Deep, Line, made, samples, wrong
 from torch import nn
 
 from flatcompress import models, quant
