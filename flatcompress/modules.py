@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
 from flatcompress.errors import UserError, nearest
 
@@ -41,6 +42,22 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
     with modes_kept(model):
         model.eval()
         yield model
+
+
+def logits_of(output: Any) -> Any:
+    """The tensor that a loss is computed on: the output itself, or the ``logits`` of a transformers output."""
+    return output.logits if hasattr(output, "logits") else output
+
+
+def pads_with_zeros(layer: nn.Module) -> bool:
+    """Whether a convolution pads with zeros; a layer that does not pad is like one that does."""
+    return not isinstance(layer, _ConvNd) or layer.padding_mode == "zeros"
+
+
+def weight_of(layer: nn.Module | None) -> Tensor | None:
+    """The weight tensor of a layer, or None for a module that has none."""
+    weight = layer.weight if layer is not None and hasattr(layer, "weight") else None
+    return weight if isinstance(weight, Tensor) else None
 
 
 def matches(pattern: str, name: str) -> bool:

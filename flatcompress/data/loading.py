@@ -63,11 +63,7 @@ def load(
     _check_options(entry, options)
     raw = entry(seed, **options)
     if isinstance(raw, DataBundle):
-        given = {"augment": augment, "mean": mean, "std": std, "corruptions": None if corruptions in ("default", "none")
-                 else corruptions}  # fmt: skip
-        for key, value in given.items():
-            if value is not None:
-                raise UserError(f"data set {name!r} takes its inputs as they are: leave {key!r} out.")
+        _as_they_are(name, augment=augment, mean=mean, std=std, corruptions=corruptions)
         return raw
     for label in ("train", "val", "test"):
         if not len(getattr(raw, label).rows):
@@ -97,6 +93,13 @@ def load(
         notes=raw.notes,
         intensity=raw.intensity,
     )
+
+
+def _as_they_are(name: str, **given: Any) -> None:
+    """Refuse what changes images, for a data set whose inputs stay what they are."""
+    for key, value in given.items():
+        if value is not None and not (key == "corruptions" and value in ("default", "none")):
+            raise UserError(f"data set {name!r} takes its inputs as they are: leave {key!r} out.")
 
 
 def _check_options(entry: Entry, options: dict[str, Any]) -> None:

@@ -16,13 +16,11 @@ from flatcompress.errors import UserError, unknown
 from flatcompress.flat.engine.ball import BALL_OPTIONS
 from flatcompress.flat.engine.context import Step
 from flatcompress.flat.engine.engine import FlatOptimizer
-from flatcompress.flat.engine.settings import Compose, Radius, Settings
+from flatcompress.flat.engine.settings import CHUNKS, PERTURB, Compose, Radius, Settings
 from flatcompress.flat.engine.when import WHEN
 from flatcompress.flat.methods.family import COMBINATIONS, METHODS
 from flatcompress.flat.methods.method import Method, When, plain
 
-PERTURB = ("per_replica", "synced")
-CHUNKS = ("independent", "joint")
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 
@@ -52,8 +50,7 @@ def create(
     """Wrap ``optimizer`` so that its steps seek flat minima by the method ``name``.
 
     >>> model = nn.Linear(2, 1)
-    >>> base = torch.optim.SGD(model.parameters(), lr=0.1)
-    >>> optimizer = create("sam", model, base, rho=0.05)
+    >>> optimizer = create("sam", model, torch.optim.SGD(model.parameters(), lr=0.1), rho=0.05)
     >>> def closure():
     ...     loss = model(torch.ones(1, 2)).square().mean()
     ...     loss.backward()
@@ -62,36 +59,16 @@ def create(
     >>> optimizer.passes
     2
 
-    model: the module the closure calls; the DistributedDataParallel one when there is one.
-    perturb: ``per_replica`` (each process climbs along its own gradient, the combined gradient is averaged once) or
-        ``synced`` (every gradient is averaged, as if one process saw the whole batch).
-    max_grad_norm: clips the combined gradient. Clipping before the first pass would do nothing: it is normalised.
-    scaler: the ``torch.amp.GradScaler`` that the closure scales its loss with. The engine unscales and updates it.
-    compose: ``compose(params, probes, combined)`` may change the combined gradient in place, once a step.
-    radius: ``radius(params)`` gives a radius per parameter (a float, or a tensor that broadcasts), replacing rho.
-    perturbed: ``perturbed(name, parameter)`` says which parameters are perturbed at all.
-    chunks: for a list of closures, ``independent`` perturbs each micro-batch on its own (m-SAM), ``joint`` takes one
-        perturbation from all of them (and calls each closure once per pass).
+    model: the module the closure calls (with DDP, the wrapped one). perturb to seed: the fields of `engine.settings`.
     when: a policy such as ``flat.when.interval(2)``; ``interval=2`` and ``bernoulli=0.5`` are short for two of them.
-    filters: functions ``(step, gradient) -> gradient`` applied before clipping, see ``flat.guards``.
-    safety: a context manager factory ``(step, gradient)`` around the base optimizer, ``flat.guards.GhostRadius``.
-    process_group: reduce over this group for a model that is not a DistributedDataParallel.
-    replay_noise: dropout and stochastic depth draw the same noise in all passes of a step.
-    freeze_buffers: running statistics and all other buffers move in the first pass only; False reproduces published
-        code that lets every pass move them.
-    noise, seed: the source of random perturbations, ``noise(draw, params) -> tensors``, or a seed for normal ones.
     low_precision: ``refuse`` or ``warn`` when weights to be perturbed are float16 or bfloat16.
     hyper: the method's own hyper-parameters, and those of its ball (`flatcompress.flat.engine.ball.Ball`).
 
     Raises UserError (a ValueError) for an unknown method or option and for values that cannot work.
     """
-    method = build(name, **hyper_only(hyper))
-    method = _timed(method, when, hyper)
-    _check_choice("perturb", perturb, PERTURB)
-    _check_choice("chunks", chunks, CHUNKS)
-    _check_choice("low_precision", low_precision, ("refuse", "warn"))
-    if max_grad_norm is not None and not max_grad_norm > 0:
-        raise UserError(f"max_grad_norm is {max_grad_norm!r}; it must be > 0, or None for no clipping")
+    method = _timed(build(name, **hyper_only(hyper)), when, hyper)
+    if low_precision not in ("refuse", "warn"):
+        raise unknown("low_precision", low_precision, ("refuse", "warn"))
     optimizer, scaler = _inside_accelerate(optimizer, scaler)
     _check_optimizer(optimizer)
     settings = Settings(
@@ -157,11 +134,6 @@ def _inside_accelerate(optimizer: Any, scaler: Any) -> tuple[Any, Any]:
     if type(optimizer).__name__ != "AcceleratedOptimizer":
         return optimizer, scaler
     return optimizer.optimizer, optimizer.scaler if scaler is None else scaler
-
-
-def _check_choice(kind: str, value: str, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise unknown(kind, value, allowed)
 
 
 def _check_optimizer(optimizer: Any) -> None:

@@ -111,7 +111,7 @@ def _writes_through_views(program: torch.export.ExportedProgram) -> bool:
 
 
 def _is_view(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
+    schema = rewrite.schema_of(node.target)
     if node.op != "call_function" or schema is None or schema.is_mutable:
         return False
     return any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)

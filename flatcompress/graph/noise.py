@@ -28,7 +28,8 @@ _SCALINGS = {aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar}
 def random_nodes(graph: fx.Graph) -> list[fx.Node]:
     """The operators that draw random numbers."""
     tag = torch.Tag.nondeterministic_seeded
-    return [n for n in graph.nodes if n.op == "call_function" and tag in getattr(n.target, "tags", ())]
+    drawn = [n for n in graph.nodes if isinstance(n.target, torch._ops.OpOverload)]
+    return [n for n in drawn if tag in n.target.tags]  # type: ignore[union-attr]
 
 
 def gather(gm: fx.GraphModule, scaled: bool) -> None:

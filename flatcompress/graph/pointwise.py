@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from flatcompress.graph.rewrite import traced_shape
+
 aten = torch.ops.aten
 _BINARY = {
     aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar, aten.rsub.Scalar, aten.rsub.Tensor,
@@ -92,7 +94,7 @@ def _roots(
 
 
 def _shape(node: fx.Node) -> tuple[Any, ...]:
-    return tuple(str(s) for s in getattr(node.meta.get("val"), "shape", ()))
+    return tuple(str(s) for s in traced_shape(node))
 
 
 def _elements(node: fx.Node) -> int:

@@ -18,6 +18,7 @@ from flatcompress.graph import rewrite, standins
 from flatcompress.graph.exported import block_parts, is_block
 from flatcompress.graph.interface import KEY, Interface
 from flatcompress.graph.runtime import HOLDER
+from flatcompress.modules import pads_with_zeros
 
 aten = torch.ops.aten
 # operator -> the layers that may stand for it
@@ -218,7 +219,7 @@ class Remodularizer:
 
     def _source(self, path: str, module: nn.Module, node: fx.Node, target: Any) -> tuple[str, fx.Node]:
         source = node.args[1] if target is aten.embedding.default else node.args[0]
-        if getattr(module, "padding_mode", "zeros") != "zeros":  # the layer pads by itself: its input is the pad's
+        if not pads_with_zeros(module):  # the layer pads by itself: its input is the pad's
             assert isinstance(source, fx.Node)
             source = source.args[0]
         assert isinstance(source, fx.Node)
@@ -281,7 +282,7 @@ class Remodularizer:
         known = self.standins.get(path)
         if known is not None:
             return _agrees(known, attributes)
-        if _is_stock(module, (kind,)) and getattr(module, "padding_mode", "zeros") == "zeros":
+        if _is_stock(module, (kind,)) and pads_with_zeros(module):
             return _agrees(module, attributes)
         if _is_stock(module, (kind,)):
             return False  # it pads by itself when called as a module, which this call did not

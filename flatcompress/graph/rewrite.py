@@ -22,6 +22,17 @@ def first_input(node: fx.Node) -> fx.Node:
     return found
 
 
+def schema_of(target: Any) -> torch.FunctionSchema | None:
+    """The schema of an ATen operator; None for anything else that a node may call."""
+    return target._schema if isinstance(target, torch._ops.OpOverload) else None
+
+
+def traced_shape(value: Any) -> tuple[Any, ...]:
+    """The shape that a node's result had in the trace, symbols included; () where it is no tensor."""
+    found = value.meta.get("val") if isinstance(value, fx.Node) else None
+    return tuple(found.shape) if isinstance(found, torch.Tensor) else ()
+
+
 _DRAWN = {
     "bernoulli_": aten.bernoulli.p,
     "uniform_": aten.uniform.default,
@@ -36,7 +47,7 @@ def is_guard(node: fx.Node) -> bool:
 
 def written_argument(node: fx.Node) -> fx.Node | None:
     """The node an operator writes to, or None for a functional one."""
-    schema = getattr(node.target, "_schema", None)
+    schema = schema_of(node.target)
     if schema is None or not schema.is_mutable:
         return None
     for argument, value in zip(schema.arguments, node.args):
@@ -47,7 +58,7 @@ def written_argument(node: fx.Node) -> fx.Node | None:
 
 def functional(target: Any, where: str) -> Any:
     """``aten.add_.Tensor`` -> ``aten.add.Tensor``; other targets unchanged. UserError when there is no counterpart."""
-    schema = getattr(target, "_schema", None)
+    schema = schema_of(target)
     if schema is None or not schema.is_mutable or target is aten.batch_norm.default:
         return target
     packet, overload = target._schema.name.split("::")[1], target._overloadname

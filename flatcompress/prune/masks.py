@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from flatcompress.errors import UserError, unknown
+from flatcompress.modules import weight_of
 from flatcompress.plan import Plan, Step
 from flatcompress.prune.dependency import axes
 from flatcompress.prune.dependency.survey import match
@@ -193,8 +194,8 @@ def apply(model: nn.Module, data: dict[str, Any], example_input: Tensor | None =
     parse_pattern(data["pattern"])
     modules = dict(model.named_modules())
     for name, shape in data["layers"].items():
-        weight = getattr(modules.get(name), "weight", None)
-        if not isinstance(weight, Tensor):
+        weight = weight_of(modules.get(name))
+        if weight is None:
             raise UserError(f"{name}: the plan masks this layer, which {type(model).__name__} does not have.")
         if list(weight.shape) != list(shape):
             raise UserError(f"{name}: the plan masks a weight of {shape}, this model has {list(weight.shape)}.")

@@ -10,6 +10,7 @@ from torch import fx, nn
 from flatcompress.errors import UserError
 from flatcompress.graph.cost import node_macs
 from flatcompress.graph.remodularize import PRODUCTS
+from flatcompress.graph.rewrite import traced_shape
 from flatcompress.quant.operators import RECURRENT
 
 ASKED = "named in ignore"
@@ -85,8 +86,7 @@ def _weights(gm: fx.GraphModule, node: fx.Node) -> int:
     sources = node.args[2] if node.target in RECURRENT else [node.args[1]]
     total = 0
     for source in sources:  # type: ignore[union-attr]
-        value = source.meta.get("val") if isinstance(source, fx.Node) else None
-        shape = [s for s in getattr(value, "shape", ()) if isinstance(s, int)]
+        shape = [s for s in traced_shape(source) if isinstance(s, int)]
         size = 1
         for length in shape:
             size *= length

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -144,42 +145,28 @@ def domains(
     """
     root = data_root(path, "domains")
     reader, finder = Reader(output_shape(size, channels), _skips(on_bad_sample), intensity), Finder(root)
-    names = [p.name for p in finder.subfolders(root)]
-    if len(names) < 2:
-        raise UserError(
-            f"{root}: expected two domains or more (DOMAIN/CLASS/image), found {', '.join(names) or 'none'}."
-        )
+    names = _domain_names(root, finder)
     unseen = held_out_name(held_out, names)
+    if held_out_identities not in HELD_OUT:
+        raise unknown("held_out_identities", held_out_identities, HELD_OUT)
     if unseen is None:
         raise UserError(f"data set 'domains': say which domain is held_out: {', '.join(names)}.")
     listings = [_class_listing(root / name, finder, limit, seed) for name in names]
     same_classes({name: one.classes for name, one in zip(names, listings, strict=True)}, root)
     classes = listings[0].classes
-    joined = Listing(
-        classes,
-        [p for one in listings for p in one.paths],
-        [label for one in listings for label in one.labels],
-        [d for d, one in enumerate(listings) for _ in one.paths],
-    )
+    joined = _joined(listings)
     reader.look(joined.paths)
     found = _decoded(joined, reader)
-    if held_out_identities not in HELD_OUT:
-        raise unknown("held_out_identities", held_out_identities, HELD_OUT)
     strata = found.domain_ids * len(classes) + found.labels
     _check_counts(strata, tuple(f"{d}/{c}" for d in names for c in classes), root)
-    fractions, source = {"test": test_fraction, "val": val_fraction}, found.domain_ids != names.index(unseen)
-    held_out_rows = (~source).nonzero().flatten()
+    fractions = {"test": test_fraction, "val": val_fraction}
+    source = found.domain_ids != names.index(unseen)
     if group is None:
         split = {name: rows[source[rows]] for name, rows in split_identities(strata, fractions, seed).items()}
     else:
         found = replace(found, identity=identities([joined.paths[i] for i in found.kept], root, group))
         split = split_grouped(found.identity, found.labels, source, fractions, seed)
-        if held_out_identities == "unseen":
-            finder.note(
-                f"held-out domain {unseen!r}: {len(split['unseen'])} of {len(held_out_rows)} images show what was "
-                "neither trained nor selected on, and are measured"
-            )
-            held_out_rows = split["unseen"]
+    held_out_rows = _measured_rows(~source, split.get("unseen"), held_out_identities, unseen, finder)
     raw = RawData(
         classes=classes,
         train=found.part(split["train"]),
@@ -191,6 +178,37 @@ def domains(
         skipped=found.skipped,
     )
     return _with_notes(raw, finder, reader)
+
+
+def _joined(listings: Sequence[Listing]) -> Listing:
+    """The domains' listings as one, with the domain's number beside each image."""
+    return Listing(
+        listings[0].classes,
+        [p for one in listings for p in one.paths],
+        [label for one in listings for label in one.labels],
+        [d for d, one in enumerate(listings) for _ in one.paths],
+    )
+
+
+def _domain_names(root: Path, finder: Finder) -> list[str]:
+    names = [p.name for p in finder.subfolders(root)]
+    if len(names) < 2:
+        raise UserError(
+            f"{root}: expected two domains or more (DOMAIN/CLASS/image), found {', '.join(names) or 'none'}."
+        )
+    return names
+
+
+def _measured_rows(outside: Tensor, unseen: Tensor | None, identities: str, domain: str, finder: Finder) -> Tensor:
+    """The rows of the held-out domain that count: all, or those whose identity was not trained on."""
+    rows = outside.nonzero().flatten()
+    if unseen is None or identities == "all":
+        return rows
+    finder.note(
+        f"held-out domain {domain!r}: {len(unseen)} of {len(rows)} images show what was neither trained nor selected "
+        "on, and are measured"
+    )
+    return unseen
 
 
 def _skips(on_bad_sample: str) -> bool:

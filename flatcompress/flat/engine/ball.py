@@ -226,7 +226,7 @@ def _row_norms(t: Tensor) -> Tensor:
 
 def _scaled(moved: Vector, factors: Sequence[Any]) -> Vector:
     """Multiply each tensor by its factor; one multi-tensor call when they all share it."""
-    if moved and all(f is factors[0] for f in factors) and not getattr(factors[0], "ndim", 0):
+    if moved and all(f is factors[0] for f in factors) and not (isinstance(factors[0], Tensor) and factors[0].dim()):
         return vectors.scale(moved, factors[0])
     if moved and all(isinstance(f, int | float) for f in factors):
         return list(torch._foreach_mul(moved, [float(f) for f in factors]))

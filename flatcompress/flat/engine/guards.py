@@ -19,6 +19,7 @@ from flatcompress.flat.engine.vectors import Vector
 from flatcompress.flat.measures.curvature import jacobian_product
 from flatcompress.flat.measures.measuring import probed
 from flatcompress.flat.methods.trust import Tap
+from flatcompress.modules import logits_of
 
 
 def coordinate_clip(share: float = 0.1) -> Callable[[Step, Vector], Vector]:
@@ -54,8 +55,7 @@ def ghost_radius(model: nn.Module, inputs: Sequence[object], direction: Sequence
         v = vectors.scale(direction, vectors.ratio(torch.ones_like(size), size))
 
         def logits() -> Tensor:
-            out = at.model(*inputs)
-            return getattr(out, "logits", out)
+            return logits_of(at.model(*inputs))
 
         a = jacobian_product(logits, at.params, v)
     spread = (a.amax(dim=-1) - a.amin(dim=-1)).max()

@@ -16,6 +16,7 @@ from flatcompress.flat.engine import vectors
 from flatcompress.flat.engine.context import normal
 from flatcompress.flat.engine.vectors import Vector
 from flatcompress.flat.measures.measuring import Batches, Choice, Loss, Probed, listed, probed
+from flatcompress.modules import logits_of
 from flatcompress.numerics import hutchinson
 
 Held = Sequence[tuple[Tensor, Tensor]]
@@ -57,8 +58,7 @@ def ggn_product(at: Probed, held: Held, v: Sequence[Tensor]) -> Vector:
 
 def _ggn_batch(at: Probed, x: Tensor, y: Tensor, v: Sequence[Tensor]) -> Vector:
     def logits() -> Tensor:
-        out = at.model(x)
-        return getattr(out, "logits", out)
+        return logits_of(at.model(x))
 
     jv = jacobian_product(logits, at.params, v)
     with torch.enable_grad():

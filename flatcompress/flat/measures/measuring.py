@@ -14,7 +14,7 @@ from flatcompress.flat.engine.context import Probe
 from flatcompress.flat.engine.passes import Points
 from flatcompress.flat.engine.snapshot import Buffers
 from flatcompress.flat.engine.vectors import Vector
-from flatcompress.modules import evaluating
+from flatcompress.modules import evaluating, logits_of
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -40,8 +40,7 @@ class Probed:
 
     def value(self, x: Tensor, y: Tensor) -> Tensor:
         """The loss of one batch at the present weights, with a graph when gradients are enabled."""
-        out = self.model(x)
-        out = getattr(out, "logits", out)
+        out = logits_of(self.model(x))
         return self.loss(normalized_logits(out) if self.normalize_logits else out, y)
 
     def at(self, shift: Sequence[Tensor | None], x: Tensor, y: Tensor) -> float:

@@ -22,6 +22,7 @@ from flatcompress.flat.engine import vectors
 from flatcompress.flat.engine.vectors import Vector
 from flatcompress.flat.measures.attack import Region, worst_loss
 from flatcompress.flat.measures.measuring import Batches, Choice, Loss, Probed, listed, normalized_logits, probed
+from flatcompress.modules import logits_of
 from flatcompress.randomness import spaced
 from flatcompress.registry import Registry
 
@@ -147,8 +148,7 @@ def logit_space(model: nn.Module, batches: Batches, loss: Loss, epsilon: float =
     with probed(model, loss) as at:
         for x, y in listed(batches, model):
             with torch.no_grad():
-                z = at.model(x)
-                z = getattr(z, "logits", z)
+                z = logits_of(at.model(x))
                 before = float(loss(z, y))
             rises.append(100 * (_worst_logits(loss, z, y, epsilon, steps) - before) / (1 + before))
     return _mean(rises)

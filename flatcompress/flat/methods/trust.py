@@ -18,6 +18,7 @@ from flatcompress.flat.engine.hyper import non_negative, share
 from flatcompress.flat.engine.snapshot import Buffers
 from flatcompress.flat.engine.vectors import Vector
 from flatcompress.flat.methods.method import Method
+from flatcompress.modules import logits_of
 from flatcompress.numerics import kl
 from flatcompress.randomness import RandomState
 
@@ -44,7 +45,7 @@ class Tap:
 
     def _hear(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         self.args, self.kwargs = args, kwargs
-        self.logits = getattr(out, "logits", out).detach()
+        self.logits = logits_of(out).detach()
 
     def replay(self, model: nn.Module | None = None, weights: dict[str, Tensor] | None = None) -> Tensor:
         """Logits on the recorded input of another model, or of this one with other weights."""
@@ -63,7 +64,7 @@ def elsewhere(
             out = torch.func.functional_call(model, weights, args, kwargs or {})
     finally:
         before.set()
-    return getattr(out, "logits", out)
+    return logits_of(out)
 
 
 def divergence(logits: Tensor, target: Tensor, temperature: float = 1.0) -> Tensor:

@@ -20,6 +20,7 @@ from onnx import inliner
 from torch import fx, nn
 
 from flatcompress.errors import UserError
+from flatcompress.graph.rewrite import schema_of
 from flatcompress.onnx_export.emit.values import is_dynamic, shape_of, type_of
 from flatcompress.onnx_export.emit.writer import Writer
 
@@ -42,7 +43,8 @@ class _Single(nn.Module):
 def translate(w: Writer, node: fx.Node) -> Any:
     """Write ``node`` as torch's exporter does: its result's name, or a list of names. UserError when it cannot."""
     w.builder.need(OPSET)
-    results = len(getattr(getattr(node.target, "_schema", None), "returns", [None]))
+    schema = schema_of(node.target)
+    results = 1 if schema is None else len(schema.returns)
     if w.builder.opset < OPSET:  # the file is written again at the opset that it turned out to need
         names = [w.builder.fresh() for _ in range(results)]
     else:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from flatcompress.graph.rewrite import traced_shape
+
 aten = torch.ops.aten
 _BATCH = 3  # what the symbolic batch size is taken to be; anything above one shows which dimension follows it
 _BROADCASTING = {
@@ -77,7 +79,7 @@ def _broadcast(node: fx.Node, users: list[fx.Node]) -> bool:
 
 
 def _rank(node: fx.Node) -> int:
-    return len(getattr(node.meta.get("val"), "shape", ()))
+    return len(traced_shape(node))
 
 
 def _replace(gm: fx.GraphModule, node: fx.Node, value: Tensor, users: list[fx.Node]) -> None:

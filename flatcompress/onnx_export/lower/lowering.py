@@ -18,7 +18,8 @@ from torch import Tensor, fx, nn
 from flatcompress import graph as graphs
 from flatcompress.errors import UserError
 from flatcompress.graph.interface import KEY, arguments, interface_of
-from flatcompress.modules import modes_kept
+from flatcompress.graph.rewrite import traced_shape
+from flatcompress.modules import modes_kept, pads_with_zeros
 from flatcompress.onnx_export.lower import integer, tables, transposed
 from flatcompress.onnx_export.lower.fold import Folded, fold, fold_float, integer_bias
 from flatcompress.onnx_export.lower.integer import Grid
@@ -195,7 +196,7 @@ class _Lowering:
             self._set(node, self._call(node, _float_layer(module, norms), self._padded(node, module)))
             return
         spec = module.weight_spec()
-        bias = getattr(module, "bias", None)
+        bias = module.bias
         rows, scales = graphs.rows(spec, getattr(module, "groups", 1))
         folded = fold(rows.detach().cpu(), scales.cpu(), None if bias is None else bias.cpu(), norms)
         attributes = conv_attributes(module) if spec.values.dim() > 2 else {}
@@ -206,7 +207,7 @@ class _Lowering:
             attributes["pads"] = list(pixels.pads)
         elif "pads" in node.meta:
             attributes["pads"] = node.meta["pads"]
-        if value.grid is None or getattr(module, "padding_mode", "zeros") != "zeros":
+        if value.grid is None or not pads_with_zeros(module):
             real_bias = None if folded.bias is None else folded.bias.float()
             values, scale = _within_int8(folded.values), folded.scale.float()
             layer: nn.Module = integer.WeightOnlyLayer(values, scale, real_bias, spec.bits, attributes)
@@ -246,9 +247,9 @@ class _Lowering:
     def _padded(self, node: fx.Node, module: Any) -> fx.Node:
         """The real input of a layer, padded by itself where the layer does not pad with zeros."""
         real = self._real(node.args[0])
-        mode = getattr(module, "padding_mode", "zeros")
-        if mode == "zeros":
+        if pads_with_zeros(module):
             return real
+        mode = module.padding_mode
         pads = list(module._reversed_padding_repeated_twice)
         made = self.graph.call_function(aten.pad.default, (real, pads, mode))
         made.meta["path"] = str(node.target)
@@ -328,7 +329,7 @@ def is_global_pool(node: fx.Node) -> bool:
     """Whether an average pool or mean covers exactly height and width of [B, C, H, W]."""
     if node.target is aten.adaptive_avg_pool2d.default:
         return node.args[1] in (1, [1, 1], (1, 1), [1])
-    rank = len(getattr(node.args[0].meta.get("val"), "shape", ()))  # type: ignore[union-attr]
+    rank = len(traced_shape(node.args[0]))
     dims = node.args[1] if len(node.args) > 1 else None
     return rank == 4 and isinstance(dims, list | tuple) and sorted(d % 4 for d in dims) == [2, 3]
 
@@ -344,8 +345,7 @@ def _keeps_dims(node: fx.Node) -> bool:
 
 def conv_attributes(module: Any) -> dict[str, Any]:
     """stride, padding, dilation and groups of a convolution, as the functional forms take them."""
-    zeros = getattr(module, "padding_mode", "zeros") == "zeros"
-    padding = module.padding if zeros else 0
+    padding = module.padding if pads_with_zeros(module) else 0
     return {"stride": module.stride, "padding": padding, "dilation": module.dilation, "groups": module.groups}
 
 
@@ -363,7 +363,7 @@ def _float_layer(module: Any, norms: list[nn.Module]) -> nn.Module:
     weight, bias = fold_float(layer.weight, layer.bias, norms)
     layer.weight = nn.Parameter(weight, requires_grad=False)
     layer.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-    if getattr(layer, "padding_mode", "zeros") != "zeros":
+    if not pads_with_zeros(layer):
         layer.padding_mode, layer.padding = "zeros", (0,) * len(layer.kernel_size)
     return layer
 

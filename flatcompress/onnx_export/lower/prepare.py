@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from flatcompress.graph.rewrite import first_input
+from flatcompress.graph.rewrite import first_input, traced_shape
+from flatcompress.modules import weight_of
 from flatcompress.onnx_export.lower.constants import fold_constants
 
 aten = torch.ops.aten
@@ -164,9 +165,8 @@ def _note_norms(gm: fx.GraphModule) -> None:
 
 
 def _normalises_tokens(gm: fx.GraphModule, layer: fx.Node) -> bool:
-    shape = getattr(layer.meta.get("val"), "shape", ())
-    module = module_of(gm, layer)
-    return getattr(module, "weight", torch.empty(0)).dim() == 2 and len(shape) > 2
+    weight = weight_of(module_of(gm, layer))
+    return weight is not None and weight.dim() == 2 and len(traced_shape(layer)) > 2
 
 
 def _merge_clamps(gm: fx.GraphModule) -> bool:

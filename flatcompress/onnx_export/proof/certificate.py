@@ -104,15 +104,20 @@ def certify(
     if exported.c is not None:
         samples = np.concatenate([batch.numpy() for batch in inputs])
         certificate["c"] = c_model.section(exported.c, samples, measured["optimized"], reference)
-    floats = integers.sentence(certificate["integer"])
-    certificate["warnings"] = [floats] if floats and not require_integer else []
     certificate["failures"] = _failures(certificate, reference, measured["optimized"], truth)
-    if require_integer:
-        certificate["failures"] += integers.required(certificate["integer"], exported.profile)
+    _judge_floats(certificate, exported.profile, require_integer)
     certificate["holds"] = not certificate["failures"]
     if write:
         _store(exported.path, certificate, evidence)
     return certificate
+
+
+def _judge_floats(certificate: dict[str, Any], profile: str, required: bool) -> None:
+    """Layers that compute in floats: a warning, or a failure where integers are ``required``."""
+    floats = integers.sentence(certificate["integer"])
+    certificate["warnings"] = [floats] if floats and not required else []
+    if required:
+        certificate["failures"] += integers.required(certificate["integer"], profile)
 
 
 def _failures(

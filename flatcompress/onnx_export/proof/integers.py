@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
+from flatcompress.modules import weight_of
 from flatcompress.onnx_export.lower.lowering import function_path
 from flatcompress.onnx_export.runtime import kernel_time
 from flatcompress.onnx_export.runtime.sessions import INTEGER_KERNELS, Kernels
@@ -59,8 +60,8 @@ def _outputs(node: fx.Node) -> int:
 def _of_module(reference: fx.GraphModule, node: fx.Node) -> Work | None:
     module = reference.get_submodule(str(node.target))
     name = str(node.meta.get("path") or node.name)
-    weight = getattr(module, "weight", None)
-    if isinstance(weight, Tensor) and weight.dim() > 1 and not isinstance(module, nn.Embedding | nn.LayerNorm):
+    weight = weight_of(module)
+    if weight is not None and weight.dim() > 1 and not isinstance(module, nn.Embedding | nn.LayerNorm):
         if isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
             return Work(name, weight.numel(), _outputs(node.args[0]) * weight[0].numel())  # type: ignore[arg-type]
         return Work(name, weight.numel(), _outputs(node) * weight[0].numel())

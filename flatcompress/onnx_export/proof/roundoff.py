@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from flatcompress.modules import weight_of
 from flatcompress.onnx_export.lower import integer
 from flatcompress.onnx_export.proof.evidence import BYTES
 from flatcompress.onnx_export.proof.parity import reference_outputs
@@ -132,8 +133,8 @@ class _Moved(fx.Interpreter):
             return result
         if isinstance(module, integer.Dequantize):  # one product, rounded alike everywhere
             return result
-        weight = getattr(module, "weight", None)
-        return self._move(result, weight[0].numel() if isinstance(weight, Tensor) and weight.dim() > 1 else 1)
+        weight = weight_of(module)
+        return self._move(result, weight[0].numel() if weight is not None and weight.dim() > 1 else 1)
 
     def _move(self, result: Any, terms: int) -> Any:
         if not isinstance(result, Tensor) or not result.is_floating_point() or result.dim() == 0:

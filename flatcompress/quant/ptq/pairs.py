@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.conv import _ConvNd
 
 from flatcompress.graph.rewrite import first_input
 from flatcompress.quant.operators import POOLS, RELUS, is_zero_pad
@@ -69,10 +70,14 @@ class Pair:
             scale_inputs(module, factors)
 
 
+def _groups(module: nn.Module) -> int:
+    return module.groups if isinstance(module, _ConvNd) else 1
+
+
 def columns(module: nn.Module) -> Tensor:
     """|w| of a layer by input channel, [in channels, elements]."""
     weight: Tensor = module.weight.detach().abs()  # type: ignore[operator, union-attr, assignment]
-    groups = getattr(module, "groups", 1)
+    groups = _groups(module)
     rows = weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
     return rows.permute(0, 2, 1, 3).reshape(groups * weight.shape[1], -1)
 
@@ -80,7 +85,7 @@ def columns(module: nn.Module) -> Tensor:
 def scale_inputs(module: nn.Module, factors: Tensor) -> None:
     """Multiply a layer's weights by ``factors`` [in channels], whatever its groups."""
     weight: Tensor = module.weight  # type: ignore[assignment]
-    groups = getattr(module, "groups", 1)
+    groups = _groups(module)
     per_row = factors.to(weight).reshape(groups, weight.shape[1]).repeat_interleave(weight.shape[0] // groups, 0)
     weight.mul_(per_row.view(*per_row.shape, *[1] * (weight.dim() - 2)))
 

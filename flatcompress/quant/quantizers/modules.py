@@ -27,6 +27,7 @@ from brevitas.proxy.parameter_quant import WeightQuantProxyFromInjector
 from brevitas.proxy.runtime_quant import ActQuantProxyFromInjector
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvTransposeNd
 
 from flatcompress.errors import UserError
 from flatcompress.graph import ActivationSpec, WeightSpec
@@ -160,7 +161,7 @@ _KINDS: dict[type[nn.Module], type[nn.Module]] = {
 
 def channel_axis(layer: nn.Module) -> int:
     """The dimension of a layer's weight that counts its output channels."""
-    return 1 if getattr(layer, "transposed", False) else 0
+    return 1 if isinstance(layer, _ConvTransposeNd) else 0
 
 
 def quantize_layer(layer: nn.Module, weight_quant: Any) -> None:
