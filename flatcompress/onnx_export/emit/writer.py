@@ -67,7 +67,7 @@ class Writer:
         self.stored = self.profile.store(self.builder, self._integers())
         if self.profile.pack_vectors:
             self._store_vectors()
-        self.inputs = _input_names(self.gm)
+        self.inputs = input_names(self.gm)
         outputs: list[onnx.ValueInfoProto] = []
         for node in self.gm.graph.nodes:
             if node.op == "output":
@@ -145,7 +145,7 @@ class Writer:
     def _finish(self, node: fx.Node) -> list[onnx.ValueInfoProto]:
         """Give every result its name; one that is an input, a constant or another result gets a node of its own."""
         results = list(node.args[0]) if isinstance(node.args[0], tuple | list) else [node.args[0]]
-        names = _output_names(self.gm, len(results))
+        names = output_names(self.gm, len(results))
         for result, name in zip(results, names):
             last = self.env[result]  # type: ignore[index]
             if self.profile.floats is not np.float32 and result.meta["dtype"].is_floating_point:  # type: ignore[union-attr]
@@ -242,13 +242,13 @@ class Writer:
         )
 
 
-def _input_names(gm: fx.GraphModule) -> dict[fx.Node, str]:
+def input_names(gm: fx.GraphModule) -> dict[fx.Node, str]:
     """``input`` for the only one, else the names of the model's arguments."""
     nodes = [node for node in gm.graph.nodes if node.op == "placeholder"]
     return {node: "input" if len(nodes) == 1 else node.name for node in nodes}
 
 
-def _output_names(gm: fx.GraphModule, count: int) -> list[str]:
+def output_names(gm: fx.GraphModule, count: int) -> list[str]:
     """``output`` for the only one; the keys of a dictionary (or a dataclass that is one), else numbered."""
     if count == 1:
         return ["output"]

@@ -30,20 +30,21 @@ import onnx
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from flatcompress.environment import machine, versions
 from flatcompress.errors import UserError
+from flatcompress.graph.interface import call, mapped
 from flatcompress.modules import evaluating
 from flatcompress.onnx_export.c import model as c_model
 from flatcompress.onnx_export.emit.catalogue import PROFILES
 from flatcompress.onnx_export.exporting import Exported
-from flatcompress.onnx_export.proof import inspect_file, integers, judging, parity
+from flatcompress.onnx_export.proof import inspect_file, integers, judging, others, parity
 from flatcompress.onnx_export.proof.diverging import first_diverging_layer
 from flatcompress.onnx_export.proof.evidence import BYTES, Evidence
 from flatcompress.onnx_export.proof.roundoff import HALF, SINGLE, real_operators, roundoff
-from flatcompress.onnx_export.runtime import (
-    latency,
-)
+from flatcompress.onnx_export.proof.samples import Samples, judged
+from flatcompress.onnx_export.runtime import latency
 from flatcompress.onnx_export.runtime.sessions import INTEGER_KERNELS, Kernels, kernels, run, session
 from flatcompress.storage import sha256_file, write_output
 
@@ -52,7 +53,7 @@ SCHEMA = 1
 
 def certify(
     exported: Exported,
-    batches: Sequence[Tensor],
+    batches: Sequence[Any],
     labels: Sequence[Tensor] | Tensor | None = None,
     *,
     model: torch.nn.Module | None = None,
@@ -66,23 +67,24 @@ def certify(
 ) -> dict[str, Any]:
     """Measure ``exported`` on ``batches`` and return its certificate; see the module's docstring for when it holds.
 
-    batches: float inputs [B, C, H, W], the whole test set. labels: int64 [B] each, or one [N]; without them the task
-    metric is null. model: the trained model, to say how far file and reference are from it. latency_runs: 0 leaves
-    latency out. recipe: its text, for a hash. write: put ``certificate.json`` and ``evidence.safetensors`` beside the
-    file. require_integer: a layer that computes in floats is a failure, not a warning. integer_time: measure the share
-    of the time that integer kernels take.
+    batches: the whole test set, each batch a tensor [B, ...], or of a model with several inputs a tuple of its
+    arguments or a dictionary of them. Of several outputs the one called ``logits``, or else the first real one, is
+    judged and kept as evidence; the others are compared beside it (``outputs``) and may be no further off. labels:
+    int64 [B] each, or one [N]; without them the task metric is null. model: the trained model, to say how far file and
+    reference are from it. latency_runs: 0 leaves latency out. recipe: its text, for a hash. write: put
+    ``certificate.json`` and ``evidence.safetensors`` beside the file. require_integer: a layer that computes in floats
+    is a failure, not a warning. integer_time: measure the share of the time that integer kernels take.
     """
-    inputs = [batch.detach().cpu().float() for batch in batches]
-    if not inputs or not all(len(batch) for batch in inputs):
-        raise UserError("certify needs at least one non-empty batch of test inputs.")
-    truth = _labels(labels, sum(len(batch) for batch in inputs))
+    inputs = Samples(exported.reference, batches)
+    truth = _labels(labels, len(inputs))
     proto = inspect_file.load(exported.path)
     onnx.checker.check_model(proto, full_check=True)
-    reference = parity.reference_outputs(exported.reference, inputs)
-    measured = _outputs(exported.path, inputs)
+    output, name = judged(exported.reference)
+    reference = parity.reference_outputs(exported.reference, inputs.batches, output)
+    measured = _outputs(exported.path, inputs, output)
     found = kernels(exported.path)
-    trained = None if model is None else _in_eval(model, inputs)
-    evidence = Evidence(np.concatenate([b.numpy() for b in inputs]), reference, truth).capped(evidence_bytes)
+    trained = None if model is None else _in_eval(model, batches, output)
+    evidence = _evidence(inputs, reference, truth).capped(evidence_bytes)
     certificate: dict[str, Any] = {
         "schema": SCHEMA,
         "holds": True,
@@ -95,20 +97,21 @@ def certify(
         "size": _size(exported),
         "kernels": _kernels(found, exported),
         "layers": [{**row, "kernel": found.of.get(row["name"])} for row in exported.layers],
-        "parity": _parity(reference, measured, exported, inputs),
+        "parity": {"output": name, **_parity(reference, measured, exported, inputs, output)},
+        "outputs": others.compared(exported, inputs, output),
         "trained": _against_trained(reference, measured["optimized"], trained),
         "integer": _integer(exported, found, integer_time),
         "metric": _metric(reference, measured, truth, trained),
         "latency": _latency(exported.path, latency_runs, threads),
     }
     if exported.c is not None:
-        samples = np.concatenate([batch.numpy() for batch in inputs])
-        certificate["c"] = c_model.section(exported.c, samples, measured["optimized"], reference)
+        certificate["c"] = c_model.section(exported.c, inputs.joined()[0].numpy(), measured["optimized"], reference)
     certificate["failures"] = _failures(certificate, reference, measured["optimized"], truth)
+    certificate["failures"] += others.failures(certificate["outputs"])
     _judge_floats(certificate, exported.profile, require_integer)
     certificate["holds"] = not certificate["failures"]
     if write:
-        _store(exported.path, certificate, evidence)
+        _store(exported.path, certificate, evidence, output)
     return certificate
 
 
@@ -146,12 +149,20 @@ def _labels(labels: Sequence[Tensor] | Tensor | None, samples: int) -> NDArray[n
     return joined.reshape(-1).cpu().numpy().astype(np.int64)
 
 
-def _outputs(path: Path, inputs: list[Tensor]) -> dict[str, NDArray[np.float32]]:
-    batches = [batch.numpy() for batch in inputs]
+def _outputs(path: Path, inputs: Samples, output: int) -> dict[str, NDArray[np.float32]]:
+    batches = inputs.arrays()
     return {
-        "optimized": run(session(path), batches),
-        "unoptimized": run(session(path, optimized=False), batches),
+        "optimized": run(session(path), batches, output),
+        "unoptimized": run(session(path, optimized=False), batches, output),
     }
+
+
+def _evidence(inputs: Samples, reference: NDArray[np.float32], truth: NDArray[np.int64] | None) -> Evidence:
+    values = {name: value.numpy() for name, value in zip(inputs.names, inputs.joined())}
+    if len(values) == 1:
+        return Evidence(next(iter(values.values())), reference, truth)
+    whole = {name: value for (name, value), batched in zip(values.items(), inputs.batched) if batched}
+    return Evidence(whole, reference, truth, {n: v for n, v in values.items() if n not in whole})
 
 
 def used() -> dict[str, str]:
@@ -208,17 +219,20 @@ def _parity(
     reference: NDArray[np.float32],
     measured: dict[str, NDArray[np.float32]],
     exported: Exported,
-    inputs: list[Tensor],
+    inputs: Samples,
+    output: int,
 ) -> dict[str, Any]:
     step, profile = parity.output_step(reference), PROFILES[exported.profile]()
     codes, unit = profile.integer_kernels, SINGLE if profile.floats is np.float32 else HALF
     compared: dict[str, Any] = {}
     for name, found in measured.items():
-        slack = roundoff(exported.reference, inputs, floats=name == "unoptimized" or not codes, unit=unit)
+        slack = roundoff(
+            exported.reference, inputs, floats=name == "unoptimized" or not codes, unit=unit, output=output
+        )
         compared[name] = judging.compare(reference, found, step, slack)
     differing = None
     if compared["optimized"]["bit_equal"] != 1.0 and codes:
-        differing = first_diverging_layer(exported, inputs[0])
+        differing = first_diverging_layer(exported, inputs.batches[0])
     return {"step": step, "step_definition": parity.STEP, **compared, "first_diverging_layer": differing}
 
 
@@ -253,9 +267,16 @@ def _against_trained(
     return {"file": parity.compare(trained, found, step), "reference": parity.compare(trained, reference, step)}
 
 
-def _in_eval(model: torch.nn.Module, inputs: list[Tensor]) -> NDArray[np.float32]:
-    with evaluating(model):
-        return parity.reference_outputs(model, inputs)
+def _in_eval(model: torch.nn.Module, batches: Sequence[Any], output: int) -> NDArray[np.float32]:
+    """The trained model's own output, on the batches as its forward takes them."""
+    with evaluating(model), torch.no_grad():
+        results = [pytree.tree_leaves(call(model, mapped(batch, _plain)))[output] for batch in batches]
+    return np.concatenate([result.cpu().numpy() for result in results])
+
+
+def _plain(value: Tensor) -> Tensor:
+    value = value.detach().cpu()
+    return value.float() if value.is_floating_point() else value
 
 
 def _latency(path: Path, runs: int, threads: Sequence[int]) -> dict[str, Any] | None:
@@ -265,11 +286,15 @@ def _latency(path: Path, runs: int, threads: Sequence[int]) -> dict[str, Any] | 
     return {"method": latency.METHOD, "runs": runs, "batch": 1, "threads": figures}
 
 
-def _store(path: Path, certificate: dict[str, Any], evidence: Evidence) -> None:
+def _store(path: Path, certificate: dict[str, Any], evidence: Evidence, output: int) -> None:
     """Evidence first: a certificate that exists names files that exist."""
     kept = path.with_name("evidence.safetensors")
     write_output(kept, evidence.to_bytes())
-    right = None if evidence.label is None else parity.accuracy(run(session(path), [evidence.input]), evidence.label)
+    right = None
+    if evidence.label is not None:
+        single = isinstance(evidence.input, np.ndarray)
+        parts = [evidence.input] if single else evidence.parts(len(evidence))
+        right = parity.accuracy(run(session(path), parts, output), evidence.label)
     certificate["evidence"] = {
         "name": kept.name,
         "sha256": sha256_file(kept),

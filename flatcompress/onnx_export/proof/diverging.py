@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,10 @@ from onnx import TensorProto, helper
 
 from flatcompress.onnx_export.exporting import Exported
 from flatcompress.onnx_export.proof.parity import reference_codes
-from flatcompress.onnx_export.runtime.sessions import session
+from flatcompress.onnx_export.runtime.sessions import feed, session
 
 
-def first_diverging_layer(exported: Exported, batch: torch.Tensor) -> dict[str, Any] | None:
+def first_diverging_layer(exported: Exported, batch: torch.Tensor | Sequence[torch.Tensor]) -> dict[str, Any] | None:
     """The first quantized tensor that differs: {"name", "codes", "differing", "largest"}; None when none does.
 
     The quantized tensors are made outputs of the file, which leaves its integer kernels as they are.
@@ -27,7 +28,8 @@ def first_diverging_layer(exported: Exported, batch: torch.Tensor) -> dict[str, 
     tensors = list(dict.fromkeys(exported.tensors[name] for name in names))
     model.graph.output.extend(helper.make_tensor_value_info(t, TensorProto.UINT8, None) for t in tensors)
     handle = session(model.SerializeToString())
-    results = dict(zip(tensors, handle.run(tensors, {handle.get_inputs()[0].name: batch.numpy()})))
+    given = (batch,) if isinstance(batch, torch.Tensor) else batch
+    results = dict(zip(tensors, handle.run(tensors, feed(handle, tuple(value.numpy() for value in given)))))
     for name in names:
         found = results[exported.tensors[name]].astype(np.int16)
         difference = np.abs(found.reshape(-1) - expected[name].astype(np.int16).reshape(-1))

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,30 +21,52 @@ from flatcompress.errors import UserError
 BYTES = 4 << 20  # of inputs kept by default: enough for 4000 digits or 6 photographs
 MOST_BYTES = 1 << 30
 _HEADER = 1 << 20
-_TYPES = {"input": "F32", "label": "I64", "reference": "F32"}
+_INPUT, _FIXED = "input:", "fixed:"
+_KINDS = ("F32", "F16", "I64", "I32", "U8", "BOOL")
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """input: float32 [N, ...]; label: int64 [N] or None; reference: float32 [N, classes]."""
+    """reference: float32 [N, ..., classes]; label: int64 [N] or None. input: float32 [N, ...], or of a file with
+    several inputs a dictionary {name: array [N, ...]}; fixed: those without a batch dimension, {name: array}."""
 
-    input: NDArray[np.float32]
+    input: NDArray[np.float32] | dict[str, NDArray[Any]]
     reference: NDArray[np.float32]
     label: NDArray[np.int64] | None = None
+    fixed: dict[str, NDArray[Any]] = field(default_factory=dict)
 
     def __len__(self) -> int:
-        return int(self.input.shape[0])
+        return int(self.reference.shape[0])
+
+    @property
+    def inputs(self) -> dict[str, NDArray[Any]]:
+        """{name: array [N, ...]}; the only input is called ``input``."""
+        return self.input if isinstance(self.input, dict) else {"input": self.input}
 
     def capped(self, limit: int = BYTES) -> Evidence:
         """Samples spread evenly over the whole set, as many as fit in ``limit`` bytes of input, at least one."""
-        each = max(1, self.input[:1].nbytes)
+        each = max(1, sum(value[:1].nbytes for value in self.inputs.values()))
         count = min(len(self), max(1, limit // each))
         chosen = np.linspace(0, len(self) - 1, count).round().astype(np.int64)
-        return Evidence(self.input[chosen], self.reference[chosen], None if self.label is None else self.label[chosen])
+        several = {name: value[chosen] for name, value in self.inputs.items()}
+        few = several if isinstance(self.input, dict) else several["input"]
+        return Evidence(
+            few, self.reference[chosen], None if self.label is None else self.label[chosen], dict(self.fixed)
+        )
+
+    def parts(self, size: int = 64) -> list[dict[str, NDArray[Any]]]:
+        """What a session is fed, ``size`` samples at a time."""
+        starts = range(0, len(self), size)
+        return [{n: v[i : i + size] for n, v in self.inputs.items()} | self.fixed for i in starts]
 
     def to_bytes(self) -> bytes:
         """The safetensors file."""
-        tensors: dict[str, NDArray] = {"input": self.input, "reference": self.reference}
+        tensors: dict[str, NDArray] = {"reference": self.reference}
+        if isinstance(self.input, dict):
+            tensors |= {_INPUT + name: value for name, value in self.input.items()}
+        else:
+            tensors["input"] = self.input
+        tensors |= {_FIXED + name: value for name, value in self.fixed.items()}
         if self.label is not None:
             tensors["label"] = self.label
         return save({name: np.ascontiguousarray(value) for name, value in tensors.items()})
@@ -64,8 +87,13 @@ def read(path: Path) -> Evidence:
     except Exception as error:  # safetensors raises its own type, and others for strange headers
         raise UserError(f"{path}: not a safetensors file ({error}).") from None
     label = tensors.get("label")
-    found = Evidence(tensors["input"], tensors["reference"], label)
-    rows = {len(found), found.reference.shape[0], len(found) if label is None else label.shape[0]}
+    several = {name.removeprefix(_INPUT): value for name, value in tensors.items() if name.startswith(_INPUT)}
+    fixed = {name.removeprefix(_FIXED): value for name, value in tensors.items() if name.startswith(_FIXED)}
+    found = Evidence(tensors.get("input", several), tensors["reference"], label, fixed)
+    rows = {
+        v.shape[0] if v.ndim else 0
+        for v in (*found.inputs.values(), found.reference, *([] if label is None else [label]))
+    }
     if len(rows) != 1 or len(found) == 0 or found.reference.ndim < 2:
         raise UserError(f"{path}: its tensors do not belong together (samples: {sorted(rows)}).")
     return found
@@ -80,6 +108,10 @@ def _check_header(path: Path, data: bytes) -> None:
         types = {name: row["dtype"] for name, row in header.items() if name != "__metadata__"}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise UserError(f"{path}: not a safetensors file (its header is not JSON).") from None
-    wanted = {name: kind for name, kind in _TYPES.items() if name != "label" or "label" in types}
-    if types != wanted:
+    wanted = {"input": "F32", "reference": "F32"} | ({"label": "I64"} if "label" in types else {})
+    given = {name: kind for name, kind in types.items() if name.startswith((_INPUT, _FIXED))}
+    if any(name.startswith(_INPUT) for name in given) and "input" not in types:
+        del wanted["input"]
+    strange = any(kind not in _KINDS for kind in given.values()) or (given and "input" in wanted)
+    if strange or {n: k for n, k in types.items() if n not in given} != wanted:
         raise UserError(f"{path}: evidence holds {wanted}; found {types}.")

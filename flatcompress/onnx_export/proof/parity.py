@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -63,15 +64,25 @@ class _Recorder(fx.Interpreter):
         return result
 
 
-def reference_codes(reference: fx.GraphModule, batch: torch.Tensor) -> dict[str, NDArray[np.uint8]]:
-    """{node of the reference: codes} in order, for one batch."""
+def reference_codes(
+    reference: fx.GraphModule, batch: torch.Tensor | Sequence[torch.Tensor]
+) -> dict[str, NDArray[np.uint8]]:
+    """{node of the reference: codes} in order, for one batch: a tensor, or one per input."""
     recorder = _Recorder(reference)
     with torch.no_grad():
-        recorder.run(batch)
+        recorder.run(*_inputs(batch))
     return recorder.codes
 
 
-def reference_outputs(reference: torch.nn.Module, batches: list[torch.Tensor]) -> NDArray[np.float32]:
-    """The reference's outputs for every batch, joined."""
+def reference_outputs(
+    reference: torch.nn.Module, batches: Sequence[torch.Tensor | Sequence[torch.Tensor]], index: int = 0
+) -> NDArray[np.float32]:
+    """The reference's outputs for every batch, joined; of several the one at ``index``."""
     with torch.no_grad():
-        return np.concatenate([reference(batch).cpu().numpy() for batch in batches])
+        results = [reference(*_inputs(batch)) for batch in batches]
+    chosen = [result[index] if isinstance(result, tuple | list) else result for result in results]
+    return np.concatenate([output.cpu().numpy() for output in chosen])
+
+
+def _inputs(batch: torch.Tensor | Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    return (batch,) if isinstance(batch, torch.Tensor) else batch

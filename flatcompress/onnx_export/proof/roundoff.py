@@ -25,6 +25,7 @@ from flatcompress.modules import weight_of
 from flatcompress.onnx_export.lower import integer
 from flatcompress.onnx_export.proof.evidence import BYTES
 from flatcompress.onnx_export.proof.parity import reference_outputs
+from flatcompress.onnx_export.proof.samples import Samples
 
 SINGLE = 2.0**-24
 HALF = 2.0**-11
@@ -33,22 +34,34 @@ _SAFETY = 8.0
 
 
 def roundoff(
-    reference: fx.GraphModule, inputs: Sequence[Tensor], *, floats: bool, unit: float = SINGLE, seed: int = 0
+    reference: fx.GraphModule,
+    inputs: Sequence[Any] | Samples,
+    *,
+    floats: bool,
+    unit: float = SINGLE,
+    seed: int = 0,
+    output: int = 0,
 ) -> float:
     """The largest change of an output of ``reference``, in the outputs' own unit, that roundoff makes on ``inputs``.
 
-    inputs: batches [B, ...]; of many samples, `EVALUATIONS` / 2 spread over them are taken. floats: the runtime
+    inputs: batches [B, ...]; of many samples, `EVALUATIONS` / 2 spread over them are taken. output: which one, of
+    several. floats: the runtime
     convolves dequantized floats (onnxruntime without optimizations, profile qonnx), so that integer layers round too;
     otherwise their sums are exact and only real-valued operators count. unit: unit roundoff of the runtime's floats.
     """
-    chosen = _spread(inputs, EVALUATIONS // 2)
-    together = max(1, min(64, BYTES // max(1, chosen[:1].nbytes)))  # few large images at a time
-    expected = reference_outputs(reference, list(chosen.split(together)))
-    turns = torch.arange(max(EVALUATIONS, 2 * len(chosen))) % len(chosen)
+    given = inputs if isinstance(inputs, Samples) else Samples(reference, inputs)
+    count = min(len(given), EVALUATIONS // 2)
+    few = given.chosen(torch.linspace(0, len(given) - 1, count).round().long())
+    bytes_each = sum(value.nbytes for value in few) // count
+    together = max(1, min(64, BYTES // max(1, bytes_each)))  # few large images at a time
+    parts = [given.chosen(part, few) for part in torch.arange(count).split(together)]
+    expected = reference_outputs(reference, parts, output)
+    turns = torch.arange(max(EVALUATIONS, 2 * count)) % count
     moved, largest = _Moved(reference, floats, unit, seed), 0.0
     for index in turns.split(together):
         with torch.no_grad():
-            found = moved.run(chosen[index]).cpu().numpy()
+            result = moved.run(*given.chosen(index, few))
+        found = (result[output] if isinstance(result, tuple | list) else result).cpu().numpy()
         difference = np.abs(found.astype(np.float64) - expected[index.numpy()])
         largest = max(largest, float(np.nanmax(difference, initial=0.0)))
     return largest if math.isfinite(largest) else 0.0
@@ -82,17 +95,6 @@ def _floats_before(reference: fx.GraphModule, node: fx.Node) -> set[fx.Node]:
         found.add(source)
         waiting += source.all_input_nodes
     return found
-
-
-def _spread(inputs: Sequence[Tensor], most: int) -> Tensor:
-    """At most ``most`` samples [N, ...], evenly spread over all batches."""
-    total = sum(len(batch) for batch in inputs)
-    chosen = torch.linspace(0, total - 1, min(most, total)).round().long()
-    start, found = 0, []
-    for batch in inputs:
-        found.append(batch[chosen[(chosen >= start) & (chosen < start + len(batch))] - start])
-        start += len(batch)
-    return torch.cat(found)
 
 
 class _Moved(fx.Interpreter):

@@ -7,6 +7,7 @@ optimizations on and off. Nothing that a file names is imported or opened but th
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -141,9 +142,10 @@ def _replay(result: Verification, model: Path, kept: Path) -> None:
         evidence = read(kept)
         onnx.checker.check_model(proto, full_check=True)
         _check_shape(model, proto, evidence)
+        judged = result.certificate["parity"].get("output")
         outputs = {
-            "optimized": _outputs(session(model), evidence),
-            "unoptimized": _outputs(session(model, optimized=False), evidence),
+            "optimized": _outputs(session(model), evidence, judged),
+            "unoptimized": _outputs(session(model, optimized=False), evidence, judged),
         }
     except UserError as error:
         result.failures.append(str(error))
@@ -156,17 +158,37 @@ def _replay(result: Verification, model: Path, kept: Path) -> None:
 
 
 def _check_shape(path: Path, proto: onnx.ModelProto, evidence: Evidence) -> None:
-    fed = [value for value in proto.graph.input if value.name not in {t.name for t in proto.graph.initializer}]
-    if len(fed) != 1:
-        raise UserError(f"{path}: {len(fed)} inputs; one is expected.")
-    sizes = [dim.dim_value for dim in fed[0].type.tensor_type.shape.dim]
-    shape = evidence.input.shape
-    if len(sizes) != len(shape) or any(size not in (0, found) for size, found in zip(sizes[1:], shape[1:])):
-        raise UserError(f"{path}: its input shape {sizes} does not take the evidence's {list(shape)}.")
+    """The file takes what the evidence has: inputs of one's names with the other's sizes."""
+    stored = {t.name for t in proto.graph.initializer}
+    fed = {value.name: value for value in proto.graph.input if value.name not in stored}
+    held = {**evidence.inputs, **evidence.fixed}
+    if isinstance(evidence.input, np.ndarray) and len(fed) == 1:  # a foreign file's only input has any name
+        held = {next(iter(fed)): evidence.input}
+    if set(fed) != set(held):
+        raise UserError(f"{path}: {len(fed)} inputs ({_names(fed)}); the evidence is of {len(held)} ({_names(held)}).")
+    for name, value in fed.items():
+        sizes = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        shape, skipped = held[name].shape, int(name not in evidence.fixed)
+        fits = len(sizes) == len(shape) and all(s in (0, f) for s, f in zip(sizes[skipped:], shape[skipped:]))
+        if not fits:
+            raise UserError(f"{path}: its {_what(name)} shape {sizes} does not take the evidence's {list(shape)}.")
 
 
-def _outputs(handle: ort.InferenceSession, evidence: Evidence) -> np.ndarray:
-    return run(handle, [evidence.input[i : i + 64] for i in range(0, len(evidence), 64)])
+def _what(name: str) -> str:
+    return "input" if name == "input" else f"input {name[:80]!r}:"
+
+
+def _names(values: Iterable[str]) -> str:
+    return ", ".join(name[:40] for name in sorted(values)[:8])
+
+
+def _outputs(handle: ort.InferenceSession, evidence: Evidence, judged: object) -> np.ndarray:
+    """The judged output: the one of that name, or the first."""
+    names = [entry.name for entry in handle.get_outputs()]
+    index = names.index(judged) if isinstance(judged, str) and judged in names else 0
+    parts = evidence.parts()
+    single = isinstance(evidence.input, np.ndarray)
+    return run(handle, [part["input"] for part in parts] if single else parts, index)
 
 
 def _judge(result: Verification, evidence: Evidence, outputs: dict[str, np.ndarray]) -> None:

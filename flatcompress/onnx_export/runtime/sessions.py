@@ -68,9 +68,11 @@ def _first_line(error: BaseException) -> str:
     return (lines[0] if lines else type(error).__name__)[:300]
 
 
-def run(handle: ort.InferenceSession, batches: Iterable[Any]) -> NDArray[np.float32]:
-    """The first output for every batch, joined. A batch is an array, or a tuple of them for several inputs."""
-    return np.concatenate([handle.run(None, feed(handle, batch))[0] for batch in batches])
+def run(handle: ort.InferenceSession, batches: Iterable[Any], output: int = 0) -> NDArray[np.float32]:
+    """The first output (or another) for every batch, joined. A batch is an array, or a tuple of them for several
+    inputs."""
+    name = handle.get_outputs()[output].name
+    return np.concatenate([handle.run([name], feed(handle, batch))[0] for batch in batches])
 
 
 def feed(handle: ort.InferenceSession, batch: Any) -> dict[str, NDArray[Any]]:
