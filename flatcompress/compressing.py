@@ -22,7 +22,6 @@ from flatcompress.errors import UserError, unknown
 from flatcompress.modules import evaluating
 from flatcompress.pipeline import Pipeline, Result
 from flatcompress.storage import write_bytes_atomic
-from flatcompress.training import objective
 from flatcompress.training.batches import evaluate
 
 BITS = {"8": (8, 8), "w8a8": (8, 8), "6": (6, 8), "w6a8": (6, 8), "w4a8": (4, 8), "4": (4, 4), "w4a4": (4, 4)}
@@ -177,7 +176,7 @@ def _write(path: Path, x: Tensor, y: Tensor, classes: int) -> None:
 def _rows(pipeline: Pipeline, result: Result) -> list[dict[str, Any]]:
     """Before and after: accuracy on the test split, bytes of the file, median milliseconds, layers on integers."""
     bundle = pipeline.load_data()
-    accuracy = evaluate(pipeline.builder(bundle)().eval(), bundle.test, objective.correct)
+    accuracy = evaluate(pipeline.builder(bundle)().eval(), bundle.test, bundle.task)["accuracy"]
     certificate = result.certificate or {}
     dense, kernels, last = certificate.get("float") or {}, certificate.get("kernels") or {}, result.ledger[-1]
     timed = dense.get("latency") or {}

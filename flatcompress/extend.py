@@ -18,10 +18,13 @@ from flatcompress import data, flat, models, onnx_export, prune, quant
 from flatcompress.data.corruptions import CORRUPTIONS
 from flatcompress.registry import Registry
 from flatcompress.stages import STAGES, Stage
+from flatcompress.tasks import TASKS
 
 Made = TypeVar("Made", bound=Callable[..., Any])
 
-__all__ = ["corruption", "data_set", "export_profile", "flat_method", "importance", "model", "quantizer", "stage"]
+__all__ = [
+    "corruption", "data_set", "export_profile", "flat_method", "importance", "model", "quantizer", "stage", "task",
+]  # fmt: skip
 
 
 def flat_method(name: str, summary: str, paper: str = "", **facts: Any) -> Callable[[Made], Made]:
@@ -60,6 +63,11 @@ def model(name: str, summary: str, paper: str = "", **facts: Any) -> Callable[[M
 def export_profile(name: str, summary: str, paper: str = "", **facts: Any) -> Callable[[Made], Made]:
     """A way of writing the ONNX file: ``function() -> Profile`` (see `onnx_export.emit.profiles`)."""
     return _added(onnx_export.PROFILES, name, summary, paper, facts)
+
+
+def task(name: str, summary: str, paper: str = "", **facts: Any) -> Callable[[Made], Made]:
+    """A learning problem: ``function(**keys) -> tasks.Task``; its keyword arguments are keys of ``task``."""
+    return _added(TASKS, name, summary, paper, facts)
 
 
 def stage(name: str, summary: str, paper: str = "", **record: Any) -> Callable[[Made], Made]:

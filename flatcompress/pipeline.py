@@ -23,6 +23,7 @@ from flatcompress.session import Session
 from flatcompress.stages import STAGES, RunContext, StageKeys, run_stage, stage_of
 from flatcompress.stages.dry_run import dry_run
 from flatcompress.stages.measure import measure
+from flatcompress.tasks import Task
 from flatcompress.training.callback import Callback
 from flatcompress.training.devices import seed_everything
 from flatcompress.training.loop import make_accelerator
@@ -51,9 +52,11 @@ class Pipeline:
     """A recipe, ready to run.
 
     ``Pipeline.from_yaml("recipe.yaml")`` takes everything from the file.
-    ``Pipeline(model=..., data=..., stages=[...])`` takes a module that maps [B, C, H, W] to logits and a
+    ``Pipeline(model=..., data=..., stages=[...])`` takes a module that maps a batch to what the task wants and a
     `DataBundle` (or what `flatcompress.data.bundle` accepts); ``stages`` are what a recipe's ``stages`` would hold.
-    ``callbacks`` take part in every training (docs/extending.md); ``options`` are the recipe's other keys.
+    ``task`` is what is learned: a name, a mapping with its keys, or a `Task` (default: the data's own, of arrays
+    classification). ``callbacks`` take part in every training (docs/extending.md); ``options`` are the recipe's other
+    keys.
     UserError when anything is wrong, before anything runs.
     """
 
@@ -63,11 +66,13 @@ class Pipeline:
         data: DataBundle | str | Mapping[str, Any] = "rotated-digits",
         stages: Sequence[Any] = (),
         callbacks: Sequence[Callback] = (),
+        task: Task | str | Mapping[str, Any] | None = None,
         **options: Any,
     ) -> None:
         self._callbacks = tuple(callbacks)
+        self._task = task
         self._module = model if isinstance(model, nn.Module) else None
-        self._bundle = None if isinstance(data, str) or _is_recipe_section(data) else _as_bundle(data)
+        self._bundle = None if isinstance(data, str) or _is_recipe_section(data) else _as_bundle(data, task)
         self.recipe: Recipe = self._recipe(model, data, stages, options)
 
     def _recipe(self, model: Any, data: Any, stages: Sequence[Any], options: dict[str, Any]) -> Recipe:
@@ -78,6 +83,9 @@ class Pipeline:
         raw["data"] = {"name": "python"} if self._bundle is not None else _section(data)
         if batch_size is not None:
             raw["data"]["batch_size"] = batch_size
+        if self._task is not None:
+            own = isinstance(self._task, Task)
+            raw["task"] = {"name": f"python:{self._task.name}"} if own else self._task  # type: ignore[union-attr]
         raw["stages"] = [_stage_entry(s) for s in stages]
         return parse_recipe(raw, "Pipeline")
 
@@ -90,12 +98,20 @@ class Pipeline:
     def from_recipe(cls, recipe: Recipe) -> Pipeline:
         """A pipeline from a checked recipe."""
         raw = recipe.to_dict()
-        return cls(raw.pop("model"), raw.pop("data"), raw.pop("stages"), **raw)
+        return cls(raw.pop("model"), raw.pop("data"), raw.pop("stages"), task=raw.pop("task"), **raw)
 
     @property
     def folder(self) -> Path:
         """Where `run` writes when it is not told otherwise: output_dir/name."""
         return Path(self.recipe.output_dir) / self.recipe.name
+
+    @property
+    def task(self) -> Any:
+        """What `tasks.build` makes the task of: as given, else as the recipe says; None: the data's own."""
+        given = self.recipe.task if self._task is None else self._task
+        if isinstance(given, Mapping) and str(given.get("name")).startswith("python:"):
+            raise UserError(f"task {given['name']!r} stands for an object given in Python; name a task instead.")
+        return given
 
     def load_data(self) -> DataBundle:
         """The data set of the recipe, or the one this pipeline was given."""
@@ -105,7 +121,7 @@ class Pipeline:
         if section.name == "python":
             raise UserError("data.name 'python' stands for an object given in Python; name a data set instead.")
         try:
-            return datasets.load(section.name, seed=self.recipe.seed, **section.options)
+            return datasets.load(section.name, seed=self.recipe.seed, task=self.task, **section.options)
         except TypeError as error:
             raise UserError(f"data: {_no_function_name(error)} for data set {section.name!r}.") from None
 
@@ -121,11 +137,12 @@ class Pipeline:
         def build() -> nn.Module:
             return models.build(
                 section.name,
-                num_classes=len(bundle.classes),
+                num_classes=max(1, len(bundle.classes)),
                 input_shape=bundle.input_shape,
                 seed=self.recipe.seed,
                 weights=section.weights,
                 config=section.config,
+                checked=bundle.task.of_vectors,
                 **section.options,
             )
 
@@ -221,8 +238,8 @@ def _section(value: Any) -> dict[str, Any]:
     return {"name": value} if isinstance(value, str) else dict(value)
 
 
-def _as_bundle(data: Any) -> DataBundle:
-    return data if isinstance(data, DataBundle) else datasets.bundle(data)
+def _as_bundle(data: Any, task: Any) -> DataBundle:
+    return datasets.bundle(data, task)
 
 
 def _stage_entry(stage: Any) -> Any:

@@ -8,10 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from flatcompress import flat, graph, models, onnx_export, prune, quant
+from flatcompress import flat, graph, models, onnx_export, prune, quant, tasks
 from flatcompress.errors import UserError
 from flatcompress.modules import check_patterns, estimate_batchnorm, evaluating, matches, modes_kept
-from flatcompress.training import objective
 from flatcompress.training.batches import evaluate
 
 X = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -36,7 +35,7 @@ def loss(model: nn.Module) -> torch.Tensor:
 
 
 EVALUATING = {
-    "accuracy": lambda m: evaluate(m, DATA, objective.correct),
+    "accuracy": lambda m: evaluate(m, DATA, tasks.build()),
     "trace": lambda m: graph.trace(m, X),
     "macs": lambda m: graph.macs(m, X),
     "groups": lambda m: prune.find_groups(m, X),

@@ -24,6 +24,7 @@ from flatcompress.storage import write_text_atomic
 from flatcompress.store.runfolder import RunFolder
 from flatcompress.sweep import pool, table
 from flatcompress.sweep.spec import load_sweep
+from flatcompress.tasks import TASKS
 from flatcompress.yaml_source import parse_yaml
 
 CATALOGUE: dict[str, Registry] = {
@@ -42,6 +43,7 @@ CATALOGUE: dict[str, Registry] = {
     "corruptions": CORRUPTIONS,
     "profiles": onnx_export.PROFILES,
     "stages": STAGES,
+    "tasks": TASKS,
 }
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from flatcompress.data.augment import Augment
-from flatcompress.data.images.pixels import Pixels, Shape, eight_bits
+from flatcompress.data.images.pixels import Pixels, eight_bits
+from flatcompress.tasks import Task, build
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -26,25 +27,35 @@ def collate(batch: Batch) -> Batch:
 
 @dataclass(frozen=True)
 class Part:
-    """Raw samples: rows of ``pixels`` with their labels, domains and source images; each tensor is int64 [N]."""
+    """Raw samples: rows of ``pixels`` with their labels, domains and source images; each tensor is int64 [N].
+
+    ``targets`` [N, ...]: what is learned, where that is not the label; labels then only keep proportions in splits.
+    """
 
     pixels: Pixels
     rows: Tensor
     labels: Tensor
     domain_ids: Tensor
     identities: Tensor
+    targets: Tensor | None = None
 
     def take(self, chosen: Tensor) -> Part:
         """The samples at positions (or under a mask) ``chosen``."""
         return Part(
-            self.pixels, self.rows[chosen], self.labels[chosen], self.domain_ids[chosen], self.identities[chosen]
+            self.pixels,
+            self.rows[chosen],
+            self.labels[chosen],
+            self.domain_ids[chosen],
+            self.identities[chosen],
+            None if self.targets is None else self.targets[chosen],
         )
 
 
 class ImageSet(Dataset[Batch]):
-    """Normalised float32 images [C, H, W] with int64 labels; whole batches through ``__getitems__``.
+    """Normalised float32 images [C, H, W] with their targets; whole batches through ``__getitems__``.
 
-    ``labels``, ``domain_ids`` (position in the bundle's domains) and ``identities`` (the source image) are int64 [N].
+    ``targets`` are what the ``task`` learns, the labels in classification. ``labels``, ``domain_ids`` (position in the
+    bundle's domains) and ``identities`` (the source image) are int64 [N].
     With augmentation, what a sample looks like depends on the seed, the epoch (`set_epoch`) and its index alone.
     """
 
@@ -54,10 +65,13 @@ class ImageSet(Dataset[Batch]):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         augment: Augment | None = None,
+        task: Task | None = None,
     ) -> None:
         channels = part.pixels.shape[0]
         self.part, self.augment = part, augment
         self.labels, self.domain_ids, self.identities = part.labels, part.domain_ids, part.identities
+        self.targets = part.labels if part.targets is None else part.targets
+        self._target = build(task).target
         self._mean = torch.tensor(mean or [0.0] * channels).view(-1, 1, 1)
         self._std = torch.tensor(std or [1.0] * channels).view(-1, 1, 1)
         # In shared memory: persistent loader workers must see the epoch change.
@@ -67,15 +81,16 @@ class ImageSet(Dataset[Batch]):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        images, labels = self.__getitems__([range(len(self))[index]])
-        return images[0], labels[0]
+        images, targets = self.__getitems__([range(len(self))[index]])
+        return images[0], targets[0]
 
     def __getitems__(self, indices: list[int]) -> Batch:
         where = torch.as_tensor(indices, dtype=torch.int64)
         images = self.part.pixels.gather(self.part.rows[where]).float().div_(255)
         if self.augment is not None:
             images = self.augment(images, where, len(self), int(self._epoch))
-        return images.sub_(self._mean).div_(self._std), self.labels[where]
+        images = images.sub_(self._mean).div_(self._std)
+        return images, self._target(images, self.targets[where])
 
     def pixels(self, indices: Sequence[int]) -> Tensor:
         """uint8 [B, C, H, W]: the stored images, neither augmented nor normalised, in eight bits."""
@@ -94,11 +109,12 @@ class DataBundle:
     selection alone. ``held_out`` is the unseen domain. ``corrupted`` maps "kind/severity" to a corrupted part of
     ``test``. ``skipped`` says which files were left out, and why, where the recipe allowed that. ``notes``: what else
     the user should know of the data. ``intensity``: what became 0 and 1 of images with more than eight bits.
+    ``task``: what is learned. ``classes``: what its outputs stand for: classes, labels, columns of numbers.
     """
 
     name: str
     classes: tuple[str, ...]
-    input_shape: Shape
+    input_shape: tuple[int, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     train: ImageSet
@@ -111,3 +127,4 @@ class DataBundle:
     skipped: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     intensity: tuple[float, float] | None = None
+    task: Task = field(default_factory=build)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
 
 from flatcompress.data.bundle import Batch, DataBundle
-from flatcompress.data.targets import class_numbers
 from flatcompress.errors import UserError, unknown
+from flatcompress.tasks import Task, build, built_in
 
 PARTS = ("train", "val", "test", "held_out", "corrupted")
 _KEYS = (*PARTS, "name", "classes", "mean", "std")
@@ -24,25 +25,30 @@ _SAMPLE = "an item of the dataset is (image, label)"
 
 
 class OwnSet(Dataset[Batch]):
-    """Images [N, C, H, W] and labels [N] as they are: the owner has normalised them.
+    """Inputs [N, C, H, W] (or [N, C, T] series, [N, F] features) and targets [N, ...] as they are, already normalised.
 
-    ``source``: a pair of tensors or arrays, or a map-style dataset of (image [C, H, W], label), read item by item; a
-    PIL image becomes [C, H, W] in 0..1. ``rows``: the items of it that are this set's. UserError names what is wrong.
+    ``source``: a pair of tensors or arrays, or a map-style dataset of (image [C, H, W], target), read item by item; a
+    PIL image becomes [C, H, W] in 0..1. ``task`` says what a target is. ``rows``: the items of it that are this set's.
+    UserError names what is wrong.
     """
 
-    def __init__(self, source: Any, where: str, rows: Tensor | None = None, labels: Tensor | None = None) -> None:
-        self.where = where
-        self.source = source if rows is not None else _source(source, where)
+    def __init__(
+        self, source: Any, where: str, task: Task, rows: Tensor | None = None, targets: Tensor | None = None
+    ) -> None:
+        self.where, self.task = where, task
+        self.source = source if rows is not None else _source(source, where, task)
         self.images: Tensor | None = None
         if isinstance(self.source, tuple):
             self.images = _images(self.source[0], where)
-            every = class_numbers(self.source[1], where) if labels is None else labels
+            every = task.targets(_said(self.source, self.images, task), where) if targets is None else targets
             self._check(len(every))
         else:
-            every = _labels(self.source, where) if labels is None else labels
+            every = _targets(self.source, where, task) if targets is None else targets
         self.rows = torch.arange(len(every)) if rows is None else rows
         self.every = every
-        self.labels = every[self.rows]
+        self.targets = every[self.rows]
+        classes = task.of_classes and self.targets.ndim == 1
+        self.labels = self.targets if classes else torch.zeros(len(self.targets), dtype=torch.int64)
         self.domain_ids = torch.zeros_like(self.labels)
         self.identities = torch.arange(len(self.labels))
         if not len(self.labels):
@@ -51,8 +57,11 @@ class OwnSet(Dataset[Batch]):
     def _check(self, n: int) -> None:
         assert self.images is not None
         shape = tuple(self.images.shape)
-        if self.images.ndim != 4 or len(self.images) != n:
-            raise UserError(f"data[{self.where!r}]: images are [N, C, H, W] with N = {n} labels, found {shape}.")
+        if self.images.ndim < 2 or len(self.images) != n:
+            raise UserError(
+                f"data[{self.where!r}]: inputs are [N, C, H, W] (or [N, C, T], [N, F]) with N = {n} labels, "
+                f"found {shape}."
+            )
         if not bool(self.images.isfinite().all()):
             first = int((~self.images.isfinite()).flatten(1).any(1).nonzero()[0])
             raise UserError(f"data[{self.where!r}]: image {first} holds NaN or infinity.")
@@ -68,8 +77,10 @@ class OwnSet(Dataset[Batch]):
         chosen = torch.as_tensor(indices, dtype=torch.int64)
         rows = self.rows[chosen]
         if self.images is not None:
-            return self.images[rows], self.labels[chosen]
-        return torch.stack([_image(_pair(self.source[i])[0], self.where) for i in rows.tolist()]), self.labels[chosen]
+            x = self.images[rows]
+        else:
+            x = torch.stack([_image(_pair(self.source[i])[0], self.where) for i in rows.tolist()])
+        return x, self.task.target(x, self.targets[chosen])
 
     def pixels(self, indices: Sequence[int]) -> Tensor:
         """uint8 [B, C, H, W] for the preview sheet: each image stretched to its own range."""
@@ -79,10 +90,10 @@ class OwnSet(Dataset[Batch]):
 
     def take(self, indices: Tensor, where: str) -> OwnSet:
         """A part of this set; a dataset is read anew each time, so that what it draws at random stays random."""
-        return OwnSet(self.source, where, self.rows[indices], self.every)
+        return OwnSet(self.source, where, self.task, self.rows[indices], self.every)
 
 
-def _source(source: Any, where: str) -> Any:
+def _source(source: Any, where: str, task: Task) -> Any:
     """A pair, or a map-style dataset. UserError for everything else, saying what is accepted."""
     if isinstance(source, DataLoader):
         if source.collate_fn is not default_collate:
@@ -107,8 +118,21 @@ def _source(source: Any, where: str) -> Any:
     if isinstance(source, str | bytes | Mapping) or not (hasattr(source, "__getitem__") and hasattr(source, "__len__")):
         raise UserError(f"data[{where!r}]: expected {_ACCEPTED}; found {_described(source)}.")
     if isinstance(source, Tensor | np.ndarray):
+        if task.name == "reconstruction":
+            return source, None
         raise UserError(f"data[{where!r}]: images without labels; give (images, labels).")
     return source
+
+
+def _said(source: tuple[Any, Any], inputs: Tensor, task: Task) -> Any:
+    """The targets of a pair. Reconstruction takes none, or the inputs themselves: then nothing is known of them."""
+    targets = source[1]
+    if task.name != "reconstruction":
+        return targets
+    itself = targets is source[0]
+    if not itself and isinstance(targets, Tensor | np.ndarray) and tuple(targets.shape) == tuple(inputs.shape):
+        itself = bool(torch.equal(torch.as_tensor(targets).float(), inputs))
+    return torch.full((len(inputs),), -1) if targets is None or itself else targets
 
 
 def _is_pair(item: Any) -> bool:
@@ -181,8 +205,8 @@ def _pair(item: Any) -> tuple[Any, Any]:
     raise UserError(f"{_SAMPLE}; found {type(item).__name__}.")
 
 
-def _labels(source: Any, where: str) -> Tensor:
-    """The labels of a map-style dataset; every item is read once, and the images must have one shape."""
+def _targets(source: Any, where: str, task: Task) -> Tensor:
+    """The targets of a map-style dataset; every item is read once, and the inputs must have one shape."""
     labels: list[Any] = []
     shapes: dict[tuple[int, ...], None] = {}
     for i in range(len(source)):
@@ -195,28 +219,37 @@ def _labels(source: Any, where: str) -> Tensor:
         labels.append(_plain(label))
     if len(shapes) > 1:
         raise UserError(f"data[{where!r}]: images of several sizes ({_sizes(shapes)}); resize them to one.")
-    if shapes and len(next(iter(shapes))) != 3:
-        raise UserError(f"data[{where!r}]: an image is [C, H, W], found {next(iter(shapes))}.")
-    return class_numbers(labels, where) if labels else torch.zeros(0, dtype=torch.int64)
+    if shapes and not len(next(iter(shapes))):
+        raise UserError(f"data[{where!r}]: an input is [C, H, W], [C, T] or [F], found one number.")
+    maps = {label.shape: None for label in labels if isinstance(label, np.ndarray)}
+    if len(maps) > 1:
+        raise UserError(f"data[{where!r}]: targets of several sizes ({_sizes(maps)}); resize them to one.")
+    if maps:
+        labels = np.stack(labels)  # type: ignore[assignment]
+    return task.targets(labels, where) if len(labels) else torch.zeros(0, dtype=torch.int64)
 
 
 def _plain(label: Any) -> Any:
     """A label as Python numbers, so that a list of them can be told apart by type and shape."""
     if isinstance(label, Image.Image):
         label = np.asarray(label)
+    if isinstance(label, Tensor | np.ndarray) and label.ndim > 1:
+        return np.asarray(label)
     return label.tolist() if isinstance(label, Tensor | np.ndarray | np.generic) else label
 
 
-def bundle(data: Mapping[str, Any] | DataBundle) -> DataBundle:
+def bundle(data: Mapping[str, Any] | DataBundle, task: Any = None) -> DataBundle:
     """A `DataBundle` from a mapping: ``train`` and ``test``, perhaps ``val``, ``held_out``, ``corrupted``, ``classes``.
 
     Each part is ``(images, labels)``, a map-style dataset (of tensors, arrays or PIL images) or a DataLoader over one;
-    ``corrupted`` maps names to parts. Labels are class numbers. Without ``val`` a tenth of the training part is set
+    ``corrupted`` maps names to parts. ``task``: name, mapping or `Task` (default: classification, whose labels are
+    class numbers); it says what a target is. Without ``val`` a tenth of the training part is set
     aside. ``mean`` and ``std`` only describe the preprocessing for the exported file. UserError names the part that is
     wrong, and the task that targets of another kind belong to.
     """
     if isinstance(data, DataBundle):
-        return data
+        return data if task is None else _for_task(data, build(task))
+    chosen = build(task)
     if not isinstance(data, Mapping):
         raise UserError(f"data is a DataBundle or a mapping with 'train' and 'test', found {type(data).__name__}.")
     for key in data:
@@ -225,12 +258,13 @@ def bundle(data: Mapping[str, Any] | DataBundle) -> DataBundle:
     for key in ("train", "test"):
         if key not in data:
             raise UserError(f"data: {key!r} is missing; give {_ACCEPTED}.")
-    given = {part: OwnSet(data[part], part) for part in PARTS[:4] if data.get(part) is not None}
-    corrupted = {k: OwnSet(v, f"corrupted.{k}") for k, v in _corrupted(data).items()}
-    _check_shapes({**given, **corrupted})
+    given = {part: OwnSet(data[part], part, chosen) for part in PARTS[:4] if data.get(part) is not None}
+    corrupted = {k: OwnSet(v, f"corrupted.{k}", chosen) for k, v in _corrupted(data).items()}
+    _check_shapes({**given, **corrupted}, chosen)
     train, test, held_out = given["train"], given["test"], given.get("held_out")
-    classes = _classes(data.get("classes"), [*given.values(), *corrupted.values()])
-    _check_learnable(given, classes)
+    classes = _names(data.get("classes"), [*given.values(), *corrupted.values()], chosen)
+    _check_learnable(given, classes, chosen)
+    fitted = chosen.fit(train.targets, classes)
     val = given.get("val")
     if val is None:
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
@@ -251,7 +285,18 @@ def bundle(data: Mapping[str, Any] | DataBundle) -> DataBundle:
         held_out=held_out,  # type: ignore[arg-type]
         corrupted=corrupted,  # type: ignore[arg-type]
         held_out_domain="held_out" if held_out is not None else None,
+        task=fitted,
     )
+
+
+def _for_task(given: DataBundle, task: Task) -> DataBundle:
+    """A bundle whose targets are this task's: the one it was made for, or one that only changes loss and metrics."""
+    if task.name != given.task.name and built_in(task.name):
+        raise UserError(
+            f"the DataBundle was made for task {given.task.name!r}, not {task.name!r}: give the task where it is made, "
+            "data.bundle(..., task=...)."
+        )
+    return replace(given, task=task.fit(given.train.targets, given.classes))
 
 
 def _corrupted(data: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -261,36 +306,55 @@ def _corrupted(data: Mapping[str, Any]) -> Mapping[str, Any]:
     return found
 
 
-def _check_shapes(parts: Mapping[str, OwnSet]) -> None:
-    first = tuple(parts["train"][0][0].shape)
+def _check_shapes(parts: Mapping[str, OwnSet], task: Task) -> None:
+    first, targets = tuple(parts["train"][0][0].shape), parts["train"].targets.shape[1:]
     for name, part in parts.items():
         shape = tuple(part[0][0].shape)
         if shape != first:
             raise UserError(f"data[{name!r}]: images are {shape}, those of 'train' are {first}.")
+        if part.targets.shape[1:] != targets:
+            raise UserError(
+                f"data[{name!r}]: a target is {tuple(part.targets.shape[1:])}, those of 'train' are {tuple(targets)}."
+            )
+        problem = task.fits(shape, tuple(part.targets.shape[1:]))
+        if problem is not None:
+            raise UserError(f"data[{name!r}]: {problem}")
 
 
-def _classes(named: Any, parts: Sequence[OwnSet]) -> tuple[str, ...]:
-    count = 1 + max(int(part.labels.max()) for part in parts)
+def _names(named: Any, parts: Sequence[OwnSet], task: Task) -> tuple[str, ...]:
+    """What the outputs stand for: as the user says, or numbered."""
+    found = max((task.names(part.targets) for part in parts), key=len)
     if named is None:
-        return tuple(str(c) for c in range(count))
+        return found
     if isinstance(named, str) or not isinstance(named, Sequence):
         raise UserError(f"data['classes'] is a list of names, one a class, found {named!r}.")
-    classes = tuple(str(c) for c in named)
-    if len(classes) < count:
+    classes, count = tuple(str(c) for c in named), len(found)
+    if task.of_classes and len(classes) < count:
         raise UserError(f"data: {len(classes)} classes are named, but a label is {count - 1}.")
+    if not task.of_classes and len(classes) != count:
+        raise UserError(f"data: {len(classes)} names for targets of {count} columns.")
     twice = next((c for i, c in enumerate(classes) if c in classes[:i]), None)
     if twice is not None:
         raise UserError(f"data['classes'] names {twice!r} twice.")
     return classes
 
 
-def _check_learnable(given: Mapping[str, OwnSet], classes: Sequence[str]) -> None:
-    known = set(given["train"].labels.tolist())
+def _check_learnable(given: Mapping[str, OwnSet], classes: Sequence[str], task: Task) -> None:
+    known = _occurring(given["train"], task)
     for name, part in given.items():
-        unseen = sorted(set(part.labels.tolist()) - known)
+        unseen = sorted(_occurring(part, task) - known)
         if unseen:
             named = ", ".join(classes[label] for label in unseen[:5])
             raise UserError(f"data[{name!r}] has samples of {named}, of which data['train'] has none to learn from.")
+
+
+def _occurring(part: OwnSet, task: Task) -> set[int]:
+    """The classes or labels that a part has; nothing where targets are numbers."""
+    if task.agreement == "threshold":
+        return set(part.targets.any(0).nonzero().flatten().tolist())
+    if not task.of_classes:
+        return set()
+    return set(part.targets.unique().tolist()) - {task.options.get("ignore_index")}
 
 
 def _per_channel(data: Mapping[str, Any], key: str, default: float, channels: int) -> tuple[float, ...]:

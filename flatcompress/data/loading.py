@@ -17,9 +17,12 @@ from flatcompress.data.embedded.rotated_digits import rotated_digits
 from flatcompress.data.embedded.styled_shapes import styled_shapes
 from flatcompress.data.images.cifar_mnist import cifar10, mnist
 from flatcompress.data.images.folders import domains, folder
+from flatcompress.data.in_memory import bundle
+from flatcompress.data.raw_data import RawData
 from flatcompress.errors import UserError, unknown
 from flatcompress.randomness import generator
 from flatcompress.registry import Entry, Registry
+from flatcompress.tasks import Task, build, built_in
 
 DATASETS = Registry("data set")
 DATASETS.add("rotated-digits", rotated_digits, "1,797 real digits under six rotations, one held out; embedded")
@@ -45,6 +48,7 @@ def load(
     corrupted_count: int = 500,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    task: Any = None,
     **options: Any,
 ) -> DataBundle:
     """Load a data set by name. ``options`` are the data set's own; the same seed gives the same bits.
@@ -53,6 +57,7 @@ def load(
     ``corruptions``: "default", "full" (15 kinds at 5 severities), "none", or a list of "kind" and "kind/severity".
     ``corrupted_count``: how many test images each corruption is measured on (0: all).
     ``mean``, ``std``: per channel on pixels in 0..1; computed on the training part where not given.
+    ``task``: name, mapping or `Task`; default: what the data set's targets are for.
     UserError on an unknown name or option, and on data that cannot be used.
 
     >>> bundle = load("rotated-digits", held_out="75", size=8)
@@ -60,20 +65,23 @@ def load(
     (6295, (1, 8, 8), '75')
     """
     entry = DATASETS[name]
+    if "task" in inspect.signature(entry.make).parameters:  # one that reads its targets by the task
+        options["task"] = task
     _check_options(entry, options)
     raw = entry(seed, **options)
     if isinstance(raw, DataBundle):
         _as_they_are(name, augment=augment, mean=mean, std=std, corruptions=corruptions)
-        return raw
+        return raw if task is None or "task" in options else bundle(raw, task)
     for label in ("train", "val", "test"):
         if not len(getattr(raw, label).rows):
             raise UserError(f"data set {name!r}: the {label} part is empty; give it more images or another fraction")
+    chosen = _task(name, raw, task)
     mean, std = _statistics(raw.train, mean, std, seed)
     for note in raw.notes:
         warnings.warn(note, stacklevel=2)
 
     def images(part: Part, augmenter: augmentation.Augment | None = None) -> ImageSet:
-        return ImageSet(part, mean, std, augmenter)
+        return ImageSet(part, mean, std, augmenter, chosen)
 
     changed = raw.corrupted or corrupted_parts(raw.test, corruptions, corrupted_count, seed)
     return DataBundle(
@@ -92,6 +100,7 @@ def load(
         skipped=raw.skipped,
         notes=raw.notes,
         intensity=raw.intensity,
+        task=chosen,
     )
 
 
@@ -100,6 +109,15 @@ def _as_they_are(name: str, **given: Any) -> None:
     for key, value in given.items():
         if value is not None and not (key == "corruptions" and value in ("default", "none")):
             raise UserError(f"data set {name!r} takes its inputs as they are: leave {key!r} out.")
+
+
+def _task(name: str, raw: RawData, given: Any) -> Task:
+    """The task of a data set's targets with the user's keys, for its training part. UserError for another task."""
+    task = build(raw.task if given is None else given)
+    if task.name != raw.task and built_in(task.name):
+        raise UserError(f"data set {name!r} has targets for task {raw.task!r}, not {task.name!r}.")
+    targets = raw.train.labels if raw.train.targets is None else raw.train.targets
+    return task.fit(targets, raw.classes)
 
 
 def _check_options(entry: Entry, options: dict[str, Any]) -> None:

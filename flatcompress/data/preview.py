@@ -29,7 +29,9 @@ def sheet(bundle: DataBundle, columns: int = 12) -> Image.Image:
 
 
 def png(bundle: DataBundle) -> bytes:
-    """`sheet` as the bytes of a PNG file."""
+    """`sheet` as the bytes of a PNG file; nothing for inputs that are no images."""
+    if len(bundle.input_shape) != 3:
+        return b""
     picture = io.BytesIO()
     sheet(bundle).save(picture, format="PNG")
     return picture.getvalue()

@@ -12,7 +12,7 @@ from flatcompress.errors import UserError, unknown
 
 @dataclass(frozen=True)
 class RawData:
-    """Parts of a data set; ``domain_ids`` count positions in ``domains``."""
+    """Parts of a data set; ``domain_ids`` count positions in ``domains``. ``task``: name of what its targets are."""
 
     classes: tuple[str, ...]
     train: Part
@@ -25,6 +25,7 @@ class RawData:
     skipped: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     intensity: tuple[float, float] | None = None
+    task: str = "classification"
 
 
 def held_out_name(value: Any, domains: Iterable[str]) -> str | None:

@@ -204,8 +204,8 @@ def _call(name: str, make: Callable[..., Any], *args: Any, **kwargs: Any) -> Any
         raise UserError(f"model {name!r} could not be built: {type(error).__name__}: {error}") from error
 
 
-def checked(name: str, model: Any, num_classes: int, input_shape: Shape) -> nn.Module:
-    """``model`` if one image gives logits [1, num_classes], else a UserError that says what came out."""
+def checked(name: str, model: Any, num_classes: int | None, input_shape: Shape) -> nn.Module:
+    """``model`` if one image gives logits [1, num_classes] (None: anything), else a UserError: what came out."""
     if not isinstance(model, nn.Module):
         raise UserError(f"model {name!r} is a {type(model).__name__}, not a torch.nn.Module")
     try:
@@ -216,7 +216,7 @@ def checked(name: str, model: Any, num_classes: int, input_shape: Shape) -> nn.M
             f"model {name!r} fails on an image of {input_shape}: {type(error).__name__}: {error}"
         ) from error
     found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-    if found != (1, num_classes):
+    if num_classes is not None and found != (1, num_classes):
         raise UserError(f"model {name!r} must give logits of shape (1, {num_classes}) for one image, gave {found}")
     return model
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +16,15 @@ from flatcompress.models.blocks import Shape
 from flatcompress.models.weights import load_weights
 from flatcompress.registry import Entry, Registry
 
-MODELS = Registry("model")
+
+@dataclass(frozen=True)
+class Takes:
+    """What a row takes. dims: of one input, 3 for images [C, H, W], 2 for series [C, T], 1 for features [F]."""
+
+    dims: int = 3
+
+
+MODELS = Registry("model", Takes)
 MODELS.add("resnet8", resnet.resnet8, "ResNet-8, MLPerf Tiny image classification, 78 k parameters", "2106.07597")
 MODELS.add("resnet20", resnet.resnet20, "ResNet-20 for small images, 0.27 M parameters", "1512.03385")
 MODELS.add("resnet18", resnet.resnet18, "ResNet-18, 11.2 M parameters", "1512.03385")
@@ -32,11 +41,12 @@ def build(
     name: str,
     *,
     num_classes: int,
-    input_shape: Shape,
+    input_shape: tuple[int, ...],
     seed: int | None = None,
     weights: str | None = None,
     config: dict[str, Any] | None = None,
     new_head: bool = False,
+    checked: bool = True,
     **options: Any,
 ) -> nn.Module:
     """Build a model that maps images [B, C, H, W] to logits [B, num_classes].
@@ -44,7 +54,8 @@ def build(
     ``name``: a built-in name, ``timm:NAME``, ``torchvision:NAME``, ``transformers:TYPE`` (or a local folder) or
     ``package.module:factory``. ``seed`` fixes the initial weights and leaves torch's global generator as it was.
     ``weights``: a safetensors or state-dict file; ``new_head`` skips its classifier. ``config`` overrides keys of a
-    transformers config, ``options`` are the architecture's own. UserError on anything that does not fit.
+    transformers config; without ``checked`` a model from outside may give something else than [B, num_classes], for
+    tasks that want it. ``options`` are the architecture's own. UserError on anything that does not fit.
 
     >>> model = build("resnet8", num_classes=10, input_shape=(1, 16, 16), seed=0)
     >>> model(torch.zeros(2, 1, 16, 16)).shape
@@ -55,7 +66,8 @@ def build(
         raise UserError(f"model {name!r} takes no 'config'; it belongs to transformers:TYPE")
     with _seeded(seed):
         if ":" in name:
-            model = external.checked(name, _external(name, num_classes, shape, config, options), num_classes, shape)
+            made = _external(name, num_classes, shape, config, options)
+            model = external.checked(name, made, num_classes if checked else None, shape)
         else:
             model = _builtin(name, num_classes, shape, options)
     if weights is not None:
@@ -64,11 +76,11 @@ def build(
     return model
 
 
-def _checked_shape(num_classes: int, input_shape: Shape) -> Shape:
+def _checked_shape(num_classes: int, input_shape: tuple[int, ...]) -> Shape:
     if not isinstance(num_classes, int) or num_classes < 1:
         raise UserError(f"num_classes must be a positive whole number, found {num_classes!r}")
     shape = tuple(input_shape)
-    if len(shape) != 3 or not all(isinstance(side, int) and side > 0 for side in shape):
+    if not 1 <= len(shape) <= 4 or not all(isinstance(side, int) and side > 0 for side in shape):
         raise UserError(f"input_shape must be (channels, height, width), all positive, found {input_shape!r}")
     return shape  # type: ignore[return-value]
 
@@ -88,6 +100,9 @@ def _builtin(name: str, num_classes: int, shape: Shape, options: dict[str, Any])
         raise unknown("model", name, [*MODELS, *_PREFIXES])
     entry = MODELS[name]
     _check_options(entry, options)
+    if len(shape) != entry.facts.dims:
+        kinds = {1: "features [F]", 2: "series [C, T]", 3: "images [C, H, W]"}
+        raise UserError(f"model {name!r} takes {kinds[entry.facts.dims]}; the data's inputs are {shape}.")
     return entry(num_classes, shape, **options)
 
 

@@ -19,7 +19,7 @@ from pydantic import (
 )
 from pydantic.json_schema import models_json_schema
 
-from flatcompress import data, extensions, flat, models
+from flatcompress import data, extensions, flat, models, tasks
 from flatcompress.errors import UserError, nearest
 from flatcompress.registry import shown
 from flatcompress.stages import STAGES, StageKeys, order_problem, stage_of
@@ -126,6 +126,9 @@ class Recipe(Strict):
     threads: Annotated[int, Field(ge=1, le=1024)] | None = Field(None, description="CPU threads (default: all)")
     data: DataConfig = Field(default_factory=lambda: DataConfig(), description="the data")
     model: ModelConfig = Field(default_factory=lambda: ModelConfig(), description="the model")
+    task: str | dict[str, Any] | None = Field(
+        None, description="what is learned: a name of `flatcompress list tasks`, or name and keys (default: the data's)"
+    )
     stages: Annotated[list[Entry], Field(min_length=1)] = Field(description="what happens to the model, in order")
 
     @model_validator(mode="after")
@@ -146,7 +149,12 @@ class Recipe(Strict):
 
 
 def check_names(recipe: Recipe) -> None:
-    """The data set and a built-in model must be registered; everything else is checked when it is loaded."""
+    """Data set, task and a built-in model must be registered; everything else is checked when it is loaded."""
+    if recipe.task is not None and not _from_python(recipe.task):
+        try:
+            tasks.build(recipe.task)
+        except (UserError, TypeError) as error:
+            raise KeyProblem("task", str(error)) from None
     for section, registry in (("data", data.DATASETS), ("model", models.MODELS)):
         name = getattr(recipe, section).name
         if (section == "model" and ":" in name) or (section == "data" and name == "python"):
@@ -155,6 +163,11 @@ def check_names(recipe: Recipe) -> None:
             registry[name]
         except UserError as error:
             raise KeyProblem(f"{section}.name", str(error)) from None
+
+
+def _from_python(task: Any) -> bool:
+    """Does it stand for an object that was given in Python?"""
+    return isinstance(task, dict) and str(task.get("name")).startswith("python:")
 
 
 def check_order(recipe: Recipe) -> None:

@@ -12,8 +12,7 @@ from flatcompress.flat.averaging import EMA, SWA, SWAD, Average, update_bn
 from flatcompress.modules import evaluating
 from flatcompress.stages.context import RunContext
 from flatcompress.stages.measure import train_batches
-from flatcompress.training import objective
-from flatcompress.training.batches import loader
+from flatcompress.training.batches import in_order
 from flatcompress.training.callback import Callback, Training
 
 SWA_START = 0.5  # share of the epochs before SWA begins
@@ -56,9 +55,9 @@ class Averaging(Callback):
             return
         assert self.job is not None
         model, val, device = self.job.model, self.run.data.val, self.run.device
-        batches = [list(range(i, min(i + 512, len(val)))) for i in range(0, len(val), 512)]
+        summed = self.run.task.summed_loss
         with evaluating(model):
-            losses = [float(objective.summed_loss(model(x.to(device)), y.to(device))) for x, y in loader(val, batches)]
+            losses = [float(summed(model(x.to(device)), y.to(device))) for x, y in in_order(val, 512)]
         self.average.evaluate(sum(losses) / len(val))
 
     def finish(self) -> None:
@@ -70,7 +69,7 @@ class Averaging(Callback):
         self.average.copy_to(model)
         if not self.keep_statistics:
             update_bn(model, train_batches(self.run, BN_SAMPLES))
-        self.job.emit("selected", val_accuracy=self.job.validate())
+        self.job.emit("selected", **self.run.task.selected(self.job.validate()))
 
     def state_dict(self) -> dict[str, Any]:
         """The average's state."""

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from flatcompress import quant
 from flatcompress.prune import masks
+from flatcompress.tasks import Task
+from flatcompress.tasks.agreement import distillation
 from flatcompress.training.callback import Callback, Training
 
 
@@ -59,8 +61,8 @@ class Distillation(Callback):
     A hook on the model hands the teacher its input; it is taken off again when the job closes.
     """
 
-    def __init__(self, teacher: nn.Module, weight: float) -> None:
-        self.teacher, self.weight = teacher, weight
+    def __init__(self, teacher: nn.Module, weight: float, task: Task) -> None:
+        self.teacher, self.weight, self.task = teacher, weight, task
         self._input: Tensor | None = None
         self._logits: Tensor | None = None
         self._handle: torch.utils.hooks.RemovableHandle | None = None
@@ -78,7 +80,9 @@ class Distillation(Callback):
     def loss_term(self, output: Tensor, y: Tensor) -> Tensor:
         """The weighted distillation loss of the batch that was read last."""
         assert self._logits is not None
-        return self.weight * quant.distillation_loss(output, self._logits)
+        if self.task.agreement == "argmax" and output.ndim == 2:
+            return self.weight * quant.distillation_loss(output, self._logits)
+        return self.weight * distillation(self.task.agreement, output, self._logits)
 
     def close(self) -> None:
         """Let the model go."""

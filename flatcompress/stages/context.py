@@ -13,6 +13,7 @@ from torch import nn
 
 from flatcompress.data import DataBundle
 from flatcompress.plan import Plan
+from flatcompress.tasks import Task
 from flatcompress.training.callback import Callback
 from flatcompress.training.job import Progress, steps_per_epoch
 
@@ -51,6 +52,11 @@ class RunContext:
     progress: Progress | None = None
     phase: dict[str, Any] = field(default_factory=dict)
     callbacks: Sequence[Callback] = ()
+
+    @property
+    def task(self) -> Task:
+        """What is learned."""
+        return self.data.task
 
     @property
     def device(self) -> torch.device:

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
+import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
@@ -20,12 +20,12 @@ from flatcompress.errors import UserError, unknown
 from flatcompress.onnx_export.runtime import latency, sessions
 from flatcompress.stages.context import RunContext
 from flatcompress.stages.keys import KeyProblem, StageKeys
-from flatcompress.stages.measure import accuracies
+from flatcompress.stages.measure import scores
 from flatcompress.stages.reported import reported
 from flatcompress.stages.stage import Earlier, Facts, Phase, Stage
 from flatcompress.storage import write_json_atomic
-from flatcompress.training import objective
-from flatcompress.training.batches import loader
+from flatcompress.tasks import Task
+from flatcompress.training.batches import in_order
 
 BATCH = 256
 
@@ -107,15 +107,15 @@ def write(run: RunContext, config: ExportConfig, path: Path) -> tuple[dict[str, 
         profile=config.profile,
         opset=config.opset,
         metadata=metadata(run, before),
-        class_names=list(run.data.classes),
+        class_names=list(run.data.classes) or None,
     )
-    test = run.data.test
-    batches = list(loader(test, [list(range(i, min(i + BATCH, len(test)))) for i in range(0, len(test), BATCH)]))
+    batches = list(in_order(run.data.test, BATCH))
     certificate = onnx_export.certify(
         exported,
         [x for x, _ in batches],
         [y for _, y in batches],
         model=model,
+        task=run.task,
         latency_runs=0,
         require_integer=config.require_integer,
         integer_time=config.latency,
@@ -135,8 +135,9 @@ def write(run: RunContext, config: ExportConfig, path: Path) -> tuple[dict[str, 
 def metadata(run: RunContext, before: dict[str, Any]) -> dict[str, str]:
     """What makes the file usable alone: preprocessing, data, accuracy, and the recipe it came from."""
     data = run.data
+    layouts = {3: "NCHW", 2: "NCT", 1: "NF"}
     size: dict[str, Any] = {
-        "layout": "NCHW",
+        "layout": layouts.get(len(data.input_shape), "N..."),
         "size": list(data.input_shape),
         "range": [0, 1],
         "mean": data.mean,
@@ -144,8 +145,11 @@ def metadata(run: RunContext, before: dict[str, Any]) -> dict[str, str]:
     }
     if data.intensity is not None:  # of images with more than eight bits: what becomes 0 and 1
         size["intensity"] = list(data.intensity)
-    accuracy = {k: round(v, 4) for k, v in before.get("accuracy", {}).items() if v is not None}
-    entries = {"preprocessing": size, "accuracy": accuracy, "data": data.name, "recipe_sha256": run.recipe_hash}
+    task = run.task
+    values = before.get("accuracy", {}) if task.plain else before.get("metrics", {}).get(task.selects, {})
+    reached = {k: round(v, 4) for k, v in values.items() if v is not None}
+    told = {"accuracy": reached} if task.plain else {"task": task.described(), "metric": {task.selects: reached}}
+    entries = {"preprocessing": size, **told, "data": data.name, "recipe_sha256": run.recipe_hash}
     return {k: v if isinstance(v, str) else json.dumps(v, separators=(",", ":")) for k, v in entries.items()}
 
 
@@ -165,17 +169,14 @@ def beside_float(run: RunContext, config: ExportConfig, path: Path) -> dict[str,
     return {**found, "latency": {"method": latency.METHOD, "runs": 30, "batch": 1, "threads": figures}}
 
 
-def session_score(path: Path) -> Callable[[Any], float]:
-    """A function that gives the accuracy of the exported file on a dataset, through onnxruntime."""
+def session_score(path: Path, task: Task) -> Callable[[Any], dict[str, float]]:
+    """A function that gives the task's metrics of the exported file on a dataset, through onnxruntime."""
     session = sessions.session(path)
 
-    def score(dataset: Any) -> float:
-        n, hits = len(dataset), 0
-        for x, y in loader(dataset, [list(range(i, min(i + BATCH, n))) for i in range(0, n, BATCH)]):
-            hits += objective.correct(sessions.run(session, [x.numpy()]), np.asarray(y))
-        return hits / n
+    def outputs(x: Tensor) -> Tensor:
+        return torch.from_numpy(sessions.run(session, [x.numpy()]))
 
-    return score
+    return lambda dataset: task.measure((outputs(x), y) for x, y in in_order(dataset, BATCH))
 
 
 def ledger_row(
@@ -186,7 +187,7 @@ def ledger_row(
     return {
         "stage": "export",
         "method": config.profile,
-        **accuracies(run, session_score(path)),
+        **scores(run, session_score(path, run.task)),
         "sharpness": None,
         "params": before.get("params"),
         "nonzero": before.get("nonzero"),

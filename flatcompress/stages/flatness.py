@@ -10,7 +10,6 @@ from flatcompress import quant
 from flatcompress.stages.context import RunContext
 from flatcompress.stages.measure import train_batches
 from flatcompress.stages.reported import reported
-from flatcompress.training import objective
 
 SAMPLES = 32  # about as much memory as a training step, and the time of a few
 PROBES = 4
@@ -26,7 +25,7 @@ def log_map(run: RunContext, before: nn.Module) -> None:
     bits = {name: layer.weight_spec().bits for name, layer in quant.quantized_layers(run.model).items()}
 
     def measured() -> list[dict[str, Any]]:
-        return quant.flatness_map(before, lambda: objective.loss(before(x), y), bits, RISE, PROBES, seed=run.seed)
+        return quant.flatness_map(before, lambda: run.task.loss(before(x), y), bits, RISE, PROBES, seed=run.seed)
 
     rows = reported(
         "the flatness map of the layers could not be measured", measured, None, " flatness_map: false skips it."

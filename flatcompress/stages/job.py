@@ -14,7 +14,6 @@ from flatcompress.errors import UserError
 from flatcompress.stages.averaging import Averaging
 from flatcompress.stages.context import RunContext
 from flatcompress.stages.keys import TrainingKeys
-from flatcompress.training import objective
 from flatcompress.training.batches import evaluate
 from flatcompress.training.callback import Callback
 from flatcompress.training.job import Job
@@ -62,7 +61,7 @@ def make_job(
 
     ``extra``: tensors beside the model's parameters that the optimizer must know.
     """
-    accelerator = run.accelerator
+    accelerator, task = run.accelerator, run.task
     model = accelerator.prepare(run.model)
     o = config.optimizer
     groups = parameter_groups(model, o.weight_decay, scales, scale_lr)
@@ -84,8 +83,8 @@ def make_job(
         optimizer=optimizer,
         train=run.data.train,
         accelerator=accelerator,
-        loss=objective.training_loss(config.label_smoothing),
-        metric=objective.correct,
+        loss=task.training_loss(config.label_smoothing),
+        task=task,
         epochs=epochs or config.epochs,
         first_epoch=first_epoch,
         schedule_epochs=config.epochs,
@@ -94,7 +93,7 @@ def make_job(
         seed=run.seed,
         schedule=config.schedule,
         select=config.select,
-        validate=lambda: evaluate(model, run.data.val, objective.correct, accelerator.device),
+        validate=lambda: evaluate(model, run.data.val, task, accelerator.device)[task.selects],
         callbacks=[*callbacks, *run.callbacks],
         eligible=eligible,
         emit=run.emit,

@@ -14,7 +14,6 @@ from flatcompress.plan import Plan, apply_plan
 from flatcompress.quant.layers import graph_of
 from flatcompress.stages.context import RunContext
 from flatcompress.stages.reported import reported
-from flatcompress.training import objective
 from flatcompress.training.batches import evaluate, loader
 
 SHARPNESS_SAMPLES = 256
@@ -30,7 +29,7 @@ def measure(run: RunContext, stage: str, method: str, seconds: float, passes: in
     row = {
         "stage": stage,
         "method": method,
-        **accuracies(run, lambda dataset: evaluate(run.model, dataset, objective.correct, run.device)),
+        **scores(run, lambda dataset: evaluate(run.model, dataset, run.task, run.device)),
         "sharpness": reported("the sharpness could not be measured", lambda: sharpness(run), None),
         "params": sum(p.numel() for p in twin.parameters()),
         "nonzero": nonzero(run.model),
@@ -46,23 +45,39 @@ def measure(run: RunContext, stage: str, method: str, seconds: float, passes: in
     return row
 
 
-def accuracies(run: RunContext, score: Callable[[Any], float]) -> dict[str, Any]:
-    """``score`` on test, held-out domain and every corrupted copy; None where there is none or it cannot be read."""
-    data = run.data
+def scores(run: RunContext, score: Callable[[Any], dict[str, float]]) -> dict[str, Any]:
+    """``score`` on test, held-out domain and every corrupted copy; None where there is none or it cannot be read.
 
-    def on(part: str, dataset: Any) -> float | None:
-        return reported(f"the accuracy on the {part} part could not be measured", lambda: score(dataset), None)
+    ``accuracy`` is every row's, null where the task has none. Of a task that has more to tell than accuracy ``metrics``
+    has all of them, and ``metric`` says which one selects, and its direction.
+    """
+    data, task = run.data, run.task
 
-    corruptions = {name: on(name, dataset) for name, dataset in data.corrupted.items()}
-    known = [value for value in corruptions.values() if value is not None]
-    return {
-        "accuracy": {
-            "test": on("test", data.test),
-            "held_out": on("held-out", data.held_out) if data.held_out is not None else None,
-            "corrupted": sum(known) / len(known) if known else None,
-        },
-        "corruptions": corruptions,
+    def on(part: str, dataset: Any) -> dict[str, float]:
+        said = f"the {'accuracy' if task.selects == 'accuracy' else 'score'} on the {part} part could not be measured"
+        return reported(said, lambda: score(dataset), {})
+
+    held_out = on("held-out", data.held_out) if data.held_out is not None else {}
+    corrupted = {name: on(name, dataset) for name, dataset in data.corrupted.items()}
+    parts = {"test": on("test", data.test), "held_out": held_out}
+    found = {}
+    for name in ["accuracy", *(n for n in task.reported if n != "accuracy")]:
+        values = {part: known(figures.get(name)) for part, figures in parts.items()}
+        measured = [v for v in (known(figures.get(name)) for figures in corrupted.values()) if v is not None]
+        found[name] = {**values, "corrupted": sum(measured) / len(measured) if measured else None}
+    row = {
+        "accuracy": found["accuracy"],
+        "corruptions": {name: known(figures.get(task.selects)) for name, figures in corrupted.items()},
     }
+    if task.plain:
+        return row
+    chosen = {"name": task.selects, "higher": bool(task.metric.higher), "share": task.metric.share}
+    return {**row, "metric": chosen, "metrics": {name: found[name] for name in task.reported}}
+
+
+def known(value: float | None) -> float | None:
+    """The value; None for one that is not defined."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def float_twin(run: RunContext) -> nn.Module:
@@ -82,12 +97,13 @@ def train_batches(run: RunContext, samples: int, size: int = 128) -> list[tuple[
 def sharpness(run: RunContext) -> float:
     """One-step sharpness: mean over batches of L(w + e) - L(w), ||e|| = 0.05, eval mode."""
     batches = train_batches(run, SHARPNESS_SAMPLES)
-    return float(flat.sharpness.sharpness(run.model, batches, objective.loss, rho=SHARPNESS_RHO))
+    return float(flat.sharpness.sharpness(run.model, batches, run.task.loss, rho=SHARPNESS_RHO))
 
 
 def sharpness_report(run: RunContext, samples: int) -> dict[str, Any]:
     """Every sharpness measure of the flat package on ``samples`` training samples."""
-    return flat.sharpness.report(run.model, train_batches(run, samples), objective.loss)
+    logits = run.task.agreement == "argmax"
+    return flat.sharpness.report(run.model, train_batches(run, samples), run.task.loss, logits=logits)
 
 
 def weights(model: nn.Module) -> Iterable[tuple[str, nn.Module, Tensor, int]]:
@@ -182,7 +198,7 @@ def layer_sharpness(run: RunContext) -> dict[str, float]:
     found = flat.sharpness.layerwise(
         run.model,
         train_batches(run, 64),
-        objective.loss,
+        run.task.loss,
         rho=SHARPNESS_RHO,
         perturbed=chosen,
     )

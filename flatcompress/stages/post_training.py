@@ -10,7 +10,6 @@ from flatcompress import quant
 from flatcompress.quant import ptq
 from flatcompress.stages.context import RunContext
 from flatcompress.stages.measure import train_batches
-from flatcompress.training import objective
 from flatcompress.training.batches import evaluate
 
 CALIBRATION_SAMPLES = 512
@@ -24,13 +23,18 @@ TABLES = {  # key of the stage -> the table that its value is a row of
 
 
 def quantize(run: RunContext, weight_bits: int, settings: dict[str, Any], max_drop: float | None) -> None:
-    """Quantize without training; a limit on the drop, in points, is measured on the validation split."""
+    """Quantize without training; a limit on the drop is measured on the validation split.
+
+    It is in points of a share, in its own unit of any other metric.
+    """
     if max_drop is None:
         start(run, weight_bits, settings)
     else:
+        task = run.task
 
         def points(model: nn.Module) -> float:
-            return 100 * evaluate(model, run.data.val, objective.correct, run.device)
+            value = evaluate(model, run.data.val, task, run.device)[task.selects]
+            return (100 if task.metric.share else 1) * (value if task.metric.higher else -value)
 
         done, rounds = quant.within_drop(run.model, calibration(run), points, max_drop, weight_bits, **settings)
         run.plan = run.plan + done.plan

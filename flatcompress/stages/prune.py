@@ -258,7 +258,10 @@ def dry_run(model: nn.Module, example: torch.Tensor, config: PruneConfig) -> Non
             importance=config.importance or config.row.importance,
             budget=budget(config, model, example),
             ignore=config.ignore,
-            batches=[(example, torch.zeros(len(example), dtype=torch.long, device=example.device))],
+            batches=[(example, torch.zeros(len(example)))],
+            loss=lambda output, y: (
+                output.square().mean()
+            ),  # any will do: the weights are random, the cut is thrown away
             **asdict(limits(config)),
         )
 

@@ -40,7 +40,6 @@ from flatcompress.stages.measure import train_batches
 from flatcompress.stages.qat_callbacks import Conflict, Oscillation, Point, Transform, in_turn
 from flatcompress.stages.qat_methods import QAT_METHODS, QatMethod
 from flatcompress.stages.stage import Facts, Phase, Stage
-from flatcompress.training import objective
 from flatcompress.training.callback import Callback
 from flatcompress.training.job import Job
 
@@ -302,7 +301,7 @@ def callbacks(run: RunContext, config: QuantizeConfig, teacher: nn.Module | None
         *([Point(model)] if point == "quantized" else []),
         *([Oscillation(model, config.oscillation_threshold, config.dampen, steps)] if watched else []),
         MaskedWeights(model),
-        *([Distillation(teacher, config.distill)] if teacher is not None else []),
+        *([Distillation(teacher, config.distill, run.task)] if teacher is not None else []),
         BiasRounding(model, config.epochs - config.bias_rounding_epochs),
         *([FrozenBatchNorm(model)] if config.freeze_bn else []),
         *([Averaging(run, config.averaging, config.epochs, config.freeze_bn)] if config.averaging != "none" else []),
@@ -367,7 +366,7 @@ def choose_bits(run: RunContext, config: QuantizeConfig) -> dict[str, Any] | Non
     with evaluating(run.model):
         chosen = quant.auto_bits(
             run.model,
-            lambda: objective.loss(run.model(x), y),
+            lambda: run.task.loss(run.model(x), y),
             budget,
             unit,
             example_input=run.example(),

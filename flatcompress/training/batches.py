@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from flatcompress.errors import RunError, UserError
 from flatcompress.modules import evaluating
 from flatcompress.randomness import mixed
-from flatcompress.training.objective import Metric
+from flatcompress.tasks import Task
 
 
 def epoch_batches(n: int, batch_size: int, seed: int, epoch: int, rank: int = 0, world: int = 1) -> list[list[int]]:
@@ -43,15 +43,17 @@ def _pair(batch: Any) -> Any:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, dataset: Any, metric: Metric, device: torch.device | str = "cpu", batch_size: int = 512
-) -> float:
-    """Mean of ``metric`` over ``dataset``, in eval mode; every module's own mode is restored."""
-    n = len(dataset)
-    hits = 0
+    model: nn.Module, dataset: Any, task: Task, device: torch.device | str = "cpu", batch_size: int = 512
+) -> dict[str, float]:
+    """The task's metrics over ``dataset``, in eval mode, by name; every module's own mode is restored."""
     with evaluating(model):
-        for x, y in loader(dataset, [list(range(i, min(i + batch_size, n))) for i in range(0, n, batch_size)]):
-            hits += metric(model(x.to(device)), y.to(device))
-    return hits / n
+        return task.measure((model(x.to(device)), y.to(device)) for x, y in in_order(dataset, batch_size))
+
+
+def in_order(dataset: Any, batch_size: int) -> DataLoader:
+    """Every sample once, in order."""
+    n = len(dataset)
+    return loader(dataset, [list(range(i, min(i + batch_size, n))) for i in range(0, n, batch_size)])
 
 
 @contextmanager

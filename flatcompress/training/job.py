@@ -9,9 +9,9 @@ from typing import Any, Protocol
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from flatcompress.tasks import Loss, Task, build
 from flatcompress.training.batches import epoch_batches
 from flatcompress.training.callback import Callback
-from flatcompress.training.objective import Loss, Metric, correct
 
 
 class Progress(Protocol):
@@ -97,8 +97,8 @@ def _always(epoch: int) -> bool:
 class Job:
     """What `fit` trains and with what. Nothing is assigned to it afterwards; only ``state`` changes.
 
-    ``loss(output, y)`` is the task's, ``metric(output, y)`` counts what is right in a batch, ``validate()`` gives the
-    metric on the training domains' validation split. ``callbacks`` take part in the order of the list, which whoever
+    ``loss(output, y)`` is what is minimised, ``task`` has the metric that selects, ``validate()`` gives that metric on
+    the training domains' validation split. ``callbacks`` take part in the order of the list, which whoever
     builds the job gives a reason for. ``eligible(epoch)`` says whether an epoch may be selected as best.
     ``resume`` is a state that ``progress`` once saved, and ``context`` goes into every saved state untouched.
     ValueError when two callbacks keep their state under the same name.
@@ -113,7 +113,7 @@ class Job:
     batch_size: int
     seed: int
     validate: Callable[[], float]
-    metric: Metric = correct
+    task: Task = field(default_factory=build)
     callbacks: Sequence[Callback] = ()
     emit: Callable[..., None] = _silent
     schedule: str = "one_cycle"

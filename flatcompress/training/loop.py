@@ -96,15 +96,14 @@ def _end_epoch(job: Job, epoch: int, epochs: int, stats: Means, seconds: float) 
         callback.after_epoch(epoch)
     value = job.validate()
     best = job.state.best
-    if job.select == "best" and job.eligible(epoch) and (best is None or value >= best[0]):
+    if job.select == "best" and job.eligible(epoch) and (best is None or job.task.better(value, best[0])):
         job.state.best = (value, {k: v.detach().clone() for k, v in job.raw_model.state_dict().items()})
     job.emit(
         "epoch",
         epoch=epoch + 1,
         epochs=epochs,
         loss=stats.loss,
-        accuracy=stats.accuracy,
-        val_accuracy=value,
+        **job.task.logged(stats.score, value),
         lr=job.optimizer.param_groups[0]["lr"],
         gap=stats.gap,
         passes=job.optimizer.passes,
@@ -190,7 +189,7 @@ def restore_best(job: Job) -> None:
     if job.state.best is not None:
         value, weights = job.state.best
         job.raw_model.load_state_dict(weights)
-        job.emit("selected", val_accuracy=value)
+        job.emit("selected", **job.task.selected(value))
 
 
 def _batches(job: Job, epoch: int, done: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from flatcompress.errors import RunError
@@ -23,10 +24,10 @@ class Means:
         self._loss = self._correct = self._gap = 0.0
         self._gaps = 0
 
-    def add(self, loss: float, accuracy: float, gap: float | None, n: int) -> None:
+    def add(self, loss: float, score: float, gap: float | None, n: int) -> None:
         self.n += n
         self._loss += loss * n
-        self._correct += accuracy * n
+        self._correct += score * n
         if gap is not None:
             self._gap += float(gap) * n
             self._gaps += n
@@ -36,7 +37,7 @@ class Means:
         return self._loss / max(self.n, 1)
 
     @property
-    def accuracy(self) -> float:
+    def score(self) -> float:
         return self._correct / max(self.n, 1)
 
     @property
@@ -47,20 +48,20 @@ class Means:
 def take_step(job: Job, x: Tensor, y: Tensor, step: int, stats: Means) -> None:
     """One optimizer step, or what the policies make of one that diverges or runs out of memory."""
     try:
-        loss, hits = _attempt(job, x, y, step)
+        loss, score = _attempt(job, x, y, step)
     except Diverged as diverged:
         _skip(job, diverged)
         return
     job.state.recovery.skipped_in_a_row = 0
-    stats.add(loss, hits / len(y), job.optimizer.last_gap, len(y))
+    stats.add(loss, score, job.optimizer.last_gap, len(y))
 
 
-def _attempt(job: Job, x: Tensor, y: Tensor, step: int) -> tuple[float, int]:
-    """The loss and the number of correct predictions of the first pass, after one step in as many parts as needed."""
+def _attempt(job: Job, x: Tensor, y: Tensor, step: int) -> tuple[float, float]:
+    """The loss and the metric of the first pass, after one step in as many parts as needed."""
     while True:
-        hits: list[int] = []
+        rows: list[Tensor] = []
         parts = memory.split(x, y, job.state.recovery.parts)
-        closures = [_closure(job, a, b, factor, step, hits) for a, b, factor in parts]
+        closures = [_closure(job, a, b, factor, step, rows) for a, b, factor in parts]
         job.optimizer.zero_grad()
         try:
             loss = job.optimizer.step(closures[0] if len(closures) == 1 else closures)
@@ -69,11 +70,11 @@ def _attempt(job: Job, x: Tensor, y: Tensor, step: int) -> tuple[float, int]:
                 raise
             text = str(error)
         else:
-            return float(loss), sum(hits)
+            return float(loss), job.task.metric.finish(torch.cat(rows))
         _halve(job, x, y, step, text)
 
 
-def _closure(job: Job, x: Tensor, y: Tensor, factor: float, step: int, hits: list[int]) -> Callable[[], Tensor]:
+def _closure(job: Job, x: Tensor, y: Tensor, factor: float, step: int, rows: list[Tensor]) -> Callable[[], Tensor]:
     checked = job.accelerator.scaler is None  # under loss scaling an overflow is expected and the step left out
 
     def closure() -> Tensor:
@@ -84,8 +85,8 @@ def _closure(job: Job, x: Tensor, y: Tensor, factor: float, step: int, hits: lis
         job.accelerator.backward(loss)
         for callback in job.callbacks:
             callback.after_backward()
-        if len(hits) < job.state.recovery.parts:
-            hits.append(job.metric(logits.detach(), y))
+        if len(rows) < job.state.recovery.parts:
+            rows.append(job.task.metric.rows(logits.detach(), y))
         gradients = divergence.gradients_of(job.optimizer.param_groups) if checked else []
         if not divergence.finite(loss, gradients):
             raise Diverged(divergence.find(job.raw_model, x, float(loss.detach()), step + 1))

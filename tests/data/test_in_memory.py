@@ -96,7 +96,7 @@ def nan() -> torch.Tensor:
 
 
 WRONG = {
-    "float targets": (lambda: one(torch.rand(12)), r"regression is not supported yet \(task: regression\)"),
+    "float targets": (lambda: one(torch.rand(12)), r"for regression \(task: regression\)"),
     "whole float targets": (lambda: one(Y.float()), r"y\.long\(\)"),
     "float targets of a dataset": (lambda: items(*zip(X, torch.rand(12))), "task: regression"),
     "float columns": (lambda: one(torch.rand(12, 2)), "task: regression"),
@@ -106,7 +106,7 @@ WRONG = {
     "multi-hot of a dataset": (lambda: items(*((x, [1, 1, 0]) for x in X)), "task: multilabel"),
     "masks": (lambda: one(torch.zeros(12, 8, 8, dtype=torch.long)), "task: segmentation"),
     "mask pictures": (lambda: items(*((x, picture(x)) for x in X)), "task: segmentation"),
-    "boxes": (lambda: items(*((x, {"boxes": [1, 2, 3, 4]}) for x in X)), "no class numbers"),
+    "boxes": (lambda: items(*((x, {"boxes": [1, 2, 3, 4]}) for x in X)), "no numbers or class numbers"),
     "classes per step": (lambda: one(torch.full((12, 5), 2)), "task: sequence"),
     "label below zero": (lambda: one(Y - 1), "label -1 at position 0"),
     "text labels": (lambda: one(["cat", "dog", "cow"] * 4), "labels are text"),
@@ -116,7 +116,8 @@ WRONG = {
     "unequal lengths": (lambda: one(Y[:5]), "N = 5 labels"),
     "empty": (lambda: {"train": (X[:0], Y[:0]), "test": (X, Y)}, "is empty"),
     "empty dataset": (lambda: items(), "is empty"),
-    "series": (lambda: {"train": (X[:, 0], Y), "test": (X, Y)}, r"images are \[N, C, H, W\]"),
+    "one number an input": (lambda: {"train": (X[:, 0, 0, 0], Y), "test": (X, Y)}, r"inputs are \[N, C, H, W\]"),
+    "series beside images": (lambda: {"train": (X[:, 0], Y), "test": (X, Y)}, r"those of 'train' are \(8, 8\)"),
     "NaN": (lambda: {"train": (nan(), Y), "test": (X, Y)}, "image 3 holds NaN"),
     "several sizes": (lambda: items(*((X[0, :, :s], 0) for s in (6, 7, 8))), "several sizes"),
     "several sizes in a list": (lambda: {"train": ([X[0], X[0, :, :5]], Y[:2]), "test": (X, Y)}, "several sizes"),

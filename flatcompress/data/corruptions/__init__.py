@@ -104,7 +104,7 @@ def corrupted_parts(test: Part, option: Any, count: int, seed: int) -> dict[str,
     for kind, severity in pairs:
         pixels = ChunkedPixels(test.pixels, test.rows, partial(_change, kind, severity, seed))
         rows = torch.arange(len(test.rows))
-        parts[f"{kind}/{severity}"] = Part(pixels, rows, test.labels, test.domain_ids, test.identities)
+        parts[f"{kind}/{severity}"] = Part(pixels, rows, test.labels, test.domain_ids, test.identities, test.targets)
     return parts
 
 

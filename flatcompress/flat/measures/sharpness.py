@@ -252,12 +252,14 @@ def report(
     layers: bool = True,
     spectrum: bool = True,
     seed: int = 0,
+    logits: bool = True,
 ) -> dict[str, Any]:
     """Every cheap measure of one model as plain data: what ``flatcompress sharpness`` prints.
 
     Keys: ``loss``, ``one_step``, ``one_step_adaptive``, ``worst_case`` (adaptive linf, normalised logits: the headline
-    number), ``average_case``, ``directional``; with ``spectrum`` ``hessian_top`` and ``hessian_trace``; with ``layers``
-    a dictionary ``layers`` of one-step values; ``settings`` repeats the radii.
+    number; without ``logits`` the outputs are taken as they are), ``average_case``, ``directional``; with ``spectrum``
+    ``hessian_top`` and ``hessian_trace``; with ``layers`` a dictionary ``layers`` of one-step values; ``settings``
+    repeats the radii.
     """
     from flatcompress.flat.measures import curvature
 
@@ -266,7 +268,7 @@ def report(
     found["one_step"] = one_step(model, held, loss, rho)
     found["one_step_adaptive"] = one_step(model, held, loss, adaptive_rho, adaptive=True)
     found["worst_case"] = worst_case(
-        model, held, loss, box, norm="linf", adaptive=True, steps=steps, normalize_logits=True
+        model, held, loss, box, norm="linf", adaptive=True, steps=steps, normalize_logits=logits
     )
     found["average_case"] = average_case(model, held, loss, rho, adaptive=True, seed=seed)
     found["directional"] = directional(model, held, loss)

@@ -71,11 +71,12 @@ class Facts:
     """What others must know of a row.
 
     bounds: of hyper-parameters, by name. mix: how the returned gradient is made of the one at w and the perturbed one,
-    as (share of the gradient at w, share of the perturbed one).
+    as (share of the gradient at w, share of the perturbed one). of_logits: it takes the model's output for logits.
     """
 
     bounds: Mapping[str, Bounds] = field(default_factory=dict)
     mix: tuple[float, float] = (0.0, 1.0)
+    of_logits: bool = False
 
 
 @dataclass(frozen=True)

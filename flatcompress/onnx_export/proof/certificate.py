@@ -47,6 +47,7 @@ from flatcompress.onnx_export.proof.samples import Samples, judged
 from flatcompress.onnx_export.runtime import latency
 from flatcompress.onnx_export.runtime.sessions import INTEGER_KERNELS, Kernels, kernels, run, session
 from flatcompress.storage import sha256_file, write_output
+from flatcompress.tasks import Task, build
 
 SCHEMA = 1
 
@@ -57,6 +58,7 @@ def certify(
     labels: Sequence[Tensor] | Tensor | None = None,
     *,
     model: torch.nn.Module | None = None,
+    task: Task | str | None = None,
     latency_runs: int = 30,
     threads: Sequence[int] = (1,),
     recipe: str | None = None,
@@ -70,11 +72,14 @@ def certify(
     batches: the whole test set, each batch a tensor [B, ...], or of a model with several inputs a tuple of its
     arguments or a dictionary of them. Of several outputs the one called ``logits``, or else the first real one, is
     judged and kept as evidence; the others are compared beside it (``outputs``) and may be no further off. labels:
-    int64 [B] each, or one [N]; without them the task metric is null. model: the trained model, to say how far file and
-    reference are from it. latency_runs: 0 leaves latency out. recipe: its text, for a hash. write: put
-    ``certificate.json`` and ``evidence.safetensors`` beside the file. require_integer: a layer that computes in floats
-    is a failure, not a warning. integer_time: measure the share of the time that integer kernels take.
+    targets of each batch, or one tensor [N, ...]; without them the task metric is null. task: what was learned
+    (default: classification, labels int64 [N]); it says how outputs are compared and measured. model: the trained
+    model, to say how far file and reference are from it. latency_runs: 0 leaves latency out. recipe: its text, for a
+    hash. write: put ``certificate.json`` and ``evidence.safetensors`` beside the file. require_integer: a layer that
+    computes in floats is a failure, not a warning. integer_time: measure the share of the time that integer kernels
+    take.
     """
+    learned = build(task)
     inputs = Samples(exported.reference, batches)
     truth = _labels(labels, len(inputs))
     proto = inspect_file.load(exported.path)
@@ -97,21 +102,23 @@ def certify(
         "size": _size(exported),
         "kernels": _kernels(found, exported),
         "layers": [{**row, "kernel": found.of.get(row["name"])} for row in exported.layers],
-        "parity": {"output": name, **_parity(reference, measured, exported, inputs, output)},
+        "parity": {"output": name, **_parity(reference, measured, exported, inputs, output, learned.agreement)},
         "outputs": others.compared(exported, inputs, output),
-        "trained": _against_trained(reference, measured["optimized"], trained),
+        "trained": _against_trained(reference, measured["optimized"], trained, learned.agreement),
         "integer": _integer(exported, found, integer_time),
-        "metric": _metric(reference, measured, truth, trained),
+        "metric": _metric(reference, measured, truth, trained, learned),
         "latency": _latency(exported.path, latency_runs, threads),
     }
+    if not learned.plain:
+        certificate["task"] = learned.described()
     if exported.c is not None:
         certificate["c"] = c_model.section(exported.c, inputs.joined()[0].numpy(), measured["optimized"], reference)
-    certificate["failures"] = _failures(certificate, reference, measured["optimized"], truth)
+    certificate["failures"] = _failures(certificate, reference, measured["optimized"], truth, learned)
     certificate["failures"] += others.failures(certificate["outputs"])
     _judge_floats(certificate, exported.profile, require_integer)
     certificate["holds"] = not certificate["failures"]
     if write:
-        _store(exported.path, certificate, evidence, output)
+        _store(exported.path, certificate, evidence, output, learned)
     return certificate
 
 
@@ -127,26 +134,28 @@ def _failures(
     certificate: dict[str, Any],
     reference: NDArray[np.float32],
     found: NDArray[np.float32],
-    truth: NDArray[np.int64] | None,
+    truth: NDArray[Any] | None,
+    task: Task,
 ) -> list[str]:
     """Why a certificate does not hold: one sentence each."""
     both = certificate["parity"]
     reasons = judging.failures(both["optimized"], both["unoptimized"])
     if truth is not None:
         slack = both["optimized"]["roundoff_steps"] * both["step"]
-        reasons += judging.metric_failure(reference, found, truth, slack)
+        reasons += judging.metric_failure(reference, found, truth, slack, task)
     if reasons:
         reasons += judging.saturation(certificate["kernels"]["can_saturate"], both["optimized"])
     return reasons + (c_model.failures(certificate["c"]) if "c" in certificate else [])
 
 
-def _labels(labels: Sequence[Tensor] | Tensor | None, samples: int) -> NDArray[np.int64] | None:
+def _labels(labels: Sequence[Tensor] | Tensor | None, samples: int) -> NDArray[Any] | None:
+    """int64 of whole numbers, float32 of others, [N, ...]."""
     if labels is None:
         return None
-    joined = labels if isinstance(labels, Tensor) else torch.cat([label.reshape(-1) for label in labels])
-    if joined.numel() != samples:
-        raise UserError(f"{joined.numel()} labels for {samples} samples.")
-    return joined.reshape(-1).cpu().numpy().astype(np.int64)
+    joined = (labels if isinstance(labels, Tensor) else torch.cat([label.detach() for label in labels])).cpu()
+    if len(joined) != samples:
+        raise UserError(f"{len(joined)} labels for {samples} samples.")
+    return (joined.float() if joined.is_floating_point() else joined.long()).numpy()
 
 
 def _outputs(path: Path, inputs: Samples, output: int) -> dict[str, NDArray[np.float32]]:
@@ -221,6 +230,7 @@ def _parity(
     exported: Exported,
     inputs: Samples,
     output: int,
+    agreement: str,
 ) -> dict[str, Any]:
     step, profile = parity.output_step(reference), PROFILES[exported.profile]()
     codes, unit = profile.integer_kernels, SINGLE if profile.floats is np.float32 else HALF
@@ -229,7 +239,7 @@ def _parity(
         slack = roundoff(
             exported.reference, inputs, floats=name == "unoptimized" or not codes, unit=unit, output=output
         )
-        compared[name] = judging.compare(reference, found, step, slack)
+        compared[name] = judging.compare(reference, found, step, slack, agreement)
     differing = None
     if compared["optimized"]["bit_equal"] != 1.0 and codes:
         differing = first_diverging_layer(exported, inputs.batches[0])
@@ -239,17 +249,28 @@ def _parity(
 def _metric(
     reference: NDArray[np.float32],
     measured: dict[str, NDArray[np.float32]],
-    truth: NDArray[np.int64] | None,
+    truth: NDArray[Any] | None,
     trained: NDArray[np.float32] | None,
+    task: Task,
 ) -> dict[str, Any]:
-    agreement = None if trained is None else float((trained.argmax(-1) == reference.argmax(-1)).mean())
-    row: dict[str, Any] = {"name": "accuracy", "samples": len(reference), "trained_agreement": agreement}
+    same = None if trained is None else parity.compare(trained, reference, 1.0, task.agreement)["equal_argmax"]
+    row: dict[str, Any] = {"name": task.selects, "samples": len(reference), "trained_agreement": same}
+    if not task.plain:
+        row |= {"higher": bool(task.metric.higher), "share": task.metric.share}
     if truth is None:
         return {**row, "onnxruntime": None, "reference": None, "trained": None, "difference": None}
-    found = parity.accuracy(measured["optimized"], truth)
-    expected = parity.accuracy(reference, truth)
-    before = None if trained is None else parity.accuracy(trained, truth)
-    return {**row, "onnxruntime": found, "reference": expected, "trained": before, "difference": found - expected}
+    outputs = {"onnxruntime": measured["optimized"], "reference": reference, "trained": trained}
+    by = {who: {} if found is None else parity.metrics(task, found, truth) for who, found in outputs.items()}
+    row |= _side_by_side(by, task.selects)
+    others = {name: _side_by_side(by, name) for name in task.reported if name != task.selects}
+    return {**row, "others": others} if others else row
+
+
+def _side_by_side(by: dict[str, dict[str, float | None]], name: str) -> dict[str, float | None]:
+    """A metric of the file, the reference and the trained model, and what the first two differ by."""
+    row = {who: values.get(name) for who, values in by.items()}
+    found, expected = row["onnxruntime"], row["reference"]
+    return {**row, "difference": None if found is None or expected is None else found - expected}
 
 
 def _integer(exported: Exported, found: Kernels, timed: bool) -> dict[str, Any]:
@@ -258,13 +279,17 @@ def _integer(exported: Exported, found: Kernels, timed: bool) -> dict[str, Any]:
 
 
 def _against_trained(
-    reference: NDArray[np.float32], found: NDArray[np.float32], trained: NDArray[np.float32] | None
+    reference: NDArray[np.float32],
+    found: NDArray[np.float32],
+    trained: NDArray[np.float32] | None,
+    agreement: str,
 ) -> dict[str, Any] | None:
     """The file, and its reference, beside the model that was trained, in output steps; null without that model."""
     if trained is None:
         return None
     step = parity.output_step(trained)
-    return {"file": parity.compare(trained, found, step), "reference": parity.compare(trained, reference, step)}
+    both = {"file": found, "reference": reference}
+    return {name: parity.compare(trained, outputs, step, agreement) for name, outputs in both.items()}
 
 
 def _in_eval(model: torch.nn.Module, batches: Sequence[Any], output: int) -> NDArray[np.float32]:
@@ -286,20 +311,20 @@ def _latency(path: Path, runs: int, threads: Sequence[int]) -> dict[str, Any] | 
     return {"method": latency.METHOD, "runs": runs, "batch": 1, "threads": figures}
 
 
-def _store(path: Path, certificate: dict[str, Any], evidence: Evidence, output: int) -> None:
+def _store(path: Path, certificate: dict[str, Any], evidence: Evidence, output: int, task: Task) -> None:
     """Evidence first: a certificate that exists names files that exist."""
     kept = path.with_name("evidence.safetensors")
     write_output(kept, evidence.to_bytes())
-    right = None
+    value = None
     if evidence.label is not None:
         single = isinstance(evidence.input, np.ndarray)
         parts = [evidence.input] if single else evidence.parts(len(evidence))
-        right = parity.accuracy(run(session(path), parts, output), evidence.label)
+        value = parity.metrics(task, run(session(path), parts, output), evidence.label)[task.selects]
     certificate["evidence"] = {
         "name": kept.name,
         "sha256": sha256_file(kept),
         "samples": len(evidence),
-        "accuracy": right,
+        task.selects: value,
     }
     text = json.dumps(certificate, indent=1, allow_nan=False)
     write_output(path.with_name("certificate.json"), text.encode())

@@ -23,16 +23,17 @@ MOST_BYTES = 1 << 30
 _HEADER = 1 << 20
 _INPUT, _FIXED = "input:", "fixed:"
 _KINDS = ("F32", "F16", "I64", "I32", "U8", "BOOL")
+_LABELS = ("I64", "F32")
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """reference: float32 [N, ..., classes]; label: int64 [N] or None. input: float32 [N, ...], or of a file with
+    """reference: float32 [N, ...]; label: int64 or float32 [N, ...] or None. input: float32 [N, ...], or of a file with
     several inputs a dictionary {name: array [N, ...]}; fixed: those without a batch dimension, {name: array}."""
 
     input: NDArray[np.float32] | dict[str, NDArray[Any]]
     reference: NDArray[np.float32]
-    label: NDArray[np.int64] | None = None
+    label: NDArray[Any] | None = None
     fixed: dict[str, NDArray[Any]] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -94,7 +95,7 @@ def read(path: Path) -> Evidence:
         v.shape[0] if v.ndim else 0
         for v in (*found.inputs.values(), found.reference, *([] if label is None else [label]))
     }
-    if len(rows) != 1 or len(found) == 0 or found.reference.ndim < 2:
+    if len(rows) != 1 or len(found) == 0 or found.reference.ndim < 1:
         raise UserError(f"{path}: its tensors do not belong together (samples: {sorted(rows)}).")
     return found
 
@@ -108,7 +109,7 @@ def _check_header(path: Path, data: bytes) -> None:
         types = {name: row["dtype"] for name, row in header.items() if name != "__metadata__"}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise UserError(f"{path}: not a safetensors file (its header is not JSON).") from None
-    wanted = {"input": "F32", "reference": "F32"} | ({"label": "I64"} if "label" in types else {})
+    wanted = {"input": "F32", "reference": "F32"} | ({"label": types["label"]} if types.get("label") in _LABELS else {})
     given = {name: kind for name, kind in types.items() if name.startswith((_INPUT, _FIXED))}
     if any(name.startswith(_INPUT) for name in given) and "input" not in types:
         del wanted["input"]

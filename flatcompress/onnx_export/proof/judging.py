@@ -13,9 +13,12 @@ import math
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from flatcompress.onnx_export.proof import parity
+from flatcompress.tasks import Task, build
+from flatcompress.tasks.agreement import AGREEMENTS
 
 LARGEST_STEPS = 1.0
 FLIPPED = 0.001
@@ -24,19 +27,30 @@ DOUBT = 0.05
 ROUNDOFFS = 4.0
 
 
-def compare(reference: NDArray[np.float32], found: NDArray[np.float32], step: float, roundoff: float) -> dict[str, Any]:
+def compare(
+    reference: NDArray[np.float32],
+    found: NDArray[np.float32],
+    step: float,
+    roundoff: float,
+    agreement: str = "argmax",
+) -> dict[str, Any]:
     """`parity.compare`, and what the changed argmaxes are worth. roundoff: in the outputs' unit, as `step` is.
 
     ``flips``: samples whose argmax changed; ``decisive``: those that rounding cannot explain; ``undecided``: the share
-    of samples whose two largest reference outputs lie so near that a flip of them would prove nothing.
+    of samples whose two largest reference outputs lie so near that a flip of them would prove nothing. Outputs that
+    are numbers decide nothing: their counts are 0, and they are held to steps and to the metric.
     """
-    near = _margin(reference) <= 2 * roundoff
+    decide = AGREEMENTS[agreement]
+    row = {**parity.compare(reference, found, step, agreement), "roundoff_steps": roundoff / step}
+    if decide is None:
+        return {**row, "decisions": 0, "flips": 0, "decisive": 0, "undecided": 0.0}
+    ours, theirs = decide(reference), decide(found)
+    near = _margin(ours) <= 2 * roundoff
     return {
-        **parity.compare(reference, found, step),
-        "roundoff_steps": roundoff / step,
+        **row,
         "decisions": near.size,
-        "flips": int((reference.argmax(-1) != found.argmax(-1)).sum()),
-        "decisive": int(decisive(reference, found, roundoff).sum()),
+        "flips": int((ours.argmax(-1) != theirs.argmax(-1)).sum()),
+        "decisive": int(decisive(ours, theirs, roundoff).sum()),
         "undecided": float(near.mean()),
     }
 
@@ -105,12 +119,43 @@ def _too_far(what: str, row: dict[str, Any], most: float, why: str) -> list[str]
 
 
 def metric_failure(
-    reference: NDArray[np.float32], found: NDArray[np.float32], truth: NDArray[np.int64], roundoff: float
+    reference: NDArray[np.float32],
+    found: NDArray[np.float32],
+    truth: NDArray[Any],
+    roundoff: float,
+    task: Task | None = None,
 ) -> list[str]:
-    """Whether the accuracies differ by more than is allowed on samples that rounding does not explain."""
-    changed = decisive(reference, found, roundoff)
-    right = (found.argmax(-1) == truth).astype(int) - (reference.argmax(-1) == truth).astype(int)
-    difference = float((right * changed).sum() / max(1, len(truth)))
-    if abs(difference) <= METRIC:
-        return []
-    return [f"accuracy differs by {difference:+.4f} from the reference's; {METRIC} is allowed."]
+    """Whether a metric differs by more than is allowed on samples that rounding does not explain.
+
+    Allowed are 0.1 points of a share. Of any other metric it is a thousandth of its value, or of what the reference's
+    mean output would score, whichever is larger: an error that is nearly zero has no thousandth worth speaking of.
+    """
+    task = build(task)
+    changed = torch.from_numpy(_unexplained(reference, found, roundoff, task.agreement))
+    before, after = (parity.statistics(task, outputs, truth) for outputs in (reference, found))
+    constant = np.broadcast_to(reference.mean(0, keepdims=True), reference.shape).copy()
+    failed = []
+    for name, metric in task.reported.items():
+        if metric.higher is None:  # nobody said what is better: it is only reported
+            continue
+        mixed = torch.where(changed[:, None], after[name], before[name])
+        value, difference = metric.finish(before[name]), metric.finish(mixed) - metric.finish(before[name])
+        allowed = METRIC
+        if not metric.share:
+            guess = metric.finish(parity.statistics(task, constant, truth)[name])
+            allowed = METRIC * max(abs(value), abs(guess) if math.isfinite(guess) else 0.0)
+        if abs(difference) > allowed:
+            failed.append(f"{name} differs by {difference:+.4g} from the reference's; {allowed:.4g} is allowed.")
+    return failed
+
+
+def _unexplained(
+    reference: NDArray[np.float32], found: NDArray[np.float32], roundoff: float, agreement: str
+) -> NDArray[np.bool_]:
+    """[N]: the sample's decisions, or its numbers, changed by more than rounding explains."""
+    decide = AGREEMENTS[agreement]
+    if decide is not None:
+        changed = decisive(decide(reference), decide(found), roundoff)
+    else:
+        changed = ~(np.abs(found.astype(np.float64) - reference.astype(np.float64)) <= 2 * roundoff)
+    return np.asarray(changed.reshape(len(reference), -1).any(axis=1))

@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import fx
+from torch import Tensor, fx
 
 from flatcompress.onnx_export.lower import integer
+from flatcompress.tasks import Task
+from flatcompress.tasks.agreement import AGREEMENTS
 
 STEP = (
     "a 255th of the range of the reference outputs over all test samples, which is one step of an 8-bit output "
@@ -24,15 +26,22 @@ def output_step(reference: NDArray[np.float32]) -> float:
     return span / 255 if span > 0 else 1.0
 
 
-def compare(reference: NDArray[np.float32], found: NDArray[np.float32], step: float) -> dict[str, Any]:
-    """Largest error in steps, share of equal argmax, share of samples that are equal bit for bit."""
+def compare(
+    reference: NDArray[np.float32], found: NDArray[np.float32], step: float, agreement: str = "argmax"
+) -> dict[str, Any]:
+    """Largest error in steps, share of equal argmax, share of samples that are equal bit for bit.
+
+    ``agreement``: what is decided (`tasks.agreement`); the share of equal argmax is null for numbers.
+    """
+    decide = AGREEMENTS[agreement]
+    equal = None if decide is None else float((decide(reference).argmax(-1) == decide(found).argmax(-1)).mean())
     error = np.abs(reference.astype(np.float64) - found.astype(np.float64)) / step
     rows = reference.shape[0]
     return {
         "samples": rows,
         "largest_error_steps": _number(error.max()),
         "mean_error_steps": _number(error.mean()),
-        "equal_argmax": float((reference.argmax(-1) == found.argmax(-1)).mean()),
+        "equal_argmax": equal,
         "bit_equal": float((reference == found).reshape(rows, -1).all(1).mean()),
     }
 
@@ -42,9 +51,25 @@ def _number(value: Any) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
-def accuracy(outputs: NDArray[np.float32], labels: NDArray[np.int64]) -> float:
-    """Share of samples whose largest output is the label's."""
-    return float((outputs.argmax(-1) == labels).mean())
+_CHUNK = 256
+
+
+def statistics(task: Task, outputs: NDArray[np.float32], targets: NDArray[Any]) -> dict[str, Tensor]:
+    """Every metric's row of statistics per sample, float64 [N, k], by name."""
+    pairs = [
+        (torch.from_numpy(outputs[i : i + _CHUNK]), torch.from_numpy(targets[i : i + _CHUNK]))
+        for i in range(0, len(outputs), _CHUNK)
+    ]
+    return {
+        name: torch.cat([metric.rows(output, y).double() for output, y in pairs])
+        for name, metric in task.reported.items()
+    }
+
+
+def metrics(task: Task, outputs: NDArray[np.float32], targets: NDArray[Any]) -> dict[str, float | None]:
+    """The task's metrics by name; null where one is not defined on these targets."""
+    found = statistics(task, outputs, targets)
+    return {name: _number(metric.finish(found[name])) for name, metric in task.reported.items()}
 
 
 class _Recorder(fx.Interpreter):

@@ -23,6 +23,8 @@ from flatcompress.onnx_export.proof.certificate import SCHEMA, used
 from flatcompress.onnx_export.proof.evidence import Evidence, read
 from flatcompress.onnx_export.runtime.sessions import kernels, run, session
 from flatcompress.storage import sha256_file
+from flatcompress.tasks import TASKS, Task, build
+from flatcompress.tasks.agreement import read_agreement
 
 _MOST_JSON = 32 << 20
 _NEEDED = {"holds": bool, "file": dict, "evidence": dict, "parity": dict, "metric": dict, "kernels": dict}
@@ -193,25 +195,52 @@ def _outputs(handle: ort.InferenceSession, evidence: Evidence, judged: object) -
 
 def _judge(result: Verification, evidence: Evidence, outputs: dict[str, np.ndarray]) -> None:
     claimed = result.certificate["parity"].get("step")
+    agreement, task = read_agreement(result.certificate.get("task")), _task(result)
     step = claimed if _positive(claimed) else parity.output_step(evidence.reference)
     slack = {name: _roundoff(result, name) * step for name in outputs}
     for name, found in outputs.items():
         if found.shape != evidence.reference.shape:
             result.failures.append(f"{name}: output shape {found.shape}, evidence {evidence.reference.shape}.")
             return
-        result.measured[name] = judging.compare(evidence.reference, found, step, slack[name])
+        result.measured[name] = judging.compare(evidence.reference, found, step, slack[name], agreement)
     result.failures += judging.failures(result.measured["optimized"], result.measured["unoptimized"])
-    if evidence.label is not None:
-        here = parity.accuracy(outputs["optimized"], evidence.label)
-        there = parity.accuracy(evidence.reference, evidence.label)
-        result.measured["accuracy"] = {"samples": len(evidence), "onnxruntime": here, "reference": there}
-        result.failures += judging.metric_failure(
-            evidence.reference, outputs["optimized"], evidence.label, slack["optimized"]
-        )
+    if evidence.label is not None and task is not None:
+        _judge_metric(result, evidence, outputs["optimized"], slack["optimized"], task)
     if result.failures:
         result.failures += judging.saturation(
             result.certificate["kernels"].get("can_saturate"), result.measured["optimized"]
         )
+
+
+def _judge_metric(result: Verification, evidence: Evidence, found: np.ndarray, slack: float, task: Task) -> None:
+    assert evidence.label is not None
+    try:
+        here, there = (parity.metrics(task, out, evidence.label) for out in (found, evidence.reference))
+        result.failures += judging.metric_failure(evidence.reference, found, evidence.label, slack, task)
+    except (RuntimeError, ValueError, IndexError) as error:
+        result.failures.append(f"the evidence's targets are not those of task {task.name!r} ({str(error)[:200]}).")
+        return
+    for name in here:
+        row = {"samples": len(evidence), "onnxruntime": here[name], "reference": there[name]}
+        result.measured[name] = row
+
+
+def _task(result: Verification) -> Task | None:
+    """The task that the certificate names, whose metric is measured again; None, with a note, for one's own."""
+    described = result.certificate.get("task")
+    if described is None:
+        return build()
+    keys = {k: v for k, v in described.items() if k != "output"} if isinstance(described, dict) else {}
+    name = keys.get("name")
+    try:
+        if isinstance(name, str) and name in TASKS:
+            known = TASKS[name].defaults
+            return build({"name": name, **{k: v for k, v in keys.items() if k in known}})
+    except UserError as error:
+        result.failures.append(f"the certificate's task: {error}")
+        return None
+    result.notes.append(f"task {str(name)[:60]!r} is not known here: outputs are compared, its metric is not measured.")
+    return None
 
 
 def _positive(value: Any) -> bool:
