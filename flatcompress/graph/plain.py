@@ -59,6 +59,9 @@ def make_plain(model: nn.Module, gm: fx.GraphModule) -> dict[str, str]:
     memo: dict[fx.Node, bool] = {}
     with torch.no_grad():
         products = [p for n in list(gm.graph.nodes) if (p := _product(gm, n, memo)) is not None]
+    first = {id(module): name for name, module in model.named_modules()}
+    for product in products:  # of a shared module's paths the first
+        product.path = first.get(id(_module(model, product.path)), product.path)
     taken: dict[str, _Product] = {}
     for product in products:
         name = _converted(model, gm, product, taken) or _added(model, gm, product)
@@ -128,8 +131,7 @@ def _converted(model: nn.Module, gm: fx.GraphModule, product: _Product, taken: d
         return None
     attributes = _attributes(product)
     if path in taken:
-        same = taken[path].args[1:] == product.args[1:]
-        return path if same else None
+        return path if _equal(taken[path], product) else None
     if any(n.op == "call_module" and n.target == path for n in gm.graph.nodes):
         return None  # it is called as the layer it is, and once more with another weight
     taken[path] = product
@@ -144,11 +146,18 @@ def _converted(model: nn.Module, gm: fx.GraphModule, product: _Product, taken: d
     return path
 
 
+def _equal(one: _Product, other: _Product) -> bool:
+    """Whether two operators are one layer: the weight of a shared one is computed at every call."""
+    same = _attributes(one) == _attributes(other) and torch.equal(one.weight, other.weight)
+    biases = (one.bias, other.bias)
+    return same and (biases == (None, None) or (None not in biases and torch.equal(*biases)))  # type: ignore[arg-type]
+
+
 def _strip(module: nn.Module) -> None:
     """Take away what computed the weight: parametrizations, and the hooks of the older weight and spectral norm."""
     if parametrize.is_parametrized(module):
-        for name in list(module.parametrizations):  # type: ignore[union-attr, arg-type]
-            parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+        # remove_parametrizations would take the weight's property from the class, which deep copies share.
+        del module._modules["parametrizations"]
     for key, hook in list(module._forward_pre_hooks.items()):
         if type(hook).__name__ in ("WeightNorm", "SpectralNorm"):
             del module._forward_pre_hooks[key]
@@ -228,6 +237,6 @@ def _forget(model: nn.Module, gm: fx.GraphModule, product: _Product) -> None:
         owner_path, _, name = target.rpartition(".")
         owner = _module(model, owner_path)
         used = any(n.op == "get_attr" and str(n.target) == target for n in gm.graph.nodes)
-        called = any(n.op == "call_module" and str(n.target) == owner_path for n in gm.graph.nodes)
+        called = any(n.op == "call_module" and gm.get_submodule(str(n.target)) is owner for n in gm.graph.nodes)
         if owner is not None and not used and not called and name in owner._parameters:
             owner._parameters[name] = None

@@ -82,6 +82,8 @@ class Remodularizer:
         self.state = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
         self.constants = signature.inputs_to_lifted_tensor_constants
         self.modules = dict(model.named_modules(remove_duplicate=False))
+        names = {id(module): name for name, module in model.named_modules()}
+        self.first = {name: names[id(module)] for name, module in self.modules.items()}  # of a shared layer's paths
 
     def run(self) -> None:
         """Fill ``graph``."""
@@ -150,7 +152,7 @@ class Remodularizer:
         found = self._layer(node, target)
         if found is not None:
             path, source = found
-            return self._emit(node, self.graph.call_module(path, (self.env[source],)))
+            return self._emit(node, self.graph.call_module(self.first.get(path, path), (self.env[source],)))
         if target in _DROPOUTS or target in _NOISES:
             return self._dropout(node, target)
         args = fx.map_arg(node.args, self.env.__getitem__)
@@ -279,7 +281,7 @@ class Remodularizer:
 
     def _can_be(self, path: str, module: nn.Module, kind: type[nn.Module], attributes: dict[str, Any]) -> bool:
         """Whether the layer at ``path`` computes the operator: by its own forward, or by a stand-in made here."""
-        known = self.standins.get(path)
+        known = self.standins.get(self.first[path])
         if known is not None:
             return _agrees(known, attributes)
         if _is_stock(module, (kind,)) and pads_with_zeros(module):
@@ -290,8 +292,7 @@ class Remodularizer:
         return True
 
     def _stand_in(self, path: str, module: nn.Module, kind: type[nn.Module], attributes: dict[str, Any]) -> None:
-        if path not in self.standins:
-            self.standins[path] = standins.stand_in(module, kind, attributes)
+        self.standins.setdefault(self.first[path], standins.stand_in(module, kind, attributes))
 
     def _norm(self, node: fx.Node) -> tuple[str, fx.Node] | None:
         """A batch normalization by hand, or inside a layer that does more."""

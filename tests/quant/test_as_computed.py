@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 
@@ -128,6 +129,43 @@ def test_a_materialised_weight_is_named_and_its_makers_are_gone() -> None:
     assert data["materialised"] == ["0", "3"] and data["float_layers"]["count"] == 0
     assert {n for n, _ in model.named_parameters() if "quant" not in n} >= {"0.weight", "3.weight"}
     assert not any("parametrizations" in n for n in model.state_dict())
+
+
+def test_a_copy_of_a_quantized_parametrized_model_is_left_alone() -> None:
+    model, x, _ = built("weight norm")
+    other = copy.deepcopy(model)
+    expected = other(x)
+    quant.quantize(model, example_input=x)
+    assert torch.equal(other(x), expected)
+
+
+class _Shared(nn.Module):
+    """One convolution with its norm, known to two blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, layer, norm = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.a, self.b = nn.ModuleDict({"conv": layer, "norm": norm}), nn.ModuleDict({"conv": layer, "norm": norm})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        for block in (self.a, self.b):
+            x = x + block["norm"](block["conv"](x)).relu()
+        return x.mean((2, 3))
+
+
+@pytest.mark.parametrize("weight_norm", [False, True])
+def test_a_layer_that_two_blocks_share_is_quantized_once(weight_norm: bool) -> None:
+    torch.manual_seed(0)
+    model, x = _Shared(), torch.randn(4, 3, 6, 6)
+    if weight_norm:
+        norms.weight_norm(model.a["conv"])
+    expected = model.eval()(x)
+    data = quant.quantize(model, 8, 8, example_input=x).of_kind("quantizers")[0]
+    assert [row["name"] for row in data["layers"]] == ["stem", "a.conv"] and data["float_layers"]["count"] == 0
+    quant.calibrate(model, [x])
+    assert float((model.eval()(x) - expected).detach().abs().max()) < 0.05 * float(expected.abs().max())
+    assert model.b["conv"] is model.a["conv"]
 
 
 def test_a_refused_model_still_computes_what_it_did() -> None:

@@ -3,7 +3,8 @@
 The certificate is JSON beside the model. It holds when
 
 - onnx's full check passes and a default onnxruntime session loads the file;
-- with optimizations on, no output is further from the reference than one output step (`parity.STEP`); with
+- with optimizations on, no output is further from the reference than one output step (`parity.STEP`), or else every
+  step of the file is the reference's (`stepwise`) and no output is further off than with optimizations off; with
   optimizations off (onnxruntime then convolves dequantized floats, whose sums round differently, and a code that lies
   on a rounding boundary may change) none is further than a step and four times what roundoff may move it by;
 - of the samples whose argmax changed by more than roundoff explains there are not more than 0.1 %, on or off
@@ -42,8 +43,9 @@ from flatcompress.onnx_export.exporting import Exported
 from flatcompress.onnx_export.proof import inspect_file, integers, judging, others, parity
 from flatcompress.onnx_export.proof.diverging import first_diverging_layer
 from flatcompress.onnx_export.proof.evidence import BYTES, Evidence
-from flatcompress.onnx_export.proof.roundoff import HALF, SINGLE, real_operators, roundoff
+from flatcompress.onnx_export.proof.roundoff import EVALUATIONS, HALF, SINGLE, real_operators, roundoff
 from flatcompress.onnx_export.proof.samples import Samples, judged
+from flatcompress.onnx_export.proof.stepwise import stepwise
 from flatcompress.onnx_export.runtime import latency
 from flatcompress.onnx_export.runtime.sessions import INTEGER_KERNELS, Kernels, kernels, run, session
 from flatcompress.storage import sha256_file, write_output
@@ -66,6 +68,7 @@ def certify(
     write: bool = True,
     require_integer: bool = False,
     integer_time: bool = False,
+    evaluations: int = EVALUATIONS,
 ) -> dict[str, Any]:
     """Measure ``exported`` on ``batches`` and return its certificate; see the module's docstring for when it holds.
 
@@ -77,7 +80,8 @@ def certify(
     model, to say how far file and reference are from it. latency_runs: 0 leaves latency out. recipe: its text, for a
     hash. write: put ``certificate.json`` and ``evidence.safetensors`` beside the file. require_integer: a layer that
     computes in floats is a failure, not a warning. integer_time: measure the share of the time that integer kernels
-    take.
+    take. evaluations: of the reference with its floats moved, see `roundoff`; fewer find less of it and judge more
+    strictly.
     """
     learned = build(task)
     inputs = Samples(exported.reference, batches)
@@ -102,7 +106,7 @@ def certify(
         "size": _size(exported),
         "kernels": _kernels(found, exported),
         "layers": [{**row, "kernel": found.of.get(row["name"])} for row in exported.layers],
-        "parity": {"output": name, **_parity(reference, measured, exported, inputs, output, learned.agreement)},
+        "parity": _parity(reference, measured, exported, inputs, (output, name), learned.agreement, evaluations),
         "outputs": others.compared(exported, inputs, output),
         "trained": _against_trained(reference, measured["optimized"], trained, learned.agreement),
         "integer": _integer(exported, found, integer_time),
@@ -139,7 +143,7 @@ def _failures(
 ) -> list[str]:
     """Why a certificate does not hold: one sentence each."""
     both = certificate["parity"]
-    reasons = judging.failures(both["optimized"], both["unoptimized"])
+    reasons = judging.failures(both["optimized"], both["unoptimized"], both.get("stepwise"))
     if truth is not None:
         slack = both["optimized"]["roundoff_steps"] * both["step"]
         reasons += judging.metric_failure(reference, found, truth, slack, task)
@@ -229,21 +233,29 @@ def _parity(
     measured: dict[str, NDArray[np.float32]],
     exported: Exported,
     inputs: Samples,
-    output: int,
+    which: tuple[int, str],
     agreement: str,
+    evaluations: int,
 ) -> dict[str, Any]:
-    step, profile = parity.output_step(reference), PROFILES[exported.profile]()
+    (output, title), step, profile = which, parity.output_step(reference), PROFILES[exported.profile]()
     codes, unit = profile.integer_kernels, SINGLE if profile.floats is np.float32 else HALF
     compared: dict[str, Any] = {}
     for name, found in measured.items():
-        slack = roundoff(
-            exported.reference, inputs, floats=name == "unoptimized" or not codes, unit=unit, output=output
-        )
+        floats = name == "unoptimized" or not codes
+        slack = roundoff(exported.reference, inputs, floats=floats, unit=unit, output=output, evaluations=evaluations)
         compared[name] = judging.compare(reference, found, step, slack, agreement)
+    if codes and not judging.within(compared["optimized"]):
+        compared["stepwise"] = stepwise(exported, inputs, output, step)
     differing = None
     if compared["optimized"]["bit_equal"] != 1.0 and codes:
         differing = first_diverging_layer(exported, inputs.batches[0])
-    return {"step": step, "step_definition": parity.STEP, **compared, "first_diverging_layer": differing}
+    return {
+        "output": title,
+        "step": step,
+        "step_definition": parity.STEP,
+        **compared,
+        "first_diverging_layer": differing,
+    }
 
 
 def _metric(

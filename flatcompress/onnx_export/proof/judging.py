@@ -85,9 +85,18 @@ def _at_least(count: int, samples: int, share: float) -> float:
     return max(0.0, 1.0 - below)
 
 
-def failures(optimized: dict[str, Any], unoptimized: dict[str, Any]) -> list[str]:
-    """What the rows of `compare` prove against a file, one sentence each."""
-    found = _too_far("an output is", optimized, LARGEST_STEPS, "")
+def within(optimized: dict[str, Any]) -> bool:
+    """Whether the outputs by themselves show that the file is its reference."""
+    steps = optimized["largest_error_steps"]
+    return steps is not None and steps <= LARGEST_STEPS
+
+
+def failures(optimized: dict[str, Any], unoptimized: dict[str, Any], steps: dict[str, Any] | None = None) -> list[str]:
+    """What the rows of `compare` prove against a file, one sentence each. steps: of `stepwise`, where it was needed."""
+    proved = isinstance(steps, dict) and steps.get("holds") is True
+    most = LARGEST_STEPS + (ROUNDOFFS * optimized["roundoff_steps"] if proved else 0.0)
+    found = _too_far("an output is", optimized, most, ", which is more than rounding makes" if proved else "")
+    found += _wrong_steps(steps)
     most = LARGEST_STEPS + ROUNDOFFS * unoptimized["roundoff_steps"]
     found += _too_far("without optimizations an output is", unoptimized, most, ", which is more than rounding makes")
     for words, row in (("", optimized), ("without optimizations ", unoptimized)):
@@ -98,6 +107,14 @@ def failures(optimized: dict[str, Any], unoptimized: dict[str, Any]) -> list[str
                 f"explains ({row['roundoff_steps']:.3g} steps an output); {FLIPPED:.1%} is allowed."
             )
     return found
+
+
+def _wrong_steps(steps: dict[str, Any] | None) -> list[str]:
+    """The steps of a file that are not the reference's."""
+    if steps is None or not steps.get("wrong"):
+        return []
+    first = steps["wrong"][0]
+    return [f"{first['name']}: {first['codes']} codes are not what its own inputs give, beyond rounding."]
 
 
 def saturation(layers: object, optimized: dict[str, Any]) -> list[str]:

@@ -41,22 +41,23 @@ def roundoff(
     unit: float = SINGLE,
     seed: int = 0,
     output: int = 0,
+    evaluations: int = EVALUATIONS,
 ) -> float:
     """The largest change of an output of ``reference``, in the outputs' own unit, that roundoff makes on ``inputs``.
 
-    inputs: batches [B, ...]; of many samples, `EVALUATIONS` / 2 spread over them are taken. output: which one, of
+    inputs: batches [B, ...]; of many samples, ``evaluations`` / 2 spread over them are taken. output: which one, of
     several. floats: the runtime
     convolves dequantized floats (onnxruntime without optimizations, profile qonnx), so that integer layers round too;
     otherwise their sums are exact and only real-valued operators count. unit: unit roundoff of the runtime's floats.
     """
     given = inputs if isinstance(inputs, Samples) else Samples(reference, inputs)
-    count = min(len(given), EVALUATIONS // 2)
+    count = min(len(given), evaluations // 2)
     few = given.chosen(torch.linspace(0, len(given) - 1, count).round().long())
     bytes_each = sum(value.nbytes for value in few) // count
     together = max(1, min(64, BYTES // max(1, bytes_each)))  # few large images at a time
     parts = [given.chosen(part, few) for part in torch.arange(count).split(together)]
     expected = reference_outputs(reference, parts, output)
-    turns = torch.arange(max(EVALUATIONS, 2 * count)) % count
+    turns = torch.arange(max(evaluations, 2 * count)) % count
     moved, largest = _Moved(reference, floats, unit, seed), 0.0
     for index in turns.split(together):
         with torch.no_grad():

@@ -203,7 +203,9 @@ def _judge(result: Verification, evidence: Evidence, outputs: dict[str, np.ndarr
             result.failures.append(f"{name}: output shape {found.shape}, evidence {evidence.reference.shape}.")
             return
         result.measured[name] = judging.compare(evidence.reference, found, step, slack[name], agreement)
-    result.failures += judging.failures(result.measured["optimized"], result.measured["unoptimized"])
+    steps = result.certificate["parity"].get("stepwise")
+    proved = {"holds": True} if isinstance(steps, dict) and steps.get("holds") is True else None
+    result.failures += judging.failures(result.measured["optimized"], result.measured["unoptimized"], proved)
     if evidence.label is not None and task is not None:
         _judge_metric(result, evidence, outputs["optimized"], slack["optimized"], task)
     if result.failures:
