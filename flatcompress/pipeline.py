@@ -220,13 +220,16 @@ class Pipeline:
         seed_everything(run.seed)
         session.enter(run, index)
         started = time.monotonic()
-        passes = run.passes
+        passes, run.spent = run.passes, {}
         run_stage(entry.kind, run, entry.config)
         seconds = session.elapsed + time.monotonic() - started
+        own = seconds
         if stage_of(entry.kind).measured:
             run.ledger.append(measure(run, entry.kind, entry.config.label, seconds, run.passes - passes))
         else:
             run.ledger[-1]["seconds"] = seconds
+            own -= sum(run.spent.values())  # what such a stage measures is within it
+        session.spent(run, own)
         session.leave(run, index)
 
 

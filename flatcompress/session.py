@@ -27,7 +27,7 @@ from flatcompress.recipe import Recipe
 from flatcompress.recipe.resuming import first_changed_stage
 from flatcompress.stages import RunContext
 from flatcompress.stages.reported import reported
-from flatcompress.storage import write_bytes_atomic, write_error
+from flatcompress.storage import write_bytes_atomic, write_error, write_json_atomic
 from flatcompress.store import checkpoint
 from flatcompress.store.checkpoint import Checkpoint
 from flatcompress.store.runfolder import RunFolder
@@ -104,7 +104,7 @@ class Session:
     def _clear(self) -> None:
         checkpoint.rewind(self.folder.checkpoints, 0)
         f = self.folder
-        for path in (f.log, f.ledger, f.report, f.certificate, *f.path.glob("model*.onnx"), f.recipe):
+        for path in (f.log, f.ledger, f.report, f.certificate, f.examples, *f.path.glob("model*.onnx"), f.recipe):
             path.unlink(missing_ok=True)
 
     @property
@@ -231,6 +231,11 @@ class Session:
             resumed_at_step=found.step if run.resume is not None and found is not None else None,
         )
 
+    def spent(self, run: RunContext, seconds: float) -> None:
+        """Log where a stage's time went (``seconds`` for itself, the rest for measuring) and the most memory by now."""
+        parts = {"the stage": max(0.0, seconds), **run.spent}
+        self.emit("spent", seconds=parts, peak_bytes=memory.peak_bytes(run.device))
+
     def leave(self, run: RunContext, index: int) -> None:
         """Stage ``index`` is done: keep it."""
         if self.incidents:
@@ -258,7 +263,17 @@ class Session:
     def finish(self, run: RunContext) -> None:
         """Every stage is done."""
         self._stage = None
+        if self.main:
+            reported(
+                "the examples could not be drawn", lambda: self._draw_examples(run), None, fatal=(OSError, RunError)
+            )
         self.emit("done", onnx=str(run.artifacts["onnx"].name) if "onnx" in run.artifacts else None)
+
+    def _draw_examples(self, run: RunContext) -> None:
+        """Pictures for the report: it is made from files, and only here is the data at hand."""
+        wanted = report.examples.wanted(report.gather(self.folder.path))
+        drawn = [(w, preview.thumbnail(run.data, w.part, w.index)) for w in wanted]
+        write_json_atomic(self.folder.examples, report.examples.file_of(drawn))
 
     def report(self) -> Path | None:
         """Write report.html from the folder's files; None, with a warning, where that fails."""

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import io
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from flatcompress.data.bundle import DataBundle, ImageSet
 
-_LABEL, _GAP, _TILE = 150, 2, 48
+_LABEL, _GAP, _TILE, _THUMBNAIL = 190, 2, 48, 64
 
 
 def sheet(bundle: DataBundle, columns: int = 12) -> Image.Image:
@@ -19,10 +20,10 @@ def sheet(bundle: DataBundle, columns: int = 12) -> Image.Image:
     scale = max(1, round(_TILE / max(height, width)))
     tile = (width * scale, height * scale) if max(height, width) <= 2 * _TILE else (_TILE, _TILE)
     canvas = Image.new("RGB", (_LABEL + columns * (tile[0] + _GAP), len(rows) * (tile[1] + _GAP)), "white")
-    draw = ImageDraw.Draw(canvas)
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(14)
     for line, (label, images) in enumerate(rows):
         top = line * (tile[1] + _GAP)
-        draw.text((4, top + tile[1] // 2 - 5), label.encode("latin-1", "replace").decode("latin-1")[:24], fill="black")
+        draw.text((4, top + tile[1] // 2 - 8), label.encode("latin-1", "replace").decode("latin-1")[:24], "black", font)
         for column, picture in enumerate(images):
             canvas.paste(picture.resize(tile, Image.Resampling.NEAREST), (_LABEL + column * (tile[0] + _GAP), top))
     return canvas
@@ -35,6 +36,16 @@ def png(bundle: DataBundle) -> bytes:
     picture = io.BytesIO()
     sheet(bundle).save(picture, format="PNG")
     return picture.getvalue()
+
+
+def thumbnail(bundle: DataBundle, part: str, index: int) -> str:
+    """Sample ``index`` of "test", "held_out" or a corrupted copy, at most 64 pixels a side, as a data URI of a PNG."""
+    images = {"test": bundle.test, "held_out": bundle.held_out}.get(part) or bundle.corrupted[part]
+    picture = _picture(images.pixels([index])[0])
+    picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    file = io.BytesIO()
+    picture.save(file, format="PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 def _domain_rows(bundle: DataBundle, columns: int) -> list[tuple[str, list[Image.Image]]]:

@@ -47,6 +47,7 @@ class Axis:
     breaks: set[int] = field(default_factory=set)
     ticks: list[tuple[float, str]] = field(default_factory=list)
     pad: float = 0.0
+    unit: str = ""
 
 
 def line_chart(
@@ -81,6 +82,7 @@ def line_chart(
     ]
     labels += [_band(axis, a, b, name) for a, b, name in axis.bands]
     labels += [_x_tick(axis, x, name) for x, name in axis.ticks]
+    labels += [Markup('<span class="xu">{}</span>').format(axis.unit)] if axis.unit else []
     tip = {
         "x": [round(x / 10, 2) for x in xs],
         "l": axis.labels,
@@ -103,7 +105,7 @@ def line_chart(
         title=title,
         note=Markup(' <span class="note">{}</span>').format(note) if note else "",
         legend=_legend(series, show),
-        ticks=" ticked" if axis.ticks or axis.bands else "",
+        ticks="".join(c for c, there in ((" ticked", axis.ticks), (" banded", axis.bands)) if there),
         label=f"{title}: " + "; ".join(f"{s.name} ends at {show(_last(s.values))}" for s in series[:8]),
         tip=json.dumps(tip, separators=(",", ":")),
         parts=Markup("").join(parts),
@@ -249,7 +251,9 @@ def _thinned(axis: Axis, series: Sequence[Series]) -> tuple[Axis, list[Series]]:
         return axis, list(series)
     kept = sorted({round(i * (n - 1) / (MAX_POINTS - 1)) for i in range(MAX_POINTS)})
     breaks = {next((j for j, i in enumerate(kept) if i >= b), 0) for b in axis.breaks}
-    thin = Axis([axis.x[i] for i in kept], [axis.labels[i] for i in kept], axis.bands, breaks, axis.ticks, axis.pad)
+    thin = Axis(
+        [axis.x[i] for i in kept], [axis.labels[i] for i in kept], axis.bands, breaks, axis.ticks, axis.pad, axis.unit
+    )
     return thin, [Series(s.name, s.colour, [s.values[i] for i in kept], s.style) for s in series]
 
 

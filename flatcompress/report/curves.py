@@ -13,6 +13,7 @@ from flatcompress.report.numbers import count, mapping, mean, number, percent, s
 
 MAX_QUANTIZERS = 64
 MAX_COLUMNS = 96
+MAX_TICKS = 12
 
 
 def training(run: Run) -> list[Markup]:
@@ -36,11 +37,14 @@ def training(run: Run) -> list[Markup]:
 
 
 def _epoch_axis(logs: list[StageLog]) -> tuple[Axis, list[dict[str, Any]]]:
-    axis, epochs = Axis([], [], pad=0.5), list[dict[str, Any]]()
+    axis, epochs = Axis([], [], pad=0.5, unit="epoch"), list[dict[str, Any]]()
+    every = max(1, round(sum(len(log.epochs) for log in logs) / MAX_TICKS))
     for log in logs:
         start = len(epochs)
         axis.breaks.add(start)
         axis.bands.append((start - 0.5, start + len(log.epochs) - 0.5, _short(log.name)))
+        numbers = [number(e.get("epoch")) or 0.0 for e in log.epochs]
+        axis.ticks += [(float(start + i), f"{numbers[i]:.0f}") for i in _marked(len(numbers), every)]
         for event in log.epochs:
             total = number(event.get("epochs"))
             of = f" of {total:.0f}" if total else ""
@@ -48,6 +52,12 @@ def _epoch_axis(logs: list[StageLog]) -> tuple[Axis, list[dict[str, Any]]]:
             epochs.append(event)
     axis.x = [float(i) for i in range(len(epochs))]
     return axis, epochs
+
+
+def _marked(n: int, every: int) -> list[int]:
+    """Positions of ``n`` epochs that get a number: the last one, and every so many before it that leave it room."""
+    inner = [i for i in range(every - 1, n - 1, every) if n - 1 - i >= every]
+    return [*inner, n - 1] if n else []
 
 
 def pruning(run: Run) -> list[Markup]:

@@ -17,8 +17,20 @@ from flatcompress.store.runlog import read_events
 from flatcompress.yaml_source import parse_yaml
 
 MAX_PREVIEW = 4 << 20
+MAX_EXAMPLES = 16 << 20
 MAX_RECIPE = 1 << 18
-STAGE_EVENTS = ("stage", "epoch", "prune", "conflict", "layers", "protected", "bits", "flatness")
+STAGE_EVENTS = (
+    "stage",
+    "epoch",
+    "prune",
+    "conflict",
+    "layers",
+    "protected",
+    "bits",
+    "flatness",
+    "predictions",
+    "spent",
+)
 T = TypeVar("T")
 
 
@@ -35,6 +47,9 @@ class StageLog:
     protected: list[dict[str, Any]] = field(default_factory=list)
     bits: dict[str, Any] = field(default_factory=dict)
     flatness: dict[str, Any] = field(default_factory=dict)
+    predictions: dict[str, Any] = field(default_factory=dict)
+    float_predictions: dict[str, Any] = field(default_factory=dict)
+    spent: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -46,6 +61,7 @@ class Run:
     recipe: dict[str, Any] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)
     certificate: dict[str, Any] = field(default_factory=dict)
+    examples: dict[str, Any] = field(default_factory=dict)
     stages: dict[str, StageLog] = field(default_factory=dict)
     start: dict[str, Any] = field(default_factory=dict)
     messages: list[dict[str, Any]] = field(default_factory=list)
@@ -82,6 +98,7 @@ def gather(path: str | Path) -> Run:
     rows: list[dict[str, Any]] = _tried(run, folder.read_ledger, [])
     run.rows = rows or [mapping(e.get("row")) for e in events if e["event"] == "row"]
     run.certificate = mapping(_read(run, folder.certificate, lambda p: storage.read_json(p, 16 << 20), {}))
+    run.examples = mapping(_read(run, folder.examples, lambda p: storage.read_json(p, MAX_EXAMPLES), {}))
     run.preview = _read(run, folder.preview, _data_uri, "")
     _list_files(run, folder)
     return run
@@ -174,7 +191,9 @@ def _take(stages: dict[str, StageLog], kind: str, event: dict[str, Any]) -> None
         log.layers = records(event.get("layers")) or log.layers
     elif kind == "protected":
         log.protected.append(event)
-    elif kind in ("bits", "flatness"):
+    elif kind == "predictions" and event.get("of") == "float":
+        log.float_predictions = event
+    elif kind in ("bits", "flatness", "predictions", "spent"):
         setattr(log, kind, event)
     elif kind == "epoch":
         _append(log.epochs, "epoch", event)

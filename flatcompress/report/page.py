@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from flatcompress import __version__
-from flatcompress.report import bits, curves, proof, tables
+from flatcompress.report import bits, costs, curves, examples, proof, said, tables
 from flatcompress.report.gather import Run, gather
 from flatcompress.report.numbers import (
     duration,
@@ -53,33 +53,58 @@ def render(run: Run) -> str:
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     certificate = run.certificate
     shown = {"holds", "failures"}
-    return _environment().get_template("report.html.j2").render(
-        run=run,
-        title=run.name,
-        style=Markup(_source("report.css")),  # our own files: the only markup that is not escaped
-        script=Markup(script),
-        script_hash=digest,
-        badge=badge(run),
-        tiles=tiles(run),
-        facts=facts(run),
-        stages=tables.by_stage(run),
-        ledger=tables.ledger(run),
-        corruptions=tables.corruptions(run),
-        training=curves.training(run),
-        pruning=curves.pruning(run),
-        conflict=curves.conflict(run),
-        bits=bits.maps(run),
-        layers=tables.layers(run),
-        checks=proof.checks(certificate),
-        failures=[text(f, 300) for f in _listed(certificate.get("failures"))[:50]],
-        sizes=proof.sizes(certificate),
-        proof=proof.tree({k: v for k, v in certificate.items() if k not in shown}),
-        environment=proof.tree(mapping(run.start.get("environment"))),
-        warnings=[_message(m) for m in run.messages[-50:]],
-        files=[(name, size(bytes_)) for name, bytes_ in run.files],
-        plans={stage: _steps(kinds) for stage, kinds in run.plans.items()},
-        version=__version__,
-    )  # fmt: skip
+    values = {
+        "run": run,
+        "title": run.name,
+        "style": Markup(_source("report.css")),  # our own files: the only markup that is not escaped
+        "script": Markup(script),
+        "script_hash": digest,
+        "badge": badge(run),
+        "tiles": tiles(run),
+        "facts": facts(run),
+        "stages": tables.by_stage(run),
+        "ledger": tables.ledger(run),
+        "corruptions": tables.corruptions(run),
+        "training": curves.training(run),
+        "pruning": curves.pruning(run),
+        "conflict": curves.conflict(run),
+        "bits": bits.maps(run),
+        "layers": tables.layers(run),
+        "checks": proof.checks(certificate),
+        "failures": [text(f, 300) for f in _listed(certificate.get("failures"))[:50]],
+        "sizes": proof.sizes(certificate),
+        "proof": proof.tree({k: v for k, v in certificate.items() if k not in shown}),
+        "environment": proof.tree(mapping(run.start.get("environment"))),
+        "warnings": [_message(m) for m in run.messages[-50:]],
+        "files": [(name, size(bytes_)) for name, bytes_ in run.files],
+        "plans": {stage: _steps(kinds) for stage, kinds in run.plans.items()},
+        "said": said.sections(run),
+        "examples": examples.shown(run),
+        "floats": costs.floats(run),
+        "spent": costs.spent(run),
+        "version": __version__,
+    }  # fmt: skip
+    return _environment().get_template("report.html.j2").render(**values, contents=contents(values))
+
+
+def contents(values: dict[str, Any]) -> list[tuple[str, str]]:
+    """The table of contents: anchor and title of every part that has something to show."""
+    parts = (
+        ("stages", "Stage to stage", values["ledger"]["rows"]),
+        ("classes", "Classes", values["said"]),
+        ("mistakes", "Mistakes", values["examples"]["worst"]),
+        ("training", "Training", values["training"] or values["pruning"]),
+        ("conflict", "Conflict", values["conflict"]),
+        ("bits", "Bits", values["bits"]),
+        ("layers", "Layers", values["layers"]["rows"]),
+        ("floats", "What stayed float", values["floats"]),
+        ("corruption", "Corruption", values["corruptions"]["rows"] or values["examples"]["corruptions"]),
+        ("certificate", "Certificate", values["checks"] or values["proof"]),
+        ("spent", "Time and memory", values["spent"]),
+        ("data", "Data", values["run"].preview),
+        ("recipe", "Recipe", values["run"].recipe_text),
+    )
+    return [(anchor, title) for anchor, title, there in parts if there]
 
 
 def badge(run: Run) -> dict[str, str]:

@@ -64,13 +64,35 @@ def ledger(run: Run) -> dict[str, Any]:
     """Header and rows of the ledger; each cell has a text, the change since the row before, and how good that is."""
     columns = [c for c in COLUMNS if any(lookup(r, c.key) is not None for r in run.rows)]
     rows = []
+    latencies = _float_latencies(run)
     for i, row in enumerate(run.rows):
         before = run.rows[i - 1] if i else {}
         if row.get("stage") == "export":  # a file is not comparable with bare weights
             before = {**before, "bytes": None}
         cells = [_cell(c, lookup(row, c.key), lookup(before, c.key)) for c in columns]
+        if number(row.get("latency_ms")) is None and latencies[i] is not None:
+            at = next((n for n, c in enumerate(columns) if c.key == "latency_ms"), None)
+            if at is not None:
+                cells[at] = {"text": milliseconds(latencies[i]), "change": "as a float32 file", "tone": ""}
         rows.append({"stage": text(row.get("stage"), 40), "method": text(row.get("method"), 40), "cells": cells})
     return {"titles": [c.title for c in columns], "rows": rows}
+
+
+def _float_latencies(run: Run) -> list[float | None]:
+    """Per row, how long its float model takes as a file: known of the whole network and of the pruned one."""
+    measured = mapping(run.certificate.get("float"))
+    whole = number(mapping(measured.get("latency")).get("median_ms"))
+    pruned = number(mapping(mapping(measured.get("pruned")).get("latency")).get("median_ms"))
+    if not run.rows or whole is None:
+        return [None] * len(run.rows)
+    last = number(run.rows[-1].get("macs"))
+    cut = any(k not in ("quantizers", "") for steps in run.plans.values() for k in steps)
+    found = []
+    for row, stage in zip(run.rows, [*run.stages, *[""] * len(run.rows)]):
+        here = any(k != "quantizers" for k in run.plans.get(stage, []))
+        same = number(row.get("macs")) is not None and number(row.get("macs")) == last
+        found.append(None if row.get("stage") == "export" else whole if not here else pruned if cut and same else None)
+    return found
 
 
 def _cell(column: Column, value: Any, before: Any) -> dict[str, str]:

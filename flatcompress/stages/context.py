@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,8 @@ class RunContext:
     the terminal; ``ledger`` has one row per finished stage; ``artifacts`` are files a stage has written. ``resume`` is
     the state of this very stage when it was interrupted, ``progress`` is where it saves such states, with ``phase``:
     which phase of the stage is running and what the earlier ones found (see `stage.run_stage`). ``callbacks`` are the
-    user's own, and take part in every training job after the stage's.
+    user's own, and take part in every training job after the stage's. ``spent``: where the running stage's time went,
+    beside its training, in seconds.
     """
 
     model: nn.Module
@@ -52,6 +55,16 @@ class RunContext:
     progress: Progress | None = None
     phase: dict[str, Any] = field(default_factory=dict)
     callbacks: Sequence[Callback] = ()
+    spent: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """Add the seconds of the block to ``spent[what]``; of this stage alone."""
+        begun = time.monotonic()
+        try:
+            yield
+        finally:
+            self.spent[what] = self.spent.get(what, 0.0) + time.monotonic() - begun
 
     @property
     def task(self) -> Task:

@@ -18,14 +18,15 @@ from torch import Tensor, nn
 from flatcompress import onnx_export, quant
 from flatcompress.errors import UserError, unknown
 from flatcompress.onnx_export.runtime import latency, sessions
+from flatcompress.stages import predictions
 from flatcompress.stages.context import RunContext
 from flatcompress.stages.keys import KeyProblem, StageKeys
-from flatcompress.stages.measure import scores
+from flatcompress.stages.measure import float_twin, scores
+from flatcompress.stages.predictions import Watched
 from flatcompress.stages.reported import reported
 from flatcompress.stages.stage import Earlier, Facts, Phase, Stage
 from flatcompress.storage import write_json_atomic
-from flatcompress.tasks import Task
-from flatcompress.training.batches import in_order
+from flatcompress.training.batches import evaluate, in_order
 
 BATCH = 256
 
@@ -100,32 +101,37 @@ def write(run: RunContext, config: ExportConfig, path: Path) -> tuple[dict[str, 
     model = run.model.cpu().eval()
     example = run.example().cpu()
     before = run.ledger[-1] if run.ledger else {}
-    exported = onnx_export.export(
-        model,
-        example,
-        path,
-        profile=config.profile,
-        opset=config.opset,
-        metadata=metadata(run, before),
-        class_names=list(run.data.classes) or None,
-    )
+    with run.timed("writing the file"):
+        exported = onnx_export.export(
+            model,
+            example,
+            path,
+            profile=config.profile,
+            opset=config.opset,
+            metadata=metadata(run, before),
+            class_names=list(run.data.classes) or None,
+        )
     batches = list(in_order(run.data.test, BATCH))
-    certificate = onnx_export.certify(
-        exported,
-        [x for x, _ in batches],
-        [y for _, y in batches],
-        model=model,
-        task=run.task,
-        latency_runs=0,
-        require_integer=config.require_integer,
-        integer_time=config.latency,
-    )
+    with run.timed("proof"):
+        certificate = onnx_export.certify(
+            exported,
+            [x for x, _ in batches],
+            [y for _, y in batches],
+            model=model,
+            task=run.task,
+            latency_runs=0,
+            require_integer=config.require_integer,
+            integer_time=config.latency,
+        )
     for message in certificate["warnings"]:
         warnings.warn(message, stacklevel=2)
     nothing: dict[str, Any] = {"float": {"bytes": None, "smaller": None, "faster": None}, "latency": None}
-    certificate |= reported(
-        "the file could not be compared with the float model's", lambda: beside_float(run, config, path), nothing
-    )
+    with run.timed("the float model's file, latencies"):
+        certificate |= reported(
+            "the file could not be compared with the float model's", lambda: beside_float(run, config, path), nothing
+        )
+    if before.get("stage") == "quantize" and len(run.ledger) == 1:  # no float stage was measured
+        _float_predictions(run)
     certificate["recipe_sha256"] = run.recipe_hash
     write_json_atomic(path.with_name("certificate.json"), certificate)
     run.emit("layers", layers=layer_rows(certificate, before))
@@ -154,7 +160,10 @@ def metadata(run: RunContext, before: dict[str, Any]) -> dict[str, str]:
 
 
 def beside_float(run: RunContext, config: ExportConfig, path: Path) -> dict[str, Any]:
-    """The float model's own ONNX file, in the same run: its bytes, and both latencies measured in turn."""
+    """The float model's own ONNX file, in the same run: its bytes, and the latencies measured in turn.
+
+    Where channels were cut, the float model of the same channels is a third: what pruning alone gives.
+    """
     with tempfile.TemporaryDirectory() as folder:
         dense = Path(folder) / "float32.onnx"
         onnx_export.export(run.build().cpu().eval(), run.example().cpu(), dense, profile="float32")
@@ -162,21 +171,40 @@ def beside_float(run: RunContext, config: ExportConfig, path: Path) -> dict[str,
         found["float"]["smaller"] = found["float"]["bytes"] / path.stat().st_size
         if not config.latency:
             return {**found, "latency": None}
-        timed = latency.measure({"file": path, "float": dense}, threads=config.threads, runs=30)
+        candidates: dict[str, Path] = {"file": path, "float": dense}
+        if any(step.kind != "quantizers" for step in run.plan.steps):
+            candidates["pruned"] = Path(folder) / "pruned.onnx"
+            onnx_export.export(float_twin(run).eval(), run.example().cpu(), candidates["pruned"], profile="float32")
+            found["float"]["pruned"] = {"bytes": candidates["pruned"].stat().st_size}
+        timed = latency.measure(candidates, threads=config.threads, runs=30)
     found["float"]["latency"] = timed["float"]
+    if "pruned" in timed:
+        found["float"]["pruned"]["latency"] = timed["pruned"]
     found["float"]["faster"] = timed["float"]["median_ms"] / timed["file"]["median_ms"]
     figures = {str(config.threads): timed["file"]}
     return {**found, "latency": {"method": latency.METHOD, "runs": 30, "batch": 1, "threads": figures}}
 
 
-def session_score(path: Path, task: Task) -> Callable[[Any], dict[str, float]]:
-    """A function that gives the task's metrics of the exported file on a dataset, through onnxruntime."""
+def _float_predictions(run: RunContext) -> None:
+    """Log what the float model that the recipe starts from says of the test part."""
+    watched = Watched(run.task)
+
+    def score() -> dict[str, float]:
+        return evaluate(run.build().to(run.device), run.data.test, watched, run.device)  # type: ignore[arg-type]
+
+    with run.timed("the float model's predictions"):
+        if reported("the float model's predictions could not be taken", score, None) is not None:
+            predictions.emit(run, {"test": watched}, of="float")
+
+
+def session_score(path: Path) -> Callable[[Any, Watched], dict[str, float]]:
+    """A function that gives a task's metrics of the exported file on a dataset, through onnxruntime."""
     session = sessions.session(path)
 
     def outputs(x: Tensor) -> Tensor:
         return torch.from_numpy(sessions.run(session, [x.numpy()]))
 
-    return lambda dataset: task.measure((outputs(x), y) for x, y in in_order(dataset, BATCH))
+    return lambda dataset, watched: watched.measure((outputs(x), y) for x, y in in_order(dataset, BATCH))
 
 
 def ledger_row(
@@ -187,7 +215,7 @@ def ledger_row(
     return {
         "stage": "export",
         "method": config.profile,
-        **scores(run, session_score(path, run.task)),
+        **scores(run, session_score(path)),
         "sharpness": None,
         "params": before.get("params"),
         "nonzero": before.get("nonzero"),

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from flatcompress import flat, graph, quant
 from flatcompress.plan import Plan, apply_plan
 from flatcompress.quant.layers import graph_of
+from flatcompress.stages import predictions
 from flatcompress.stages.context import RunContext
 from flatcompress.stages.reported import reported
 from flatcompress.training.batches import evaluate, loader
@@ -29,8 +30,8 @@ def measure(run: RunContext, stage: str, method: str, seconds: float, passes: in
     row = {
         "stage": stage,
         "method": method,
-        **scores(run, lambda dataset: evaluate(run.model, dataset, run.task, run.device)),
-        "sharpness": reported("the sharpness could not be measured", lambda: sharpness(run), None),
+        **scores(run, lambda dataset, task: evaluate(run.model, dataset, task, run.device)),  # type: ignore[arg-type]
+        "sharpness": _measured_sharpness(run),
         "params": sum(p.numel() for p in twin.parameters()),
         "nonzero": nonzero(run.model),
         "macs": sum(costs.values()) if costs else None,
@@ -39,27 +40,40 @@ def measure(run: RunContext, stage: str, method: str, seconds: float, passes: in
         "passes": passes,
         "latency_ms": None,
     }
-    rows = reported("the table of layers could not be made", lambda: layer_rows(run, costs), None)
+    with run.timed("sharpness of each layer"):
+        rows = reported("the table of layers could not be made", lambda: layer_rows(run, costs), None)
     if rows is not None:
         run.emit("layers", layers=rows)
     return row
 
 
-def scores(run: RunContext, score: Callable[[Any], dict[str, float]]) -> dict[str, Any]:
-    """``score`` on test, held-out domain and every corrupted copy; None where there is none or it cannot be read.
+def _measured_sharpness(run: RunContext) -> float | None:
+    with run.timed("sharpness"):
+        return reported("the sharpness could not be measured", lambda: sharpness(run), None)
+
+
+def scores(run: RunContext, score: Callable[[Any, predictions.Watched], dict[str, float]]) -> dict[str, Any]:
+    """``score(dataset, task)`` on test, held-out domain and every corrupted copy; logs which classes were predicted.
+
+    None where there is none or it cannot be read.
 
     ``accuracy`` is every row's, null where the task has none. Of a task that has more to tell than accuracy ``metrics``
     has all of them, and ``metric`` says which one selects, and its direction.
     """
     data, task = run.data, run.task
+    seen: dict[str, predictions.Watched] = {}
 
     def on(part: str, dataset: Any) -> dict[str, float]:
         said = f"the {'accuracy' if task.selects == 'accuracy' else 'score'} on the {part} part could not be measured"
-        return reported(said, lambda: score(dataset), {})
+        watched = seen["held_out" if part == "held-out" else part] = predictions.Watched(task)
+        return reported(said, lambda: score(dataset, watched), {})
 
-    held_out = on("held-out", data.held_out) if data.held_out is not None else {}
-    corrupted = {name: on(name, dataset) for name, dataset in data.corrupted.items()}
-    parts = {"test": on("test", data.test), "held_out": held_out}
+    with run.timed("metrics"):
+        held_out = on("held-out", data.held_out) if data.held_out is not None else {}
+        parts = {"test": on("test", data.test), "held_out": held_out}
+    with run.timed("metrics under corruption"):
+        corrupted = {name: on(name, dataset) for name, dataset in data.corrupted.items()}
+    predictions.emit(run, seen)
     found = {}
     for name in ["accuracy", *(n for n in task.reported if n != "accuracy")]:
         values = {part: known(figures.get(name)) for part, figures in parts.items()}

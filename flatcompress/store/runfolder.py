@@ -1,6 +1,6 @@
 """The run folder: where everything of one run lies, who may write there, and the ledger.
 
-recipe.yaml  ledger.json  log.jsonl  report.html  model.onnx  certificate.json  preview.png
+recipe.yaml  ledger.json  log.jsonl  report.html  model.onnx  certificate.json  preview.png  examples.json
 checkpoints/<stage>/{plan.json,model.safetensors,state.json,...}  checkpoints/latest
 """
 
@@ -46,6 +46,7 @@ class RunFolder:
         self.onnx = self.path / "model.onnx"
         self.certificate = self.path / "certificate.json"
         self.preview = self.path / "preview.png"
+        self.examples = self.path / "examples.json"
         self.checkpoints = self.path / "checkpoints"
 
     def create(self) -> RunFolder:

@@ -1,8 +1,8 @@
 """The run's log: `log.jsonl`, one event a line, only ever appended to.
 
-An event is a JSON object with "event" (run, stage, epoch, prune, conflict, layers, warning, done) and "time" (ISO,
-UTC). Every line is one write to the file, so a killed process tears at most the last line; whoever opens the log
-next cuts the torn line off and says so. Trackers (TensorBoard, MLflow, W&B) read the very same events.
+An event is a JSON object with "event" (run, stage, epoch, prune, layers, predictions, spent, warning, done ...) and
+"time" (ISO, UTC). Every line is one write to the file, so a killed process tears at most the last line; whoever opens
+the log next cuts the torn line off and says so. Trackers (TensorBoard, MLflow, W&B) read the very same events.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import math
 import random
@@ -9,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+
+from flatcompress import report
 
 RECIPE = """# Rotated digits, 75 degrees never seen in training.
 name: {name}
@@ -44,6 +48,7 @@ def write_run(folder: Path, name: str = "quickstart", seed: int = 0) -> Path:
         (folder / "checkpoints" / stage / "plan.json").write_text(json.dumps({"schema": 1, "steps": steps}))
         (folder / "checkpoints" / stage / "model.safetensors").write_bytes(b"\0" * (320_000 >> i))
     Image.effect_noise((480, 96), 80).save(folder / "preview.png")
+    (folder / "examples.json").write_text(json.dumps(examples(folder)))
     return folder
 
 
@@ -73,7 +78,8 @@ def events(draw: random.Random) -> list[dict[str, Any]]:
         time = f"2026-03-01T12:{minute // 60 % 60:02d}:{minute % 60:02d}.000+00:00"
         found.append({"event": event, "time": time, "stage": stage, **fields})
 
-    emit("run", name="quickstart", stages=STAGES, first=0, data="rotated-digits", held_out="75", environment={
+    emit("run", name="quickstart", stages=STAGES, first=0, data="rotated-digits", held_out="75",
+         classes=[f"digit {c}" for c in range(10)], environment={
         "python": "3.11.7", "system": "Linux", "machine": "x86_64", "device": "cpu", "threads": 2,
         "packages": {"flatcompress": "0.1.0", "torch": "2.9.0", "onnxruntime": "1.24.0"}})  # fmt: skip
     for stage, epochs, start in (("0-train", 20, 2.2), ("1-prune", 8, 0.5), ("2-quantize", 12, 0.6)):
@@ -91,15 +97,47 @@ def events(draw: random.Random) -> list[dict[str, Any]]:
         if stage == "2-quantize":
             emit("bits", stage, unit="effective_bits", budget=4.0, bits={n: 3 + i % 3 for i, n in enumerate(LAYERS)})
             emit("flatness", stage, rise=0.01, layers=_flatness(draw))
+        emit("predictions", stage, of="", parts=predictions(STAGES.index(stage)))
         emit("layers", stage, layers=_layers(draw, STAGES.index(stage)))
+        emit(
+            "spent",
+            stage,
+            seconds={"the stage": 40.0, "accuracy": 3.0, "sharpness of each layer": 12.5},
+            peak_bytes=900_000_000 + 10**8 * STAGES.index(stage),
+        )
         if stage == "1-prune":
             emit("protected", stage, name="fc", reason="it makes the classes")
             emit("warning", stage, message="fc has no following layer; its channels are kept")
     emit("stage", "3-export", index=3, of=4, method="packed", epochs=None)
+    emit("predictions", "3-export", of="", parts=predictions(2))
     kept = ("name", "kind", "weight_bits", "activation_bits", "bytes", "sparsity")
     emit("layers", "3-export", layers=[{k: row[k] for k in kept} for row in _layers(random.Random(1), 2)])
     emit("done", onnx="model.onnx")
     return found
+
+
+def predictions(stage: int) -> dict[str, Any]:
+    """What was said of a test part of 120 samples, a held-out one of 60 and a corrupted copy; worse with the stages."""
+    return {
+        part: _said(random.Random(n), n, stage) for part, n in (("test", 120), ("held_out", 60), ("contrast/5", 20))
+    }
+
+
+def _said(draw: random.Random, n: int, stage: int) -> dict[str, Any]:
+    labels = [i % 10 for i in range(n)]
+    predicted = [(label + 1) % 10 if draw.random() < 0.05 * (1 + stage) else label for label in labels]
+    pairs = sorted(set(zip(labels, predicted)))
+    counts = [[a, b, sum(1 for pair in zip(labels, predicted) if pair == (a, b))] for a, b in pairs]
+    confidence = [draw.randint(400, 1000) for _ in labels]
+    return {"samples": n, "counts": counts, "labels": labels, "predicted": predicted, "confidence": confidence}
+
+
+def examples(folder: Path) -> dict[str, Any]:
+    """The pictures that the page of ``folder`` asks for."""
+    tile = io.BytesIO()
+    Image.effect_noise((8, 8), 80).save(tile, format="PNG")
+    image = "data:image/png;base64," + base64.b64encode(tile.getvalue()).decode()
+    return report.examples.file_of([(w, image) for w in report.examples.wanted(report.gather(folder))])
 
 
 def _quantizers(draw: random.Random, at: float, epochs: int) -> dict[str, Any]:
@@ -162,6 +200,21 @@ def certificate(draw: random.Random) -> dict[str, Any]:
         "layers": layers,
         "parity": {"step": 0.084, "optimized": compared(1.0, 0.0), "unoptimized": compared(0.99815, 1.0)},
         "metric": {"name": "accuracy", "onnxruntime": 0.9792, "reference": 0.9792, "difference": 0.0},
-        "float": {"bytes": 331_870, "smaller": 14.18, "faster": 2.13},
+        "integer": {
+            "holds": False,
+            "layers": 10,
+            "integer_layers": 9,
+            "share_of_weights": 0.98,
+            "share_of_macs": 0.99,
+            "share_of_time": 0.8,
+            "floats": [{"name": "fc", "kernel": "Gemm", "share_of_weights": 0.02, "share_of_macs": 0.01}],
+        },
+        "float": {
+            "bytes": 331_870,
+            "smaller": 14.18,
+            "faster": 2.13,
+            "latency": {"median_ms": 0.3459},
+            "pruned": {"bytes": 90_000, "latency": {"median_ms": 0.2101}},
+        },
         "latency": {"method": "median of 30 runs, batch 1", "threads": {"1": {"median_ms": 0.1624, "p90_ms": 0.171}}},
     }

@@ -9,6 +9,7 @@ import random
 import re
 import shutil
 from html.parser import HTMLParser
+from itertools import pairwise
 
 import fabricated_run
 import pytest
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 
 from flatcompress import storage
 from flatcompress.errors import RunError, UserError
-from flatcompress.report import build
+from flatcompress.report import build, curves, examples, gather, said
 
 ATTACK = "<script>alert('x')</script>\"'><img src=x onerror=alert(1)>"
 VOID = {"meta", "img", "link", "br", "hr", "input"}
@@ -77,15 +78,21 @@ def test_the_page_shows_every_part(html):
                   "Channels kept", "Scale-gradient conflict", "stage2.0.conv2", "gaussian_noise", "QLinearConv",
                   "all 540 samples", "9f86d081884c", "method: gaqat", "weights in theory", "fc has no following layer",
                   "it makes the classes", "plan of 2-quantize", "“75”", "W4A4 in 8 of 10 layers", "Bits and flatness",
-                  "a budget of 4 bits per weight: 4 at 3 bits, 3 at 4 bits, 3 at 5 bits", "loss by 0.01"):  # fmt: skip
+                  "a budget of 4 bits per weight: 4 at 3 bits, 3 at 4 bits, 3 at 5 bits", "loss by 0.01",
+                  "digit 3", "right in float, wrong in the file", "most confident mistakes",
+                  "1 of 10 layers compute in floats",
+                  "0.346 ms", "0.210 ms", "as a float32 file", "sharpness of each layer", "no disorder to much",
+                  "The whole certificate"):  # fmt: skip
         assert words in text, words
-    assert Page(html).tags.count("figure") == 11
+    assert Page(html).tags.count("figure") == 14
 
 
 def test_the_page_is_one_file_that_needs_no_network(html):
     page = Page(html)
     for name, value in page.attributes:
-        if name in ("src", "href", "action", "poster", "data", "srcset"):
+        if name == "href":  # the table of contents
+            assert (value or "")[:1] == "#" and f'id="{value[1:]}"' in html, value
+        elif name in ("src", "action", "poster", "data", "srcset"):
             assert (value or "").startswith("data:image/png;base64,"), (name, value)
     assert not re.search(r"(https?:)?//[a-z]|@import|url\(", re.sub(r'src="data:[^"]*"', "", html), re.I)
     assert "link" not in page.tags and page.tags.count("script") == 1
@@ -126,7 +133,8 @@ def test_no_name_from_any_file_becomes_markup(tmp_path):
     ) if os.sep == "/" else None
     html = build(folder).read_text(encoding="utf-8")
     page = Page(html)
-    assert page.tags.count("script") == 1 and page.tags.count("img") == 1
+    drawn = len(json.loads((folder / "examples.json").read_text())["pictures"])
+    assert page.tags.count("script") == 1 and page.tags.count("img") == 1 + drawn
     assert not any(name.startswith("on") for name, _ in page.attributes)
     assert "<script>alert" not in html and "<script>alert" in page.text
     tips = [json.loads(value or "") for name, value in page.attributes if name == "data-tip"]
@@ -287,3 +295,42 @@ def test_mutated_files_always_give_a_sound_page(originals, tmp_path_factory, dat
     (folder / "recipe.yaml").write_text(data.draw(st.text(max_size=40)), encoding="utf-8", errors="surrogatepass")
     page = page_of(folder)
     assert page.tags.count("script") == 1 and not any(name.startswith("on") for name, _ in page.attributes)
+
+
+def test_confusion_classes_and_flips_are_those_of_the_predictions(run):
+    gathered = gather(run)
+    part = said.sections(gathered)[0]
+    raw = fabricated_run.predictions(2)["test"]
+    before = fabricated_run.predictions(1)["test"]
+    for a, row in enumerate(part["matrix"]):
+        for b, cell in enumerate(row["cells"]):
+            n = sum(1 for pair in zip(raw["labels"], raw["predicted"]) if pair == (a, b))
+            assert cell["text"] == (str(n) if n else "")
+    wrong = sum(1 for y, was, now in zip(raw["labels"], before["predicted"], raw["predicted"]) if was == y != now)
+    assert dict(part["flips"])["right in float, wrong in the file"] == str(wrong)
+    assert sum(int(n) for _, n in part["flips"]) == 120
+    assert (part["float"], part["network"]) == ("1-prune", "3-export")
+
+
+def test_the_worst_mistakes_are_the_most_confident_ones(run):
+    gathered = gather(run)
+    final = said.last(gathered).parts["test"]
+    wrong = [i for i, (a, b) in enumerate(zip(final.labels, final.predicted)) if a != b]
+    chosen = [w.index for w in examples.wanted(gathered) if w.part == "test"]
+    assert set(chosen) <= set(wrong) and len(chosen) == min(24, len(wrong))
+    assert [final.confidence[i] for i in chosen] == sorted((final.confidence[i] for i in wrong), reverse=True)[:24]
+
+
+@pytest.mark.parametrize("odd", [None, 3, [], {"counts": [[0, 1]]}, {"counts": [[0, -1, 2]]}, {"counts": [[0, 1, 2]]},
+                                 {"counts": [[0, 1, "x"]], "labels": [0], "predicted": [1], "confidence": [1]},
+                                 {"counts": [[0, 1, 1]], "labels": ["a"], "predicted": [1],
+                                  "confidence": [1]}])  # fmt: skip
+def test_predictions_that_are_none_are_left_out(odd):
+    assert said.read(odd) is None
+
+
+def test_every_epoch_axis_ends_each_stage_with_a_number_and_has_room_between():
+    for n in range(1, 60):
+        for every in range(1, 9):
+            marked = curves._marked(n, every)
+            assert marked[-1] == n - 1 and all(b - a >= every for a, b in pairwise(marked))

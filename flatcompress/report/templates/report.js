@@ -11,7 +11,7 @@ for (const plot of document.querySelectorAll("[data-tip]")) {
   const data = JSON.parse(plot.dataset.tip);
   const cursor = make("div", "cursor");
   const hide = () => { tip.hidden = true; cursor.remove(); };
-  plot.addEventListener("pointermove", (event) => {
+  const show = (event) => {
     const box = plot.getBoundingClientRect();
     const px = 100 * (event.clientX - box.left) / box.width;
     const py = 100 * (event.clientY - box.top) / box.height;
@@ -38,6 +38,19 @@ for (const plot of document.querySelectorAll("[data-tip]")) {
     const left = event.clientX + 16;
     tip.style.left = Math.max(6, left + tip.offsetWidth > innerWidth - 8 ? event.clientX - tip.offsetWidth - 14 : left) + "px";
     tip.style.top = Math.max(6, Math.min(event.clientY + 14, innerHeight - tip.offsetHeight - 8)) + "px";
-  });
+  };
+  plot.addEventListener("pointermove", show);
+  plot.addEventListener("pointerdown", show); // a finger does not hover
   plot.addEventListener("pointerleave", hide);
 }
+
+// A table that is wider than the screen says so.
+const tell = () => {
+  for (const box of document.querySelectorAll(".scroll")) {
+    box.classList.toggle("more", box.scrollWidth > box.clientWidth + 1 && box.scrollLeft + box.clientWidth < box.scrollWidth - 1);
+  }
+};
+tell();
+addEventListener("resize", tell);
+for (const box of document.querySelectorAll(".scroll")) box.addEventListener("scroll", tell, { passive: true });
+for (const box of document.querySelectorAll("details")) box.addEventListener("toggle", tell);
