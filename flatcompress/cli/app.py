@@ -179,6 +179,25 @@ def report(
 
 
 @app.command()
+def compare(
+    folders: Annotated[list[Path], typer.Argument(help="two to six run folders")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="the page to write")] = Path("compare.html"),
+    as_json: Json = False,
+) -> None:
+    """Put runs side by side: figures, curves, bits and channels of every layer, what differs in the recipes."""
+    from flatcompress.cli import printing
+    from flatcompress.report import compare as side_by_side
+
+    found = side_by_side.compare(folders)
+    path = side_by_side.build(folders, output)
+    if as_json:
+        show({**found, "page": str(path)}, True, "")
+    else:
+        printing.print_comparison(found)
+        typer.echo(f"page: {path}")
+
+
+@app.command()
 def export(
     folder: Annotated[Path, typer.Argument(help="a run folder with a finished stage")],
     profile: Annotated[str, typer.Option(help="file format; see `flatcompress list profiles`")] = "packed",

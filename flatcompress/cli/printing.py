@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from flatcompress.report import terminal
 
@@ -110,6 +111,34 @@ def print_diagnosis(found: dict[str, Any]) -> None:
     console.print(table)
     console.print(f"compared on {found['samples']} samples with {found['float']}", soft_wrap=True)
     console.print(found["proposal"], soft_wrap=True)
+
+
+def print_comparison(found: dict[str, Any]) -> None:
+    """The figures, the layers that differ and the recipe keys that differ, a column a run."""
+    names = [run["name"] for run in found["runs"]]
+    different = [row for row in found["layers"] if row["differs"]]
+    layers = [{"name": row["name"], "texts": [_layer(cell) for cell in row["cells"]]} for row in different]
+    verdicts = {"name": "Certificate", "texts": [run["verdict"] for run in found["runs"]]}
+    parts = (("", [verdicts, *found["figures"]]), ("layers that differ", layers), ("recipe", found["recipe"]))
+    for title, rows in parts:
+        if not rows:
+            continue
+        table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), title_style="bold")
+        for heading in ("", *names):
+            table.add_column(heading, justify="right" if heading else "left", overflow="fold")
+        for row in rows:
+            best = row.get("best")
+            cells = [Text(t, style="green" if i == best else "") for i, t in enumerate(row["texts"])]
+            table.add_row(Text(row["name"]), *cells)
+        _console().print(table)
+    if not found["recipe"]:
+        _console().print("The recipes are the same.")
+
+
+def _layer(cell: dict[str, Any] | None) -> str:
+    if cell is None:
+        return "-"
+    return f"{''.join(cell['bits']) or 'float'} {cell['channels_text']}"
 
 
 def print_bench(outcome: dict[str, Any]) -> None:

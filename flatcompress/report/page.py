@@ -49,16 +49,11 @@ def build(run_folder: str | Path) -> Path:
 
 def render(run: Run) -> str:
     """The page as text; everything that came from a file is escaped."""
-    script = _source("report.js")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     certificate = run.certificate
     shown = {"holds", "failures"}
     values = {
         "run": run,
         "title": run.name,
-        "style": Markup(_source("report.css")),  # our own files: the only markup that is not escaped
-        "script": Markup(script),
-        "script_hash": digest,
         "badge": badge(run),
         "tiles": tiles(run),
         "facts": facts(run),
@@ -82,9 +77,20 @@ def render(run: Run) -> str:
         "examples": examples.shown(run),
         "floats": costs.floats(run),
         "spent": costs.spent(run),
-        "version": __version__,
     }  # fmt: skip
-    return _environment().get_template("report.html.j2").render(**values, contents=contents(values))
+    return rendered("report.html.j2", **values, contents=contents(values))
+
+
+def rendered(template: str, **values: Any) -> str:
+    """A page of our style and script; every value is escaped."""
+    script = _source("report.js")
+    return _environment().get_template(template).render(
+        **values,
+        style=Markup(_source("report.css")),  # our own files: the only markup that is not escaped
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        version=__version__,
+    )  # fmt: skip
 
 
 def contents(values: dict[str, Any]) -> list[tuple[str, str]]:
