@@ -13,8 +13,11 @@ from flatcompress.errors import UserError
 from flatcompress.models.from_onnx.operators import Operator, axes_of, ints, tensor
 
 
+_RANK = 8
+
+
 def _shape(a: dict[str, Any], x: Any) -> list[Any]:
-    shape = list(x.shape)
+    shape = [len(x)] if isinstance(x, list) else list(x.shape)
     return shape[a.get("start", 0) : a.get("end", len(shape))]
 
 
@@ -40,7 +43,10 @@ def _is(size: Any, wanted: tuple[Any, ...]) -> bool:
 
 
 def _flatten(a: dict[str, Any], x: Tensor) -> Tensor:
-    axis = a.get("axis", 1) % (x.dim() + 1)
+    axis = a.get("axis", 1)
+    axis += x.dim() if axis < 0 else 0
+    if axis == x.dim():
+        return x.reshape(-1, 1)
     if axis == 1:
         return x.flatten(1) if x.dim() > 2 else x
     return x.reshape(1, -1) if axis == 0 else x.flatten(0, axis - 1).flatten(1)
@@ -148,8 +154,11 @@ def _tile(a: dict[str, Any], x: Tensor, times: Any) -> Tensor:
     return x.repeat(ints(times))
 
 
-def _constant_of_shape(a: dict[str, Any], sizes: Any) -> Tensor:
-    value = a.get("value", np.zeros(1, np.float32))
+def _constant_of_shape(a: dict[str, Any], sizes: Any) -> Any:
+    value, wanted = a.get("value", np.zeros(1, np.float32)), ints(sizes)
+    whole = np.asarray(value).dtype == np.int64
+    if whole and len(wanted) == 1 and isinstance(wanted[0], int) and wanted[0] <= _RANK:  # sizes to calculate with
+        return [int(np.asarray(value).reshape(-1)[0])] * wanted[0]
     made = torch.from_numpy(np.atleast_1d(value))
     return torch.full(tuple(ints(sizes)), made[0].item(), dtype=made.dtype)
 

@@ -173,6 +173,9 @@ def _cast(a: dict[str, Any], x: Any, *_: Any) -> Any:
 
 
 def _where(a: dict[str, Any], condition: Any, x: Any, y: Any) -> Any:
+    if isinstance(condition, list) and not any(isinstance(v, Tensor) for v in (x, y)):  # of sizes, number by number
+        first, second = ints(x), ints(y)
+        return [first[i % len(first)] if c else second[i % len(second)] for i, c in enumerate(condition)]
     return torch.where(tensor(condition), tensor(x), tensor(y))
 
 
