@@ -12,7 +12,6 @@ from torch.nn import functional as F
 from flatcompress.errors import UserError
 from flatcompress.models.from_onnx.operators import Operator, axes_of, ints, tensor
 
-
 _RANK = 8
 
 
