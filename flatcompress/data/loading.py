@@ -72,13 +72,10 @@ def load(
     if isinstance(raw, DataBundle):
         _as_they_are(name, augment=augment, mean=mean, std=std, corruptions=corruptions)
         return raw if task is None or "task" in options else bundle(raw, task)
-    for label in ("train", "val", "test"):
-        if not len(getattr(raw, label).rows):
-            raise UserError(f"data set {name!r}: the {label} part is empty; give it more images or another fraction")
+    _refuse_empty(name, train=raw.train, val=raw.val, test=raw.test)
     chosen = _task(name, raw, task)
     mean, std = _statistics(raw.train, mean, std, seed)
-    for note in raw.notes:
-        warnings.warn(note, stacklevel=2)
+    _say(raw.notes)
 
     def images(part: Part, augmenter: augmentation.Augment | None = None) -> ImageSet:
         return ImageSet(part, mean, std, augmenter, chosen)
@@ -102,6 +99,17 @@ def load(
         intensity=raw.intensity,
         task=chosen,
     )
+
+
+def _refuse_empty(name: str, **parts: Part) -> None:
+    for label, part in parts.items():
+        if not len(part.rows):
+            raise UserError(f"data set {name!r}: the {label} part is empty; give it more images or another fraction")
+
+
+def _say(notes: Sequence[str]) -> None:
+    for note in notes:
+        warnings.warn(note, stacklevel=3)
 
 
 def _as_they_are(name: str, **given: Any) -> None:

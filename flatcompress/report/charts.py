@@ -83,19 +83,7 @@ def line_chart(
     labels += [_band(axis, a, b, name) for a, b, name in axis.bands]
     labels += [_x_tick(axis, x, name) for x, name in axis.ticks]
     labels += [Markup('<span class="xu">{}</span>').format(axis.unit)] if axis.unit else []
-    tip = {
-        "x": [round(x / 10, 2) for x in xs],
-        "l": axis.labels,
-        "s": [
-            {
-                "n": s.name,
-                "c": s.colour,
-                "y": [None if v is None else round(scale.y(v) / 10, 1) for v in s.values],
-                "v": [None if v is None else show(v) for v in s.values],
-            }
-            for s in series
-        ],
-    }
+    tip = {"x": [round(x / 10, 2) for x in xs], "l": axis.labels, "s": [_hovered(s, scale, show) for s in series]}
     return Markup(
         '<figure class="chart"><figcaption><b>{title}</b>{note}{legend}</figcaption>'
         '<div class="plot{ticks}" role="img" aria-label="{label}" data-tip="{tip}">'
@@ -111,6 +99,16 @@ def line_chart(
         parts=Markup("").join(parts),
         labels=Markup("").join(labels),
     )
+
+
+def _hovered(s: Series, scale: _Scale, show: Callable[[float], str]) -> dict[str, Any]:
+    """What the page shows of a line under the pointer: name, colour, heights in percent, values as text."""
+    return {
+        "n": s.name,
+        "c": s.colour,
+        "y": [None if v is None else round(scale.y(v) / 10, 1) for v in s.values],
+        "v": [None if v is None else show(v) for v in s.values],
+    }
 
 
 def heat_row(levels: Sequence[float | None], marked: Sequence[float | None]) -> Markup:

@@ -72,28 +72,20 @@ def certify(
 ) -> dict[str, Any]:
     """Measure ``exported`` on ``batches`` and return its certificate; see the module's docstring for when it holds.
 
-    batches: the whole test set, each batch a tensor [B, ...], or of a model with several inputs a tuple of its
-    arguments or a dictionary of them. Of several outputs the one called ``logits``, or else the first real one, is
-    judged and kept as evidence; the others are compared beside it (``outputs``) and may be no further off. labels:
-    targets of each batch, or one tensor [N, ...]; without them the task metric is null. task: what was learned
-    (default: classification, labels int64 [N]); it says how outputs are compared and measured. model: the trained
-    model, to say how far file and reference are from it. latency_runs: 0 leaves latency out. recipe: its text, for a
-    hash. write: put ``certificate.json`` and ``evidence.safetensors`` beside the file. require_integer: a layer that
-    computes in floats is a failure, not a warning. integer_time: measure the share of the time that integer kernels
-    take. evaluations: of the reference with its floats moved, see `roundoff`; fewer find less of it and judge more
-    strictly.
+    batches: the whole test set, each batch a tensor [B, ...], or a tuple or dictionary of several arguments. Of several
+    outputs the one called ``logits``, or else the first real one, is judged; the others may be no further off. labels:
+    targets of each batch, or one tensor [N, ...]; without them the metric is null. task: what was learned (default:
+    classification). model: the trained model, to say how far file and reference are from it. latency_runs: 0 leaves
+    latency out. recipe: its text, for a hash. write: put ``certificate.json`` and ``evidence.safetensors`` beside the
+    file. require_integer: layers in floats are a failure. integer_time: measure integer kernels' share of the time.
     """
-    learned = build(task)
-    inputs = Samples(exported.reference, batches)
+    learned, proto, inputs = build(task), _checked(exported), Samples(exported.reference, batches)
     truth = _labels(labels, len(inputs))
-    proto = inspect_file.load(exported.path)
-    onnx.checker.check_model(proto, full_check=True)
     output, name = judged(exported.reference)
     reference = parity.reference_outputs(exported.reference, inputs.batches, output)
     measured = _outputs(exported.path, inputs, output)
-    found = kernels(exported.path)
     trained = None if model is None else _in_eval(model, batches, output)
-    evidence = _evidence(inputs, reference, truth).capped(evidence_bytes)
+    found = kernels(exported.path)
     certificate: dict[str, Any] = {
         "schema": SCHEMA,
         "holds": True,
@@ -113,17 +105,21 @@ def certify(
         "metric": _metric(reference, measured, truth, trained, learned),
         "latency": _latency(exported.path, latency_runs, threads),
     }
-    if not learned.plain:
-        certificate["task"] = learned.described()
+    certificate |= {} if learned.plain else {"task": learned.described()}
     if exported.c is not None:
         certificate["c"] = c_model.section(exported.c, inputs.joined()[0].numpy(), measured["optimized"], reference)
     certificate["failures"] = _failures(certificate, reference, measured["optimized"], truth, learned)
-    certificate["failures"] += others.failures(certificate["outputs"])
     _judge_floats(certificate, exported.profile, require_integer)
     certificate["holds"] = not certificate["failures"]
     if write:
-        _store(exported.path, certificate, evidence, output, learned)
+        _store(exported.path, certificate, _evidence(inputs, reference, truth).capped(evidence_bytes), output, learned)
     return certificate
+
+
+def _checked(exported: Exported) -> onnx.ModelProto:
+    proto = inspect_file.load(exported.path)
+    onnx.checker.check_model(proto, full_check=True)
+    return proto
 
 
 def _judge_floats(certificate: dict[str, Any], profile: str, required: bool) -> None:
@@ -149,7 +145,8 @@ def _failures(
         reasons += judging.metric_failure(reference, found, truth, slack, task)
     if reasons:
         reasons += judging.saturation(certificate["kernels"]["can_saturate"], both["optimized"])
-    return reasons + (c_model.failures(certificate["c"]) if "c" in certificate else [])
+    reasons += c_model.failures(certificate["c"]) if "c" in certificate else []
+    return reasons + others.failures(certificate["outputs"])
 
 
 def _labels(labels: Sequence[Tensor] | Tensor | None, samples: int) -> NDArray[Any] | None:
