@@ -13,7 +13,10 @@ from flatcompress.data import augment as augmentation
 from flatcompress.data.arrays import arrays
 from flatcompress.data.bundle import DataBundle, ImageSet, Part
 from flatcompress.data.corruptions import corrupted_parts
+from flatcompress.data.embedded.gauges import drawn_gauges
 from flatcompress.data.embedded.rotated_digits import rotated_digits
+from flatcompress.data.embedded.scenes import drawn_scenes
+from flatcompress.data.embedded.signals import drawn_heartbeats, drawn_machines
 from flatcompress.data.embedded.styled_shapes import styled_shapes
 from flatcompress.data.images.cifar_mnist import cifar10, mnist
 from flatcompress.data.images.folders import domains, folder
@@ -29,6 +32,10 @@ DATASETS.add("rotated-digits", rotated_digits, "1,797 real digits under six rota
 DATASETS.add(
     "styled-shapes", styled_shapes, "12 drawn shapes in four styles, one held out; embedded, any size and count"
 )
+DATASETS.add("drawn-gauges", drawn_gauges, "drawn dials with their readings, for regression; embedded")
+DATASETS.add("drawn-scenes", drawn_scenes, "drawn shapes with their masks, for segmentation; embedded")
+DATASETS.add("drawn-heartbeats", drawn_heartbeats, "synthesised heartbeats [2, 128], three kinds of beat; embedded")
+DATASETS.add("drawn-machines", drawn_machines, "spectra [64] of a synthesised machine, for reconstruction; embedded")
 DATASETS.add("folder", folder, "your images: PATH/CLASS/image, or PATH/train and PATH/val")
 DATASETS.add("domains", domains, "your images in domains: PATH/DOMAIN/CLASS/image, one domain held out")
 DATASETS.add("arrays", arrays, "an .npz file: x [N, C, H, W] and y [N], normalised already")

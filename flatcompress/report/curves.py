@@ -26,14 +26,23 @@ def training(run: Run) -> list[Markup]:
         return [number(e.get(key)) for e in epochs]
 
     charts = [
-        line_chart("Accuracy", axis, [Series("train", 6, values("accuracy"), "dashed"),
-                                      Series("validation", 1, values("val_accuracy"))], unit="share"),
+        _metric(axis, epochs),
         line_chart("Loss", axis, [Series("train", 1, values("loss"))], zero=True),
         line_chart("Sharpness while training", axis, [Series("loss rise", 3, values("gap"))], zero=True,
                    note="loss at the perturbed point − loss"),
         line_chart("Learning rate", axis, [Series("lr", 4, values("lr"))], zero=True),
     ]  # fmt: skip
     return [c for c in charts if c]
+
+
+def _metric(axis: Axis, epochs: list[dict[str, Any]]) -> Markup:
+    """What selects the epoch: accuracy, or another task's metric under its name."""
+    told = next((e for e in epochs if e.get("metric")), None)
+    title = "Accuracy" if told is None else text(told["metric"], 24).replace("_", " ").capitalize()
+    keys = ("accuracy", "val_accuracy") if told is None else ("score", "val_score")
+    train, validation = ([number(e.get(key)) for e in epochs] for key in keys)
+    lines = [Series("train", 6, train, "dashed"), Series("validation", 1, validation)]
+    return line_chart(title, axis, lines, unit="share" if told is None or told.get("share") is True else "number")
 
 
 def _epoch_axis(logs: list[StageLog]) -> tuple[Axis, list[dict[str, Any]]]:

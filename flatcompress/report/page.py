@@ -134,22 +134,17 @@ def tiles(run: Run) -> list[dict[str, str]]:
     first, last = run.rows[0], run.rows[-1]
     exported = last.get("stage") == "export"
     found = [_tile("File size" if exported else "Weights", size(last.get("bytes")), _smaller(run))]
-    for key, title, _ in tables.ACCURACIES:
-        value = tables.lookup(last, f"accuracy.{key}")
-        if value is None:
+    for column in tables.columns_of(run.rows):
+        value = tables.lookup(last, column.key)
+        if value is None or not column.better or not column.key.startswith(("accuracy.", "metrics.")):
             continue
-        now, then = number(value), number(tables.lookup(first, f"accuracy.{key}"))
+        now, then = number(value), number(tables.lookup(first, column.key))
         change = now - then if now is not None and then is not None and last is not first else None
-        tone = "" if change is None or abs(change) < 5e-4 else "good" if change > 0 else "bad"
-        since = text(first.get("stage"), 24)
-        found.append(
-            _tile(
-                f"{title} accuracy",
-                percent(value),
-                f"{points(change)} since {since}" if change is not None else "",
-                tone,
-            )
-        )
+        tone = "" if change is None or abs(change) < 5e-4 else "good" if change * column.better > 0 else "bad"
+        title = f"{column.title} accuracy" if column.key.startswith("accuracy.") else column.title
+        shown = points(change) if column.change == "points" else f"{change or 0:+.3g}"
+        since = f"{shown} since {text(first.get('stage'), 24)}" if change is not None else ""
+        found.append(_tile(title, column.show(value), since, tone))
     if number(last.get("latency_ms")) is not None:
         found.append(_tile("Latency", milliseconds(last["latency_ms"]), _faster(run) if exported else ""))
     return found

@@ -27,6 +27,8 @@ def checks(certificate: dict[str, Any]) -> list[dict[str, Any]]:
     for key, words in (("optimized", "optimizations on"), ("unoptimized", "optimizations off")):
         part = mapping(both.get(key))
         same, steps = number(part.get("equal_argmax")), number(part.get("largest_error_steps"))
+        if same is None and steps is not None:
+            found.append((f"No output further than {significant(steps)} output steps", f"from the reference, {words}"))
         if same is not None:
             samples = number(part.get("samples"))
             of = f"{samples:,.0f} samples" if samples is not None else "samples"
@@ -43,8 +45,10 @@ def checks(certificate: dict[str, Any]) -> list[dict[str, Any]]:
         found.append((f"{inner:.0f} of {layers:.0f} layers run as integer kernels", f"not: {names}" if names else ""))
     change = number(metric.get("difference"))
     if change is not None:
-        title = f"{text(metric.get('name'), 40).capitalize()} differs by {points(change)} from the reference"
-        found.append((title, f"{percent(metric.get('onnxruntime'), 2)} through onnxruntime"))
+        in_percent = metric.get("share", True) is True
+        by, value = (points(change) if in_percent else f"{change:+.3g}"), metric.get("onnxruntime")
+        title = f"{text(metric.get('name'), 40).replace('_', ' ').capitalize()} differs by {by} from the reference"
+        found.append((title, f"{percent(value, 2) if in_percent else significant(value)} through onnxruntime"))
     holds = True if certificate.get("holds") is True else None
     return [{"name": name, "holds": holds, "details": details} for name, details in found]
 

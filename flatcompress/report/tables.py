@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +52,24 @@ COLUMNS = (
 )
 
 
-def lookup(row: dict[str, Any], key: str) -> Any:
+def columns_of(rows: Sequence[Mapping[str, Any]]) -> list[Column]:
+    """`COLUMNS`, with the metrics of a task that has more to tell than accuracy: all parts of the one that selects."""
+    told = next((row for row in rows if mapping(row.get("metric"))), None)
+    if told is None:
+        return list(COLUMNS)
+    chosen, found = mapping(told["metric"]), []
+    for name in list(mapping(told.get("metrics")))[:8]:
+        selects = name == chosen.get("name")
+        share = bool(chosen.get("share")) if selects else False
+        for key, title, _ in ACCURACIES if selects else ACCURACIES[:1]:
+            shown = f"{text(name, 24).replace('_', ' ')} {title.lower()}"
+            better = (1 if chosen.get("higher") else -1) if selects else 0
+            change = "points" if share else "factor"
+            found.append(Column(f"metrics.{name}.{key}", shown, percent if share else significant, change, better))
+    return [*found, *(column for column in COLUMNS if not column.key.startswith("accuracy."))]
+
+
+def lookup(row: Mapping[str, Any], key: str) -> Any:
     """``row["a"]["b"]`` of "a.b"; None where there is nothing."""
     value: Any = row
     for part in key.split("."):
@@ -62,7 +79,7 @@ def lookup(row: dict[str, Any], key: str) -> Any:
 
 def ledger(run: Run) -> dict[str, Any]:
     """Header and rows of the ledger; each cell has a text, the change since the row before, and how good that is."""
-    columns = [c for c in COLUMNS if any(lookup(r, c.key) is not None for r in run.rows)]
+    columns = [c for c in columns_of(run.rows) if any(lookup(r, c.key) is not None for r in run.rows)]
     rows = []
     latencies = _float_latencies(run)
     for i, row in enumerate(run.rows):
@@ -115,20 +132,28 @@ def by_stage(run: Run) -> dict[str, Any]:
     if not rows:
         return {"accuracy": "", "bars": []}
     names = [text(r.get("stage"), 24) for r in rows]
+    chosen = mapping(rows[-1].get("metric"))
+    metric = f"metrics.{chosen['name']}" if chosen.get("name") else "accuracy"
     axis = Axis(
         [float(i) for i in range(len(rows))],
         [f"{n} · {text(r.get('method'), 24)}" if r.get("method") else n for n, r in zip(names, rows)],
         ticks=[(float(i), n) for i, n in enumerate(names)],
         pad=0.35,
     )
-    lines = [Series(t, c, [number(lookup(r, f"accuracy.{k}")) for r in rows]) for k, t, c in ACCURACIES]
+    lines = [Series(t, c, [number(lookup(r, f"{metric}.{k}")) for r in rows]) for k, t, c in ACCURACIES]
     largest = max((number(r.get("bytes")) or 0 for r in rows), default=0)
     bars = [
         {"name": n, "text": size(r.get("bytes")), "width": width_of(number(r.get("bytes")), largest)}
         for n, r in zip(names, rows)
     ]
     return {
-        "accuracy": line_chart("Accuracy by stage", axis, lines, unit="share", dots=True),
+        "accuracy": line_chart(
+            f"{text(chosen.get('name') or 'accuracy', 24).replace('_', ' ').capitalize()} by stage",
+            axis,
+            lines,
+            unit="share" if chosen.get("share", True) else "number",
+            dots=True,
+        ),
         "bars": bars if largest else [],
     }
 
@@ -191,15 +216,23 @@ def corruptions(run: Run) -> dict[str, Any]:
     if not having:
         return {"rows": []}
     first, last = _by_kind(having[0]), _by_kind(having[-1])
+    chosen = mapping(having[-1].get("metric"))
+    share, better = chosen.get("share", True) is True, 1 if chosen.get("higher", True) is True else -1
+
+    def show(value: float | None) -> str:
+        return percent(value, 0) if share else significant(value)
+
     severities = sorted({s for kind in last.values() for s in kind}, key=_severity_key)[:10]
     rows = []
     for kind in list(last)[:60]:
         now, then = mean(last[kind].values()), mean(first.get(kind, {}).values())
         change = now - then if len(having) > 1 and now is not None and then is not None else None
-        cells = [{"text": percent(v, 0), "level": _level(v)} for v in (last[kind].get(s) for s in severities)]
-        tone = "" if change is None or abs(change) < 5e-4 else "good" if change > 0 else "bad"
-        rows.append({"kind": text(kind, 40), "cells": cells, "mean": percent(now), "before": percent(then),
-                     "change": points(change), "tone": tone})  # fmt: skip
+        cells = [{"text": show(v), "level": _level(v) if share else 0} for v in map(last[kind].get, severities)]
+        tone = "" if change is None or abs(change) < 5e-4 else "good" if change * better > 0 else "bad"
+        whole = percent if share else significant
+        by = points(change) if share else "" if change is None else f"{change:+.3g}"
+        rows.append({"kind": text(kind, 40), "cells": cells, "mean": whole(now), "before": whole(then), "change": by,
+                     "tone": tone})  # fmt: skip
     names = [text(having[i].get("stage"), 24) for i in (0, -1)]
     return {"rows": rows, "severities": [text(s, 8) for s in severities], "first": names[0], "last": names[1],
             "compared": len(having) > 1}  # fmt: skip

@@ -19,13 +19,13 @@ from rich.table import Table
 from rich.text import Text
 
 from flatcompress.report.numbers import duration, mapping, number, percent, significant, size, text
-from flatcompress.report.tables import ACCURACIES, COLUMNS, lookup
+from flatcompress.report.tables import columns_of, lookup
 
 
 def ledger_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """The ledger as a rich table: a row per stage, columns that nobody measured left out, a dash for a null."""
     plain = [dict(row) for row in rows]
-    columns = [c for c in COLUMNS if c.key != "passes" and any(lookup(r, c.key) is not None for r in plain)]
+    columns = [c for c in columns_of(plain) if c.key != "passes" and any(lookup(r, c.key) is not None for r in plain)]
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
     table.add_column("stage", no_wrap=True)
     table.add_column("method", style="dim", overflow="ellipsis")
@@ -141,8 +141,8 @@ class Progress:
     def _on_row(self, event: Mapping[str, Any]) -> None:
         row = mapping(event.get("row"))
         name = text(event.get("stage"), 40) or text(row.get("stage"), 40)
-        shares = [(title.lower(), lookup(row, f"accuracy.{key}")) for key, title, _ in ACCURACIES]
-        parts = [f"{title} {percent(value)}" for title, value in shares if value is not None]
+        columns = [c for c in columns_of([row]) if c.key.startswith(("accuracy.", "metrics."))]
+        parts = [f"{c.title.lower()} {c.show(lookup(row, c.key))}" for c in columns if lookup(row, c.key) is not None]
         parts += [size(row["bytes"])] if row.get("bytes") is not None else []
         parts += [duration(row["seconds"])] if row.get("seconds") is not None else []
         self._stage, self._epoch = {}, {}
@@ -176,4 +176,7 @@ class Progress:
 def _measures(epoch: Mapping[str, Any]) -> str:
     parts = [f"loss {significant(epoch['loss'])}"] if epoch.get("loss") is not None else []
     parts += [f"val {percent(epoch['val_accuracy'])}"] if epoch.get("val_accuracy") is not None else []
+    if number(epoch.get("val_score")) is not None:
+        shown = percent if epoch.get("share") is True else significant
+        parts.append(f"val {text(epoch.get('metric'), 24)} {shown(epoch['val_score'])}")
     return " · ".join(parts)
