@@ -1,7 +1,7 @@
 """Drawn scenes with their masks: discs and boxes on a textured ground, one class a pixel.
 
-A stand-in for segmentation, made where it is used. Classes: ground, disc, box. The unseen domain has other colours:
-shapes darker than the ground instead of brighter. The outermost pixels of every shape are 255 in the masks, as in
+A stand-in for segmentation, made where it is used. Classes: ground, disc, box. The unseen domain has less
+contrast: a brighter ground. The outermost pixels of every shape are 255 in the masks, as in
 Pascal VOC: name them as the task's ``ignore_index``.
 """
 
@@ -26,7 +26,7 @@ def drawn_scenes(
     """Scenes of ``size`` pixels; the counts are images, and the unseen domain has ``test_count``."""
     if not 16 <= size <= 256 or size % 4:
         raise UserError(f"drawn-scenes: size must be a multiple of 4 between 16 and 256, found {size}")
-    counts = {"train": train_count, "val": val_count, "test": test_count, "night": test_count}
+    counts = {"train": train_count, "val": val_count, "test": test_count, "haze": test_count}
     for name, count in counts.items():
         if not 8 <= count <= 1_000_000:
             raise UserError(f"drawn-scenes: {name}_count must be between 8 and 1,000,000, found {count}")
@@ -36,18 +36,18 @@ def drawn_scenes(
         parts["train"],
         parts["val"],
         parts["test"],
-        parts["night"],
-        ("day", "night"),
-        "night",
+        parts["haze"],
+        ("clear", "haze"),
+        "haze",
         task="segmentation",
     )
 
 
 def _part(seed: int, name: str, count: int, size: int) -> Part:
     rng = generator(seed, "scenes", name)
-    images, masks = _drawn(count, size, rng, dark=name == "night")
+    images, masks = _drawn(count, size, rng, dark=name == "haze")
     zeros = torch.zeros(count, dtype=torch.int64)
-    return Part(MemoryPixels(images), torch.arange(count), zeros, zeros + (name == "night"), torch.arange(count), masks)
+    return Part(MemoryPixels(images), torch.arange(count), zeros, zeros + (name == "haze"), torch.arange(count), masks)
 
 
 def _drawn(n: int, size: int, rng: torch.Generator, dark: bool) -> tuple[Tensor, Tensor]:
@@ -56,14 +56,14 @@ def _drawn(n: int, size: int, rng: torch.Generator, dark: bool) -> tuple[Tensor,
     y, x = axis.view(1, -1, 1), axis.view(1, 1, -1)
     texture = torch.rand(n, 3, size // 4, size // 4, generator=rng)
     picture = torch.nn.functional.interpolate(texture, scale_factor=4, mode="bilinear", align_corners=False)
-    picture = (0.6 if dark else 0.15) + 0.25 * picture
+    picture = (0.3 if dark else 0.15) + 0.25 * picture
     mask = torch.zeros(n, size, size, dtype=torch.uint8)
     for _ in range(_SHAPES):
         kind = torch.rand(n, 1, 1, generator=rng) < 0.5
         middle, reach = torch.rand(n, 2, 1, 1, generator=rng), 0.1 + 0.12 * torch.rand(n, 1, 1, generator=rng)
         dx, dy = (x - middle[:, 0]).abs(), (y - middle[:, 1]).abs()
         inside = torch.where(kind, reach - (dx**2 + dy**2).sqrt(), reach - torch.maximum(dx, dy))
-        colour = (0.05 if dark else 0.6) + 0.35 * torch.rand(n, 3, 1, 1, generator=rng)
+        colour = (0.65 if dark else 0.6) + 0.35 * torch.rand(n, 3, 1, 1, generator=rng)
         picture = torch.where((inside > 0)[:, None], colour, picture)
         code = torch.where(kind, 1, 2).to(torch.uint8).expand(n, size, size)
         mask = torch.where(inside > 0, code, mask)

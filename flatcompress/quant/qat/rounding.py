@@ -115,9 +115,10 @@ class BiasRounding(nn.Module):
         """rounded - exact folded bias, [C]: computed in double precision, as the writer does."""
         layer, norm, quantizer = self._parts
         spec = layer.weight_spec()
-        rows = layer.weight.shape[0]
-        scale = spec.scale.double().expand(rows)
-        bias = torch.zeros(rows, device=scale.device).double() if layer.bias is None else layer.bias.double()
+        scale = spec.scale.double().expand(layer.weight.shape[layer.axis])
+        if layer.axis == 1:  # of a transposed convolution, whose groups share their scales
+            scale = scale.repeat(getattr(layer, "groups", 1))
+        bias = torch.zeros(len(scale), device=scale.device).double() if layer.bias is None else layer.bias.double()
         if isinstance(norm, _NORMS):
             assert norm.running_mean is not None and norm.running_var is not None
             gain = torch.rsqrt(norm.running_var.double() + norm.eps)
