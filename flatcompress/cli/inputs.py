@@ -18,3 +18,17 @@ def shape_of(text: str | None) -> tuple[int, int, int] | None:
         raise UserError(f"--input-shape {text!r}: three numbers, channels, height and width, for example 3,224,224.")
     channels, height, width = (int(side) for side in sides)
     return channels, height, width
+
+
+def numbers_of(option: str, text: str | None) -> list[float] | None:
+    """``0.5,0.5,0.5`` as numbers. UserError for anything else.
+
+    >>> numbers_of("--mean", "0.5,0.25")
+    [0.5, 0.25]
+    """
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"{option} {text!r}: one number a channel, for example 0.485,0.456,0.406.") from None

@@ -33,15 +33,18 @@ def arrays(seed: int, *, path: Any = None, test_fraction: float = _TEST, val_fra
         for part in ("train", "val", "test"):
             if f"x_{part}" in found:
                 parts[part] = as_inputs(found[f"x_{part}"], path), as_labels(found, f"y_{part}", path)
-        return bundle(parts)
+        return bundle(parts, learnable=False)
     x, y = as_inputs(first(found, INPUTS, "inputs", path), path), labels_of(found, path)
     if y is None:
         raise UserError(f"{path}: no labels ({', '.join(LABELS)}); `flatcompress compress` can do without them.")
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
-    cuts = [round(len(x) * test_fraction), round(len(x) * (test_fraction + val_fraction))]
+    test, val = (max(1, round(len(x) * share)) for share in (test_fraction, val_fraction))
+    if len(x) <= test + val:
+        raise UserError(f"{path}: {len(x)} samples are too few for three parts ({test} for the test, {val} to select).")
+    cuts = [test, test + val]
     for part, chosen in zip(("test", "val", "train"), order.tensor_split(cuts)):
         parts[part] = x[chosen], y[chosen]
-    return bundle(parts)
+    return bundle(parts, learnable=False)
 
 
 def read(path: Path) -> dict[str, np.ndarray]:

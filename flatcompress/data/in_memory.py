@@ -238,14 +238,15 @@ def _plain(label: Any) -> Any:
     return label.tolist() if isinstance(label, Tensor | np.ndarray | np.generic) else label
 
 
-def bundle(data: Mapping[str, Any] | DataBundle, task: Any = None) -> DataBundle:
+def bundle(data: Mapping[str, Any] | DataBundle, task: Any = None, *, learnable: bool = True) -> DataBundle:
     """A `DataBundle` from a mapping: ``train`` and ``test``, perhaps ``val``, ``held_out``, ``corrupted``, ``classes``.
 
     Each part is ``(images, labels)``, a map-style dataset (of tensors, arrays or PIL images) or a DataLoader over one;
     ``corrupted`` maps names to parts. ``task``: name, mapping or `Task` (default: classification, whose labels are
     class numbers); it says what a target is. Without ``val`` a tenth of the training part is set
     aside. ``mean`` and ``std`` only describe the preprocessing for the exported file. UserError names the part that is
-    wrong, and the task that targets of another kind belong to.
+    wrong, and the task that targets of another kind belong to. ``learnable``: whether a class that the training part
+    has no sample of is refused, or a note (what is only calibrated on need not show every class).
     """
     if isinstance(data, DataBundle):
         return data if task is None else _for_task(data, build(task))
@@ -263,7 +264,9 @@ def bundle(data: Mapping[str, Any] | DataBundle, task: Any = None) -> DataBundle
     _check_shapes({**given, **corrupted}, chosen)
     train, test, held_out = given["train"], given["test"], given.get("held_out")
     classes = _names(data.get("classes"), [*given.values(), *corrupted.values()], chosen)
-    _check_learnable(given, classes, chosen)
+    unseen = _unlearnable(given, classes, chosen)
+    if unseen and learnable:
+        raise UserError(unseen[0])
     fitted = chosen.fit(train.targets, classes)
     val = given.get("val")
     if val is None:
@@ -286,6 +289,7 @@ def bundle(data: Mapping[str, Any] | DataBundle, task: Any = None) -> DataBundle
         corrupted=corrupted,  # type: ignore[arg-type]
         held_out_domain="held_out" if held_out is not None else None,
         task=fitted,
+        notes=tuple(unseen),
     )
 
 
@@ -339,13 +343,16 @@ def _names(named: Any, parts: Sequence[OwnSet], task: Task) -> tuple[str, ...]:
     return classes
 
 
-def _check_learnable(given: Mapping[str, OwnSet], classes: Sequence[str], task: Task) -> None:
+def _unlearnable(given: Mapping[str, OwnSet], classes: Sequence[str], task: Task) -> list[str]:
+    """A sentence per part with classes that the training part does not show."""
     known = _occurring(given["train"], task)
+    said = []
     for name, part in given.items():
         unseen = sorted(_occurring(part, task) - known)
         if unseen:
             named = ", ".join(classes[label] for label in unseen[:5])
-            raise UserError(f"data[{name!r}] has samples of {named}, of which data['train'] has none to learn from.")
+            said.append(f"data[{name!r}] has samples of {named}, of which data['train'] has none to learn from.")
+    return said
 
 
 def _occurring(part: OwnSet, task: Task) -> set[int]:

@@ -49,6 +49,11 @@ class StageKeys(BaseModel):
         return ""
 
     @property
+    def measures_sharpness(self) -> bool:
+        """Whether the ledger's row says how flat the minimum is."""
+        return True
+
+    @property
     def epochs_planned(self) -> int | None:
         """Epochs that the stage trains for; None when it does not train."""
         return None

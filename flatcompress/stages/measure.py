@@ -21,7 +21,9 @@ SHARPNESS_SAMPLES = 256
 SHARPNESS_RHO = 0.05
 
 
-def measure(run: RunContext, stage: str, method: str, seconds: float, passes: int) -> dict[str, Any]:
+def measure(
+    run: RunContext, stage: str, method: str, seconds: float, passes: int, flatness: bool = True
+) -> dict[str, Any]:
     """A ledger row for ``run`` as it is now: accuracy, sharpness, size and cost. What was not measured is None."""
     twin = float_twin(run)
     costs: dict[str, int] = reported(
@@ -31,7 +33,7 @@ def measure(run: RunContext, stage: str, method: str, seconds: float, passes: in
         "stage": stage,
         "method": method,
         **scores(run, lambda dataset, task: evaluate(run.model, dataset, task, run.device)),  # type: ignore[arg-type]
-        "sharpness": _measured_sharpness(run),
+        "sharpness": _measured_sharpness(run) if flatness else None,
         "params": sum(p.numel() for p in twin.parameters()),
         "nonzero": nonzero(run.model),
         "macs": sum(costs.values()) if costs else None,
@@ -41,7 +43,7 @@ def measure(run: RunContext, stage: str, method: str, seconds: float, passes: in
         "latency_ms": None,
     }
     with run.timed("sharpness of each layer"):
-        rows = reported("the table of layers could not be made", lambda: layer_rows(run, costs), None)
+        rows = reported("the table of layers could not be made", lambda: layer_rows(run, costs, flatness), None)
     if rows is not None:
         run.emit("layers", layers=rows)
     return row
@@ -152,11 +154,13 @@ def weight_bytes(model: nn.Module) -> int:
     return math.ceil(bits / 8) + 4 * rest
 
 
-def layer_rows(run: RunContext, costs: dict[str, int]) -> list[dict[str, Any]]:
-    """What the report shows per layer: channels, bits, bytes, sparsity, cost and flatness."""
+def layer_rows(run: RunContext, costs: dict[str, int], measured: bool = True) -> list[dict[str, Any]]:
+    """What the report shows per layer: channels, bits, bytes, sparsity, cost and, where ``measured``, flatness."""
     original = dict(run.build().named_modules())
-    flatness: dict[str, float] = reported(
-        "the sharpness of each layer could not be measured", lambda: layer_sharpness(run), {}
+    flatness: dict[str, float] = (
+        reported("the sharpness of each layer could not be measured", lambda: layer_sharpness(run), {})
+        if measured
+        else {}
     )
     inputs = activation_bits(run.model)
     rows = []

@@ -113,6 +113,9 @@ class QuantizeConfig(TrainingKeys):
     flatness_map: bool = Field(
         True, description="log how far each layer may move (Hessian trace) against how far its grid moves it"
     )
+    sharpness: bool | None = Field(
+        None, description="measure how flat the minimum is, as a whole and by layer (default: after training)"
+    )
     start: Literal["lsq", "post_training"] | None = Field(
         None, description="where scales and weights begin: LSQ's start, or post-training (default: with epochs 0)"
     )
@@ -131,6 +134,11 @@ class QuantizeConfig(TrainingKeys):
     @property
     def label(self) -> str:
         return self.method if self.epochs else "post-training"
+
+    @property
+    def measures_sharpness(self) -> bool:
+        """Whether the ledger's row has sharpness: many passes, which would take most of a run that does not train."""
+        return bool(self.epochs) if self.sharpness is None else self.sharpness
 
     @property
     def row(self) -> QatMethod:

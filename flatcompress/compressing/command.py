@@ -1,0 +1,109 @@
+"""One call from a trained network to a verified file: it writes a recipe and runs it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flatcompress.compressing.inputs import Inputs
+from flatcompress.compressing.options import stages
+from flatcompress.errors import UserError
+from flatcompress.pipeline import Pipeline, Result
+from flatcompress.training.batches import evaluate
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """What `compress` made. ``rows``: before and after; ``notes``: what was decided; ``recipe``: repeats it."""
+
+    folder: Path
+    onnx: Path
+    recipe: Path
+    report: Path | None
+    certificate: dict[str, Any]
+    rows: list[dict[str, Any]]
+    notes: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        paths = {k: None if (p := getattr(self, k)) is None else str(p) for k in ("folder", "onnx", "recipe", "report")}
+        return {**paths, "holds": self.certificate["holds"], "rows": self.rows, "notes": self.notes}
+
+
+def compress(
+    model: str,
+    data: str | Path | None = None,
+    out: str | Path | None = None,
+    *,
+    bits: str = "8",
+    keep: float | None = None,
+    max_drop: float | None = None,
+    epochs: int = 0,
+    budget: str | None = None,
+    weights: str | None = None,
+    pretrained: bool = False,
+    classes: int | None = None,
+    input_shape: tuple[int, int, int] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    seed: int = 0,
+    display: Callable[[dict[str, Any]], None] | None = None,
+) -> Compressed:
+    """Quantize ``model`` without training (``epochs`` 0) or with it, and write a verified file.
+
+    model: as in a recipe (built-in, ``timm:NAME``, ``torchvision:NAME``, ``transformers:TYPE``, ``onnx:FILE``,
+    ``package.module:factory``), or an ``.onnx`` file. data: a folder of images (class folders are labels where there
+    are as many as classes), an ``.npz`` with labels or without, an ``.npy``, or nothing. Without labels the float
+    network's own classes take their place, so that accuracy reads as agreement with it. bits: a key of `BITS`, or
+    ``auto``: by sensitivity, 4 a weight on average or within ``budget``. budget: bytes of the weights (``500kB``), or
+    with ``epochs`` milliseconds (``3ms``), met by cutting channels. keep: share of the channels, with ``epochs``.
+    max_drop: points of validation accuracy, without. pretrained: the library's own weights (a download). mean, std: of
+    the images, on pixels in 0..1. UserError before anything runs; a certificate that does not hold is in the result.
+    """
+    todo = stages(bits, keep, max_drop, epochs, budget)
+    section, notes = _section(model, weights, pretrained)
+    folder = Path(out) if out is not None else Path("runs") / (re.sub(r"\W+", "-", Path(model).stem).strip("-") or "x")
+    inputs = Inputs(
+        section, folder.with_name(f"{folder.name}-inputs.npz"), classes, input_shape, mean, std, seed, notes
+    )
+    source = inputs.read(Path(data).expanduser() if data is not None else None)
+    pipeline = Pipeline(section, {**source, "batch_size": 32}, todo, name=folder.name, output_dir=str(folder.parent),
+                        seed=seed)  # fmt: skip
+    result = pipeline.run(folder, restart=True, display=display)
+    assert result.onnx is not None and result.certificate is not None
+    return Compressed(folder, result.onnx, folder / "recipe.yaml", result.report, result.certificate,
+                      _rows(pipeline, result), notes)  # fmt: skip
+
+
+def _section(model: str, weights: str | None, pretrained: bool) -> tuple[dict[str, Any], list[str]]:
+    """The recipe's ``model`` section, and a note where nothing says that the weights are trained."""
+    name = f"onnx:{model}" if model.lower().endswith(".onnx") and not model.startswith("onnx:") else model
+    source = name.partition(":")[0] if ":" in name else "built-in"
+    section: dict[str, Any] = {"name": name, **({"weights": weights} if weights else {})}
+    if pretrained:
+        if source not in ("timm", "torchvision"):
+            raise UserError("pretrained: timm and torchvision have weights of their own to fetch; give weights: FILE.")
+        section["pretrained"] = True
+    fetched = weights or pretrained or (source == "transformers" and Path(name.partition(":")[2]).expanduser().is_dir())
+    if source in ("built-in", "timm", "torchvision", "transformers") and not fetched:
+        return section, [f"{model} has random weights: size and time are real, accuracy says nothing. Give --weights "
+                         "FILE, or --pretrained for timm and torchvision."]  # fmt: skip
+    return section, []
+
+
+def _rows(pipeline: Pipeline, result: Result) -> list[dict[str, Any]]:
+    """Before and after: accuracy on the test split, bytes of the file, median milliseconds, layers on integers."""
+    bundle = pipeline.load_data()
+    accuracy = evaluate(pipeline.builder(bundle)().eval(), bundle.test, bundle.task)["accuracy"]
+    certificate = result.certificate or {}
+    dense, kernels, last = certificate.get("float") or {}, certificate.get("kernels") or {}, result.ledger[-1]
+    timed = dense.get("latency") or {}
+    before = {"network": "float", "accuracy": accuracy, "bytes": dense.get("bytes"), "ms": timed.get("median_ms"),
+              "layers on integers": "0"}  # fmt: skip
+    integer = f"{kernels.get('integer_layers')} of {kernels.get('layers')}"
+    after = {"network": "compressed", "accuracy": last["accuracy"]["test"], "bytes": last["bytes"],
+             "ms": last["latency_ms"], "layers on integers": integer}  # fmt: skip
+    return [before, after]
