@@ -14,7 +14,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from flatcompress import __version__
+from flatcompress import __version__, environment
 from flatcompress.errors import Interrupted, RunError, UserError, unknown
 
 app = typer.Typer(
@@ -307,6 +307,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 
 def _guarded(arguments: list[str] | None) -> int:
+    environment.keep_freed_memory()
     try:
         code = app(args=arguments, standalone_mode=False)
         return code if isinstance(code, int) else 0

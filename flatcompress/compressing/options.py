@@ -9,6 +9,7 @@ from flatcompress.errors import UserError, unknown
 
 BITS = {"8": (8, 8), "w8a8": (8, 8), "6": (6, 8), "w6a8": (6, 8), "w4a8": (4, 8), "4": (4, 4), "w4a4": (4, 4)}
 _UNITS = {"b": 1, "kb": 1_000, "mb": 1_000_000}
+_START = {"quantizer": "lsq+", "calibration_samples": 128}
 _MEAN_BITS = 4.0  # of bits auto without a budget
 
 
@@ -27,7 +28,7 @@ def stages(
     size, milliseconds = (None, None) if budget is None else _budget(budget)
     _check(keep, max_drop, epochs, milliseconds)
     # without training signed activations gain from a zero point, which lsq+ has
-    quantize: dict[str, Any] = {"epochs": epochs, **({"method": "lsq_sam"} if epochs else {"quantizer": "lsq+"})}
+    quantize: dict[str, Any] = {"epochs": epochs, **({"method": "lsq_sam"} if epochs else _START)}
     if kind == "auto" or size is not None:
         quantize |= {"bits": "auto", "weight_bits": 8 if kind == "auto" else BITS[kind][0]}
         quantize |= {"activation_bits": 8 if kind == "auto" else BITS[kind][1]}

@@ -22,13 +22,15 @@ TABLES = {  # key of the stage -> the table that its value is a row of
 }
 
 
-def quantize(run: RunContext, weight_bits: int, settings: dict[str, Any], max_drop: float | None) -> None:
+def quantize(
+    run: RunContext, images: list[Tensor], weight_bits: int, settings: dict[str, Any], max_drop: float | None
+) -> None:
     """Quantize without training; a limit on the drop is measured on the validation split.
 
     It is in points of a share, in its own unit of any other metric.
     """
     if max_drop is None:
-        start(run, weight_bits, settings)
+        start(run, images, weight_bits, settings)
     else:
         task = run.task
 
@@ -36,19 +38,19 @@ def quantize(run: RunContext, weight_bits: int, settings: dict[str, Any], max_dr
             value = evaluate(model, run.data.val, task, run.device)[task.selects]
             return (100 if task.metric.share else 1) * (value if task.metric.higher else -value)
 
-        done, rounds = quant.within_drop(run.model, calibration(run), points, max_drop, weight_bits, **settings)
+        done, rounds = quant.within_drop(run.model, images, points, max_drop, weight_bits, **settings)
         run.plan = run.plan + done.plan
         run.emit("post_training", **done.to_dict(), rounds=rounds)
     quant.set_bias_rounding(run.model, True)
 
 
-def start(run: RunContext, weight_bits: int, settings: dict[str, Any]) -> None:
+def start(run: RunContext, images: list[Tensor], weight_bits: int, settings: dict[str, Any]) -> None:
     """Post-training quantization of ``run.model`` in place; the plan gains the quantizers."""
-    done = quant.post_training(run.model, calibration(run), weight_bits, **settings)
+    done = quant.post_training(run.model, images, weight_bits, **settings)
     run.plan = run.plan + done.plan
     run.emit("post_training", **done.to_dict())
 
 
-def calibration(run: RunContext) -> list[Tensor]:
+def calibration(run: RunContext, samples: int) -> list[Tensor]:
     """The images that ranges are taken from."""
-    return [x for x, _ in train_batches(run, CALIBRATION_SAMPLES)]
+    return [x for x, _ in train_batches(run, samples)]

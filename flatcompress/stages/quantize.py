@@ -119,6 +119,9 @@ class QuantizeConfig(TrainingKeys):
     start: Literal["lsq", "post_training"] | None = Field(
         None, description="where scales and weights begin: LSQ's start, or post-training (default: with epochs 0)"
     )
+    calibration_samples: Annotated[int, Field(ge=1)] = Field(
+        post_training.CALIBRATION_SAMPLES, description="training samples that scales and ranges are taken from"
+    )
     scaling: str = Field("none", description="post-training: what moves between layers; `flatcompress list scalings`")
     weight_scale: str = Field("mse", description="post-training: weight scales; `flatcompress list weight-scales`")
     calibrator: str = Field("mse", description="post-training: activation ranges; `flatcompress list calibrators`")
@@ -228,7 +231,8 @@ def phases(run: RunContext, config: QuantizeConfig) -> list[Phase]:
 
 
 def _post_training(run: RunContext, config: QuantizeConfig, facts: Facts) -> None:
-    post_training.quantize(run, config.weight_bits, settings(run, config, facts["bits"]), config.max_drop)
+    images = post_training.calibration(run, config.calibration_samples)
+    post_training.quantize(run, images, config.weight_bits, settings(run, config, facts["bits"]), config.max_drop)
 
 
 def settings(run: RunContext, config: QuantizeConfig, bits: dict[str, Any] | None) -> dict[str, Any]:
@@ -255,11 +259,12 @@ def _train_float(run: RunContext, config: QuantizeConfig, facts: Facts) -> None:
 
 def _train_quantized(run: RunContext, config: QuantizeConfig, teacher: nn.Module | None, facts: Facts) -> None:
     before = copy.deepcopy(run.model) if config.flatness_map and run.resume is None else None
+    images = post_training.calibration(run, config.calibration_samples)
     if config.from_post_training and run.resume is None:
-        post_training.start(run, config.weight_bits, settings(run, config, facts["bits"]))
+        post_training.start(run, images, config.weight_bits, settings(run, config, facts["bits"]))
     else:
         run.plan = run.plan + insert(run.model, run.example(), config, facts["bits"])
-        quant.calibrate(run.model, post_training.calibration(run))
+        quant.calibrate(run.model, images)
     if before is not None:
         log_map(run, before)
     train(run, qat_job(run, config, teacher))

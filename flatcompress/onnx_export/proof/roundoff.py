@@ -23,6 +23,7 @@ from torch import Tensor, fx, nn
 
 from flatcompress.modules import weight_of
 from flatcompress.onnx_export.lower import integer
+from flatcompress.onnx_export.proof import integers
 from flatcompress.onnx_export.proof.evidence import BYTES
 from flatcompress.onnx_export.proof.parity import reference_outputs
 from flatcompress.onnx_export.proof.samples import Samples
@@ -30,6 +31,7 @@ from flatcompress.onnx_export.proof.samples import Samples
 SINGLE = 2.0**-24
 HALF = 2.0**-11
 EVALUATIONS = 256  # of one sample each; few samples are repeated more often
+FEWEST, MACS = 48, 2e10  # a large network is evaluated less often: the largest of 48 changes is near that of 256
 _SAFETY = 8.0
 
 
@@ -45,11 +47,13 @@ def roundoff(
 ) -> float:
     """The largest change of an output of ``reference``, in the outputs' own unit, that roundoff makes on ``inputs``.
 
-    inputs: batches [B, ...]; of many samples, ``evaluations`` / 2 spread over them are taken. output: which one, of
-    several. floats: the runtime
+    inputs: batches [B, ...]; of many samples, ``evaluations`` / 2 spread over them are taken, of a large
+    network fewer. output: which one, of several. floats: the runtime
     convolves dequantized floats (onnxruntime without optimizations, profile qonnx), so that integer layers round too;
     otherwise their sums are exact and only real-valued operators count. unit: unit roundoff of the runtime's floats.
     """
+    cost = max(1, sum(work.macs for work in integers.works(reference)))
+    evaluations = min(evaluations, max(FEWEST, round(MACS / cost)))
     given = inputs if isinstance(inputs, Samples) else Samples(reference, inputs)
     count = min(len(given), evaluations // 2)
     few = given.chosen(torch.linspace(0, len(given) - 1, count).round().long())
