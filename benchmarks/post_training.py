@@ -248,6 +248,9 @@ TOOLS: dict[str, Any] = {
 }
 
 
+ONCE = ("flatcompress, brecq",)  # minutes a network
+
+
 def mean(rows: Sequence[dict[str, float]]) -> dict[str, float | None]:
     """Mean over draws, and the standard error of the accuracy."""
     found: dict[str, float | None] = {k: round(statistics.mean(r[k] for r in rows), 2) for k in rows[0]}
@@ -281,7 +284,7 @@ def compared(one: Case, draws: int, tools: Mapping[str, Any], kept: Kept) -> lis
                 kept.get(
                     f"{one.name} {label} {tool} {draw}", lambda run=run, bits=bits, draw=draw: run(one, bits, draw)
                 )
-                for draw in range(draws)
+                for draw in range(1 if tool in ONCE else draws)
             ]
             found = [row for row in made if row is not None]
             if found:

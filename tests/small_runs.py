@@ -32,7 +32,7 @@ def pipeline(*stages: dict[str, Any], **options: Any) -> Pipeline:
 def only_training(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is measured after a stage has its own tests; here it would only take time."""
 
-    def row(work: Any, stage: str, method: str, seconds: float, passes: int) -> dict[str, Any]:
+    def row(work: Any, stage: str, method: str, seconds: float, passes: int, flatness: bool = True) -> dict[str, Any]:
         return {"stage": stage, "method": method, "passes": passes, "seconds": seconds}
 
     monkeypatch.setattr("flatcompress.pipeline.measure", row)

@@ -27,11 +27,12 @@ def stages(
         raise unknown("bits", bits, [*BITS, "auto"])
     size, milliseconds = (None, None) if budget is None else _budget(budget)
     _check(keep, max_drop, epochs, milliseconds)
+    if size is not None and kind != "auto":
+        raise UserError("a budget of bytes goes with bits auto.")
     # without training signed activations gain from a zero point, which lsq+ has
     quantize: dict[str, Any] = {"epochs": epochs, **({"method": "lsq_sam"} if epochs else _START)}
-    if kind == "auto" or size is not None:
-        quantize |= {"bits": "auto", "weight_bits": 8 if kind == "auto" else BITS[kind][0]}
-        quantize |= {"activation_bits": 8 if kind == "auto" else BITS[kind][1]}
+    if kind == "auto":
+        quantize |= {"bits": "auto", "weight_bits": 8, "activation_bits": 8}
         quantize |= {"bytes": size} if size is not None else {"effective_bits": _MEAN_BITS}
         quantize |= {} if epochs else steps_for(4)
     else:
