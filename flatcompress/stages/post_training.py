@@ -44,6 +44,19 @@ def quantize(
     quant.set_bias_rounding(run.model, True)
 
 
+def settings(run: RunContext, config: Any, placement: dict[str, Any]) -> dict[str, Any]:
+    """What the recipe says to `quant.post_training`, beside the bits of the weights."""
+    return {
+        **placement,
+        **{key: getattr(config, key) for key in TABLES},
+        "method": config.quantizer,
+        "per_channel": config.per_channel,
+        "max_float_macs": config.max_float_macs,
+        "example_input": run.example(),
+        "seed": run.seed,
+    }
+
+
 def start(run: RunContext, images: list[Tensor], weight_bits: int, settings: dict[str, Any]) -> None:
     """Post-training quantization of ``run.model`` in place; the plan gains the quantizers."""
     done = quant.post_training(run.model, images, weight_bits, **settings)

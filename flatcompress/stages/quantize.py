@@ -232,22 +232,13 @@ def phases(run: RunContext, config: QuantizeConfig) -> list[Phase]:
 
 def _post_training(run: RunContext, config: QuantizeConfig, facts: Facts) -> None:
     images = post_training.calibration(run, config.calibration_samples)
-    post_training.quantize(run, images, config.weight_bits, settings(run, config, facts["bits"]), config.max_drop)
-
-
-def settings(run: RunContext, config: QuantizeConfig, bits: dict[str, Any] | None) -> dict[str, Any]:
-    """What the recipe says to `quant.post_training`, beside the bits of the weights."""
-    rows = {key: getattr(config, key) for key in post_training.TABLES}
-    return {
-        **placement(config),
-        **rows,
-        "bits": bits,
-        "method": config.quantizer,
-        "per_channel": config.per_channel,
-        "max_float_macs": config.max_float_macs,
-        "example_input": run.example(),
-        "seed": run.seed,
-    }
+    post_training.quantize(
+        run,
+        images,
+        config.weight_bits,
+        post_training.settings(run, config, {**placement(config), "bits": facts["bits"]}),
+        config.max_drop,
+    )
 
 
 def _train_float(run: RunContext, config: QuantizeConfig, facts: Facts) -> None:
@@ -261,7 +252,12 @@ def _train_quantized(run: RunContext, config: QuantizeConfig, teacher: nn.Module
     before = copy.deepcopy(run.model) if config.flatness_map and run.resume is None else None
     images = post_training.calibration(run, config.calibration_samples)
     if config.from_post_training and run.resume is None:
-        post_training.start(run, images, config.weight_bits, settings(run, config, facts["bits"]))
+        post_training.start(
+            run,
+            images,
+            config.weight_bits,
+            post_training.settings(run, config, {**placement(config), "bits": facts["bits"]}),
+        )
     else:
         run.plan = run.plan + insert(run.model, run.example(), config, facts["bits"])
         quant.calibrate(run.model, images)

@@ -55,6 +55,23 @@ def test_a_planted_fault_is_named_first_and_a_sound_network_names_none(kind, bit
         assert planted in found["proposal"]
 
 
+@pytest.mark.slow
+def test_in_20_of_20_networks_the_planted_place_is_named_first():
+    """The faults of a table: a scale that is eight times too large, a dead channel, a saturated activation."""
+    table, draw = [], random.Random(0)
+    for number in range(20):
+        model, twin, x = sound(number % len(KINDS), 100 + number, (8, 4)[number % 2])
+        for fault in ("coarse weight", "dead channel", "saturated activation"):
+            broken = copy.deepcopy(model)
+            planted = plant(broken, fault, draw)
+            found = quant.diagnose(broken, twin, [x])["first_bad"]
+            table.append((number, type(twin).__name__, fault, planted, found))
+    for fault in ("coarse weight", "dead channel", "saturated activation"):
+        rows = [row for row in table if row[2] == fault]
+        print(fault, sum(row[3] == row[4] for row in rows), "of", len(rows))
+    assert [row for row in table if row[3] != row[4]] == []
+
+
 def test_rows_say_local_and_cumulative_error():
     model, twin, x = sound(0, 0, 8)
     rows = quant.diagnose(model, twin, [x])["rows"]
