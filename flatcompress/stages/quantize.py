@@ -232,13 +232,8 @@ def phases(run: RunContext, config: QuantizeConfig) -> list[Phase]:
 
 def _post_training(run: RunContext, config: QuantizeConfig, facts: Facts) -> None:
     images = post_training.calibration(run, config.calibration_samples)
-    post_training.quantize(
-        run,
-        images,
-        config.weight_bits,
-        post_training.settings(run, config, {**placement(config), "bits": facts["bits"]}),
-        config.max_drop,
-    )
+    settings = post_training.settings(run, config, {**placement(config), "bits": facts["bits"]})
+    post_training.quantize(run, images, config.weight_bits, settings, config.max_drop)
 
 
 def _train_float(run: RunContext, config: QuantizeConfig, facts: Facts) -> None:
@@ -252,12 +247,8 @@ def _train_quantized(run: RunContext, config: QuantizeConfig, teacher: nn.Module
     before = copy.deepcopy(run.model) if config.flatness_map and run.resume is None else None
     images = post_training.calibration(run, config.calibration_samples)
     if config.from_post_training and run.resume is None:
-        post_training.start(
-            run,
-            images,
-            config.weight_bits,
-            post_training.settings(run, config, {**placement(config), "bits": facts["bits"]}),
-        )
+        settings = post_training.settings(run, config, {**placement(config), "bits": facts["bits"]})
+        post_training.start(run, images, config.weight_bits, settings)
     else:
         run.plan = run.plan + insert(run.model, run.example(), config, facts["bits"])
         quant.calibrate(run.model, images)
