@@ -83,6 +83,12 @@ def networks(quick: bool) -> list[str]:
     return names
 
 
+def everything() -> list[str]:
+    """All names, whatever can be imported here."""
+    own = [*models.MODELS, "mlperf:autoencoder"]
+    return own + [f"{package}:{name}" for package, listed in LISTS.items() for name in listed]
+
+
 def built(name: str, batch: int = 2) -> tuple[nn.Module, Any]:
     """The network and an example batch, as small as it takes: a tensor, or a dictionary for token ids and a mask."""
     torch.manual_seed(0)
