@@ -44,13 +44,31 @@ class Model:
         self.mean = np.asarray(made.get("mean", [0.0] * self.size[0]), np.float32)
         self.std = np.asarray(made.get("std", [1.0] * self.size[0]), np.float32)
         self.classes: list[str] = json.loads(meta.get("classes", "[]"))
+        self.intensity: list[float] | None = made.get("intensity")
+        self.task: dict[str, object] = json.loads(meta.get("task", '{"name": "classification", "output": "argmax"}'))
         self.metadata = dict(meta)
 
     def preprocess(self, image: np.ndarray, bgr: bool = False) -> np.ndarray:
-        """An image [H, W] or [H, W, 1 | 3 | 4], uint8 or float in 0..1 -> float32 [C, H, W], normalised."""
+        """An image [H, W] or [H, W, 1 | 3 | 4], uint8 or float in 0..1 -> float32 [C, H, W], normalised.
+
+        Of a file that was trained on deeper images, 16 bits and floats are taken on the training's range of intensity.
+        Inputs that are no images (series [C, T], features [F]) are taken as they are, already normalised.
+        """
         pixels = np.asarray(image)
-        scale = 255.0 if pixels.dtype == np.uint8 else 1.0
-        pixels = pixels.astype(np.float32) / scale
+        if len(self.size) != 3:
+            if list(pixels.shape) != self.size:
+                raise SystemExit(f"the model takes inputs {self.size}, found {list(pixels.shape)}.")
+            return pixels.astype(np.float32)
+        low, high = self.intensity or (0.0, 1.0)
+        if pixels.dtype == np.uint8:
+            low, high = 0.0, 255.0
+        elif pixels.dtype.kind in "iu" and self.intensity is None:
+            raise SystemExit(f"{pixels.dtype} pixels, and the file does not say their range: give uint8, or 0..1.")
+        if pixels.ndim not in (2, 3):
+            raise SystemExit(f"an image is [H, W] or [H, W, C], found {list(pixels.shape)}.")
+        deep = self.intensity is not None and pixels.dtype != np.uint8
+        pixels = (pixels.astype(np.float32) - low) / (high - low)
+        pixels = pixels.clip(0, 1) if deep else pixels
         if pixels.ndim == 2:
             pixels = pixels[:, :, None]
         pixels = pixels[:, :, :3]
@@ -67,10 +85,39 @@ class Model:
         return self.session.run(None, {self.input.name: np.ascontiguousarray(batch, np.float32)})[0]
 
     def predict(self, image: np.ndarray, bgr: bool = False, top: int = 3) -> list[tuple[str, float]]:
-        """The ``top`` classes of one image or camera frame and their probabilities."""
+        """The ``top`` classes of one image or camera frame and their probabilities; of other tasks see `read`."""
+        if self.task["name"] != "classification":
+            raise SystemExit(f"this is a file of task {self.task['name']}: use read().")
         found = softmax(self.logits(self.preprocess(image, bgr)[None])[0])
         best = np.argsort(-found)[:top]
         return [(self.classes[i] if i < len(self.classes) else str(i), float(found[i])) for i in best]
+
+    def read(self, image: np.ndarray, bgr: bool = False) -> dict[str, object]:
+        """What the file says of one input, by its task.
+
+        classification: probabilities by class. multilabel: the labels that are there, probabilities by label. Maps and
+        sequences: the class of every position, and the share of each. reconstruction: the anomaly score. Else: numbers.
+        """
+        x = self.preprocess(image, bgr)
+        out = self.logits(x[None])[0]
+        kind = self.task.get("output")
+        if self.task["name"] == "reconstruction":
+            return {"anomaly_score": float(np.mean((out.reshape(-1).astype(np.float64) - x.reshape(-1)) ** 2))}
+        if kind == "threshold":
+            shares = 1 / (1 + np.exp(-out.astype(np.float64)))
+            found = {self.name(i): float(share) for i, share in enumerate(shares)}
+            return {"labels": [name for name, share in found.items() if share > 0.5], "probabilities": found}
+        if kind == "argmax" and out.ndim == 1:
+            return {"probabilities": {self.name(i): float(share) for i, share in enumerate(softmax(out))}}
+        if kind in ("argmax", "argmax_channels"):
+            classes = out.argmax(0 if kind == "argmax_channels" else -1)
+            shares = {self.name(int(i)): float((classes == i).mean()) for i in np.unique(classes)}
+            return {"shares": shares, "classes": classes.tolist()}
+        return {"values": {self.name(i): float(v) for i, v in enumerate(out.reshape(-1)[:64])}}
+
+    def name(self, index: int) -> str:
+        """What output ``index`` stands for."""
+        return self.classes[index] if index < len(self.classes) else str(index)
 
     def bench(self, runs: int = 50) -> dict[str, float]:
         """Milliseconds for one sample: median, 10th and 90th percentile of ``runs`` timings of 2 ms and more."""
@@ -175,14 +222,19 @@ def check(model: Model, path: Path) -> dict[str, float]:
     outputs = np.concatenate(
         [model.logits(evidence["input"][i : i + 64]) for i in range(0, len(evidence["input"]), 64)]
     )
-    guesses, reference = outputs.argmax(1), evidence["reference"]
-    result = {
-        "samples": len(outputs),
-        "equal_argmax": float((guesses == reference.argmax(1)).mean()),
-        "largest_error": float(np.abs(outputs - reference).max()),
-    }
+    reference, kind = evidence["reference"], model.task.get("output")
+    result = {"samples": len(outputs), "largest_error": float(np.abs(outputs - reference).max())}
+    if kind == "values":
+        return result
+    if kind == "threshold":
+        guesses, theirs = outputs > 0, reference > 0
+    else:
+        axis = 1 if kind == "argmax_channels" else -1
+        guesses, theirs = outputs.argmax(axis), reference.argmax(axis)
+    result["equal_argmax"] = float((guesses == theirs).mean())
     if "label" in evidence:
-        result["accuracy"] = float((guesses == evidence["label"]).mean())
+        counted = evidence["label"] != model.task.get("ignore_index", -(2**31))
+        result["accuracy"] = float((guesses == evidence["label"])[counted].mean())
     return result
 
 
@@ -221,11 +273,16 @@ def main() -> None:
     elif given.verb == "check":
         print(json.dumps(check(model, given.evidence or given.model.with_name("evidence.safetensors"))))
     else:
+        plain = model.task["name"] == "classification"
         for path in files_in(given.paths):
             image = read_image(path)
             if given.json:
                 values = model.logits(model.preprocess(image)[None])[0]
-                print(json.dumps({"path": str(path), "logits": values.tolist(), "classes": model.predict(image)}))
+                said = {"classes": model.predict(image)} if plain else model.read(image)
+                print(json.dumps({"path": str(path), "logits": values.tolist(), **said}))
+            elif not plain:
+                found = {k: v for k, v in model.read(image).items() if k != "classes"}
+                print(path, json.dumps(found))
             else:
                 print(path, " ".join(f"{name}={share:.3f}" for name, share in model.predict(image)))
 

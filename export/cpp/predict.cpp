@@ -179,6 +179,11 @@ class Model {
     return input;
   }
 
+  // Only files of other tasks name theirs.
+  bool classifies() const {
+    std::string task = metadata("task");
+    return task.empty() || task.find("\"name\":\"classification\"") != std::string::npos;
+  }
   std::string name(size_t index) const { return index < classes_.size() ? classes_[index] : std::to_string(index); }
 
  private:
@@ -243,6 +248,8 @@ void print_bench(const Model& model, int runs) {
 void print_image(const Model& model, const std::string& path) {
   std::vector<float> input = model.preprocess(read_image(path));
   std::vector<float> values = model.logits(input);
+  if (!model.classifies())
+    throw std::runtime_error("this file is of another task than classification: --raw prints its outputs");
   float top = *std::max_element(values.begin(), values.end());
   double sum = 0.0;
   for (float value : values) sum += std::exp(value - top);

@@ -22,6 +22,7 @@ from flatcompress.data.images.cifar_mnist import cifar10, mnist
 from flatcompress.data.images.folders import domains, folder
 from flatcompress.data.in_memory import bundle
 from flatcompress.data.raw_data import RawData
+from flatcompress.data.series import series
 from flatcompress.errors import UserError, unknown
 from flatcompress.randomness import generator
 from flatcompress.registry import Entry, Registry
@@ -39,6 +40,7 @@ DATASETS.add("drawn-machines", drawn_machines, "spectra [64] of a synthesised ma
 DATASETS.add("folder", folder, "your images: PATH/CLASS/image, or PATH/train and PATH/val")
 DATASETS.add("domains", domains, "your images in domains: PATH/DOMAIN/CLASS/image, one domain held out")
 DATASETS.add("arrays", arrays, "an .npz file: x [N, C, H, W] and y [N], normalised already")
+DATASETS.add("series", series, "CSV files of sensor series, cut into windows [C, T]")
 DATASETS.add("cifar10", cifar10, "CIFAR-10, the binary files", "Krizhevsky 2009")
 DATASETS.add("mnist", mnist, "MNIST and its likes, idx files, gz or not", "LeCun et al. 1998")
 

@@ -1,0 +1,187 @@
+"""Sensor series in CSV files, cut into windows [C, T]."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flatcompress.data.bundle import DataBundle
+from flatcompress.data.in_memory import bundle
+from flatcompress.data.split import check_fractions
+from flatcompress.errors import UserError, unknown
+from flatcompress.randomness import generator
+from flatcompress.tasks import Task, build
+
+_MOST_ROWS = 20_000_000
+
+
+@dataclass(frozen=True)
+class Recording:
+    """One file: values [T, C], a target a step or None, and the folder's class or None."""
+
+    path: Path
+    values: Tensor
+    targets: list[str] | None
+    folder: str
+
+
+def series(
+    seed: int,
+    *,
+    path: Any = None,
+    window: int = 128,
+    hop: int = 0,
+    channels: Any = None,
+    target: Any = None,
+    val_fraction: float = 0.1,
+    test_fraction: float = 0.2,
+    task: Any = None,
+) -> DataBundle:
+    """Windows of CSV files with a header line and a row a step: PATH.csv, PATH/*.csv, or PATH/CLASS/*.csv.
+
+    window, hop: steps of a window, and from one to the next (0: no overlap). channels: columns that are inputs
+    (default: all but the target). target: the column to learn, read at a window's last step; for reconstruction 1 marks
+    an anomaly anywhere in the window; without one the folder is the class. Whole files go to one part each, drawn by
+    the seed; a single file is cut in time, the test part last. Channels are normalised by the training part. UserError
+    names file and line of what cannot be used.
+    """
+    check_fractions({"val": val_fraction, "test": test_fraction})
+    learned, root = build(task), Path(str(path)).expanduser()
+    if path is None or not root.exists():
+        raise UserError(f"data set 'series': give a CSV file or a folder of them with 'path', found {path!r}.")
+    if window < 2 or hop < 0:
+        raise UserError(f"data set 'series': window is at least 2 steps and hop at least 0, found {window} and {hop}.")
+    recordings = _recordings(root, channels, None if target is None else str(target))
+    classes = _classes(recordings, learned, target)
+    cut = {part: _windows(some, window, hop or window, learned, classes)
+           for part, some in _split(recordings, val_fraction, test_fraction, seed).items()}  # fmt: skip
+    for part, (x, _) in cut.items():
+        if not len(x):
+            raise UserError(f"data set 'series': the {part} part has no window of {window} steps; give longer files.")
+    mean = cut["train"][0].mean((0, 2), keepdim=True)
+    std = cut["train"][0].std((0, 2), keepdim=True).clamp(min=1e-6)
+    parts = {part: ((x - mean) / std, y) for part, (x, y) in cut.items()}
+    named = {"classes": classes} if classes else {}
+    return bundle({"name": root.stem, **named, **parts}, learned)
+
+
+def _recordings(root: Path, channels: Any, target: str | None) -> list[Recording]:
+    files = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.suffix.lower() == ".csv")
+    if not files:
+        raise UserError(f"{root}: no .csv file there.")
+    found = [_read(file, channels, target, file.parent.name if file.parent != root else "") for file in files]
+    widths = dict.fromkeys(r.values.shape[1] for r in found)
+    if len(widths) > 1:
+        raise UserError(f"{root}: files with {' and '.join(map(str, widths))} channels; name them with 'channels'.")
+    return found
+
+
+def _read(path: Path, channels: Any, target: str | None, folder: str) -> Recording:
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = csv.reader(file)
+            header = [name.strip() for name in next(rows, [])]
+            chosen = _columns(path, header, channels, target)
+            values: list[list[float]] = []
+            told: list[str] = []
+            for line, row in enumerate(rows, 2):
+                if len(row) != len(header):
+                    raise UserError(f"{path}:{line}: {len(row)} values, the header has {len(header)} columns.")
+                if line > _MOST_ROWS:
+                    raise UserError(f"{path}: more than {_MOST_ROWS:,} rows.")
+                values.append([_number(path, line, header[i], row[i]) for i in chosen])
+                if target is not None:
+                    told.append(row[header.index(target)].strip())
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: cannot be read as CSV ({error}).") from None
+    return Recording(path, torch.tensor(values).reshape(len(values), len(chosen)), told if target else None, folder)
+
+
+def _columns(path: Path, header: Sequence[str], channels: Any, target: str | None) -> list[int]:
+    twice = next((name for i, name in enumerate(header) if name in header[:i]), None)
+    if twice is not None:
+        raise UserError(f"{path}: the column {twice!r} is there twice.")
+    wanted = [str(c) for c in channels] if isinstance(channels, list | tuple) else [c for c in header if c != target]
+    for name in [*wanted, *([target] if target is not None else [])]:
+        if name not in header:
+            raise unknown(f"column of {path.name}", name, header)
+    if not wanted:
+        raise UserError(f"{path}: no column is left as an input.")
+    return [header.index(name) for name in wanted]
+
+
+def _number(path: Path, line: int, column: str, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise UserError(f"{path}:{line}: column {column!r} holds {text[:40]!r}, which is no finite number.")
+    return value
+
+
+def _classes(recordings: Sequence[Recording], task: Task, target: Any) -> tuple[str, ...]:
+    """The classes by name, where the task has classes."""
+    if not task.of_classes:
+        if target is None and task.name != "reconstruction":
+            raise UserError(f"data set 'series': task {task.name!r} needs the column to learn, as 'target'.")
+        return ()
+    if task.name != "classification":
+        raise UserError(f"data set 'series' has no targets for task {task.name!r}; give windows as arrays.")
+    every = {r.folder for r in recordings} if target is None else {t for r in recordings for t in r.targets or ()}
+    if target is None and "" in every:
+        raise UserError("data set 'series': classes are folders, PATH/CLASS/*.csv, or a column, named as 'target'.")
+    return tuple(sorted(every))
+
+
+def _split(recordings: list[Recording], val: float, test: float, seed: int) -> dict[str, list[Recording]]:
+    if len(recordings) == 1:
+        one, steps = recordings[0], len(recordings[0].values)
+        ends = [0, round(steps * (1 - val - test)), round(steps * (1 - test)), steps]
+        return {
+            part: [Recording(one.path, one.values[a:b], one.targets[a:b] if one.targets else None, one.folder)]
+            for part, a, b in zip(("train", "val", "test"), ends, ends[1:])
+        }
+    parts: dict[str, list[Recording]] = {"train": [], "val": [], "test": []}
+    for folder in dict.fromkeys(r.folder for r in recordings):  # each class in every part
+        some = [r for r in recordings if r.folder == folder]
+        order = torch.randperm(len(some), generator=generator(seed, "series", folder)).tolist()
+        cuts = [max(1, round(test * len(some))), max(1, round(val * len(some)))]
+        if sum(cuts) >= len(some):
+            where = repr(folder) if folder else "the folder"
+            raise UserError(f"data set 'series': {len(some)} files in {where}; at least 3 are needed.")
+        for at, index in enumerate(order):
+            parts["test" if at < cuts[0] else "val" if at < sum(cuts) else "train"].append(some[index])
+    return parts
+
+
+def _windows(
+    recordings: Sequence[Recording], window: int, hop: int, task: Task, classes: tuple[str, ...]
+) -> tuple[Tensor, Any]:
+    """[N, C, window], and a target each."""
+    inputs: list[Tensor] = []
+    targets: list[Any] = []
+    for r in recordings:
+        for start in range(0, len(r.values) - window + 1, hop):
+            inputs.append(r.values[start : start + window].T)
+            targets.append(_target(r, start, start + window, task, classes))
+    if not inputs:
+        return torch.zeros(0, 1, window), torch.zeros(0)
+    unknown_kind = task.name == "reconstruction" and recordings[0].targets is None
+    return torch.stack(inputs), None if unknown_kind else torch.tensor(targets)
+
+
+def _target(r: Recording, start: int, end: int, task: Task, classes: tuple[str, ...]) -> Any:
+    if r.targets is None:
+        return classes.index(r.folder) if classes else -1
+    if classes:
+        return classes.index(r.targets[end - 1])
+    values = [_number(r.path, line, "the target", t) for line, t in enumerate(r.targets[start:end], start + 2)]
+    return int(any(v != 0 for v in values)) if task.name == "reconstruction" else values[-1]
