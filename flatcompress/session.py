@@ -276,7 +276,9 @@ class Session:
         write_json_atomic(self.folder.examples, report.examples.file_of(drawn))
 
     def report(self) -> Path | None:
-        """Write report.html from the folder's files; None, with a warning, where that fails."""
+        """Write report.html and model-card.md from the folder's files; None, with a warning, where that fails."""
+        no_card = "the model card could not be written"
+        reported(no_card, lambda: report.card.build(self.folder.path), None, fatal=(OSError, RunError))
         said = "the report could not be written"
         return reported(said, lambda: report.build(self.folder.path), None, fatal=(OSError, RunError))
 

@@ -198,6 +198,22 @@ def compare(
 
 
 @app.command()
+def demo(
+    folder: Annotated[Path, typer.Argument(help="a run folder with an exported file")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="folder to write (default RUN/demo)")] = None,
+    web: Annotated[Path | None, typer.Option(help="folder of the npm package onnxruntime-web")] = None,
+    backend: Annotated[str, typer.Option(help="wasm")] = "wasm",
+    as_json: Json = False,
+) -> None:
+    """Write a static page that runs the exported file in the browser: test images, own ones, camera."""
+    from flatcompress.cli.demoing import demo as write_demo
+
+    made = write_demo(folder, output, web, backend)
+    how = f"Next: python -m http.server -d {made['folder']} --bind 127.0.0.1 8000, then open http://127.0.0.1:8000"
+    show(made, as_json, f"wrote {made['folder']}. {how}")
+
+
+@app.command()
 def export(
     folder: Annotated[Path, typer.Argument(help="a run folder with a finished stage")],
     profile: Annotated[str, typer.Option(help="file format; see `flatcompress list profiles`")] = "packed",

@@ -115,12 +115,13 @@ def bench_file(file: Path, threads: int, runs: int) -> dict[str, Any]:
 
 
 def rebuild_report(folder: Path) -> Path:
-    """Write report.html again from what is in the run folder."""
+    """Write report.html and model-card.md again from what is in the run folder."""
     if not folder.is_dir():
         raise UserError(f"{folder}: not a run folder.")
     there = RunFolder(folder)
     if not any(path.exists() for path in (there.recipe, there.ledger, there.log)):
         raise UserError(f"{folder}: holds no recipe.yaml, ledger.json or log.jsonl, so it is no run folder.")
+    report.card.build(folder)
     return report.build(folder)
 
 
