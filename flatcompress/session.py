@@ -271,6 +271,8 @@ class Session:
 
     def _draw_examples(self, run: RunContext) -> None:
         """Pictures for the report: it is made from files, and only here is the data at hand."""
+        if len(run.data.input_shape) != 3:  # series and features have no picture
+            return
         wanted = report.examples.wanted(report.gather(self.folder.path))
         drawn = [(w, preview.thumbnail(run.data, w.part, w.index)) for w in wanted]
         write_json_atomic(self.folder.examples, report.examples.file_of(drawn))

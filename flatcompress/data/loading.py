@@ -96,7 +96,7 @@ def load(
         input_shape=raw.train.pixels.shape,
         mean=tuple(mean),
         std=tuple(std),
-        train=images(raw.train, augmentation.parse(augment, seed)),
+        train=images(raw.train, _augmented(augment, seed, chosen)),
         val=images(raw.val),
         test=images(raw.test),
         held_out=images(raw.held_out) if raw.held_out is not None else None,
@@ -135,6 +135,15 @@ def _task(name: str, raw: RawData, given: Any) -> Task:
         raise UserError(f"data set {name!r} has targets for task {raw.task!r}, not {task.name!r}.")
     targets = raw.train.labels if raw.train.targets is None else raw.train.targets
     return task.fit(targets, raw.classes)
+
+
+def _augmented(option: Any, seed: int, task: Task) -> augmentation.Augment | None:
+    """The augmentation; UserError where it would move pixels and not their masks."""
+    found = augmentation.parse(option, seed)
+    moves = found is not None and (found.settings.crop or found.settings.shift or found.settings.flip)
+    if moves and task.agreement == "argmax_channels":
+        raise UserError("data option 'augment': crop, shift and flip move pixels and not their masks; leave them out.")
+    return found
 
 
 def _check_options(entry: Entry, options: dict[str, Any]) -> None:
