@@ -1,4 +1,4 @@
-"""An ONNX file evaluated in float64 by onnx's own reference evaluator: what its integer graph means, without a runtime."""
+"""An ONNX file evaluated in float64 by the reference evaluator of onnx: what its graph means, without a runtime."""
 
 from __future__ import annotations
 
