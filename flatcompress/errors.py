@@ -23,11 +23,15 @@ class RunError(RuntimeError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known spelling closest to ``name``, or None when nothing is close.
+    """The one known spelling that begins with ``name``, else the closest, or None when nothing is close.
 
     >>> nearest("sagn", ["sam", "sagm", "adasap"])
     'sagm'
     """
+    known = list(known)
+    begun = [k for k in known if len(str(name)) > 2 and k.startswith(str(name).lower())]
+    if len(begun) == 1:
+        return begun[0]
     matches = difflib.get_close_matches(str(name)[:100].lower(), list(known), n=1, cutoff=0.6)
     return matches[0] if matches else None
 

@@ -9,6 +9,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from flatcompress import data, models
 from flatcompress.errors import UserError
 from flatcompress.recipe import Recipe, json_schema, load_recipe, parse_recipe
 from flatcompress.yaml_source import parse_yaml
@@ -182,3 +183,22 @@ def test_any_text_parses_or_is_refused(text: str):
         parse_yaml(text, "text")
     except UserError as error:
         assert "text" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("stage", "words"),
+    [
+        ({"train": {"epochs": 1, "optimizer": "adam"}}, "name: adam"),
+        ({"export": {"profile": "tflite"}}, "microcontrollers"),
+    ],
+)
+def test_what_people_write_first_is_answered_with_what_to_write(stage, words):
+    with pytest.raises(UserError, match=words):
+        parse_recipe({"stages": [{"train": {"epochs": 1}}, stage] if "export" in stage else [stage]})
+
+
+def test_a_key_that_is_begun_is_the_one_that_is_meant():
+    with pytest.raises(UserError, match="Did you mean 'batch_size'"):
+        data.load("folder", batch=8)
+    with pytest.raises(UserError, match="weights: FILE"):
+        models.build("resnet8", num_classes=2, input_shape=(1, 8, 8), pretrained=True)

@@ -57,6 +57,8 @@ def run(
         show(result.summary(), True, "")
     else:
         printing.print_result(result.summary())
+    if result.certificate is not None and not result.certificate["holds"]:
+        raise typer.Exit(3)
 
 
 @app.command()
@@ -219,13 +221,14 @@ def export(
     profile: Annotated[str, typer.Option(help="file format; see `flatcompress list profiles`")] = "packed",
     output: Annotated[Path | None, typer.Option("--output", "-o", help="the ONNX file to write")] = None,
     opset: Annotated[int | None, typer.Option(min=13, max=28, help="ONNX opset")] = None,
+    stage: Annotated[str | None, typer.Option(help="which checkpoint, like 0-train (default: the latest)")] = None,
     as_json: Json = False,
 ) -> None:
     """Write a finished checkpoint as ONNX in another profile, with its own certificate."""
     from flatcompress.cli import printing
     from flatcompress.cli.commands import export_checkpoint
 
-    outcome = export_checkpoint(folder, profile, output, opset)
+    outcome = export_checkpoint(folder, profile, output, opset, stage)
     if as_json:
         show(outcome, True, "")
     else:

@@ -156,15 +156,20 @@ def load_run(folder: Path, stage: str | None = None) -> RunContext:
     return run
 
 
-def export_checkpoint(folder: Path, profile: str, output: Path | None, opset: int | None) -> dict[str, Any]:
-    """Write the newest finished checkpoint of ``folder`` in another profile, with a certificate of its own."""
+def export_checkpoint(
+    folder: Path, profile: str, output: Path | None, opset: int | None, stage: str | None = None
+) -> dict[str, Any]:
+    """Write a finished checkpoint of ``folder`` (the newest, or ``stage``'s) as ONNX, with a certificate of its own."""
     if profile not in onnx_export.PROFILES:
         raise unknown("profile", profile, onnx_export.PROFILES)
-    run = load_run(folder)
+    run = load_run(folder, stage)
     quantized = bool(run.plan.of_kind("quantizers"))
     if export_stage.profile_problem(profile, quantized) is not None:
         kind = "quantized" if quantized else "float"
-        raise UserError(f"profile {profile!r} does not fit: the checkpoint is {kind}.")
+        raise UserError(
+            f"profile {profile!r} does not fit: the checkpoint is {kind}. Another stage's is named by --stage; there "
+            f"are: {', '.join(RunFolder(folder).finished_stages())}."
+        )
     path = output or folder / profile / "model.onnx"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

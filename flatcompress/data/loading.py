@@ -151,7 +151,8 @@ def _check_options(entry: Entry, options: dict[str, Any]) -> None:
     parameters = inspect.signature(entry.make).parameters
     for key, value in options.items():
         if key not in entry.defaults:
-            raise unknown(f"option of data set {entry.name}", key, [*entry.defaults, *_COMMON])
+            allowed = [*entry.defaults, *_COMMON, "batch_size", "workers"]
+            raise unknown(f"option of data set {entry.name}", key, allowed)
         if parameters[key].annotation == "Any":  # several types will do; the data set checks them itself
             continue
         wanted = type(entry.defaults[key])

@@ -42,7 +42,8 @@ def _broken(name: str, extra: str, error: Exception) -> UserError:
     reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
     return UserError(
         f"{name} is installed but cannot be imported ({reason}). Most often it, or a library it needs, was built "
-        f"for another torch than {torch.__version__}: install matching versions ({extra}), or use a built-in model."
+        f"for another torch than {torch.__version__}: install the build that was made for this torch, from the index "
+        f"that this torch came from ({extra} alone keeps what is there), or use a built-in model."
     )
 
 

@@ -109,6 +109,11 @@ def _builtin(name: str, num_classes: int, shape: Shape, options: dict[str, Any])
 def _check_options(entry: Entry, options: dict[str, Any]) -> None:
     """Names and types against the defaults in the architecture's signature."""
     for key, value in options.items():
+        if key == "pretrained":
+            raise UserError(
+                f"model {entry.name}: the built-in networks come without weights. Give yours with weights: FILE, or "
+                "take timm:NAME or torchvision:NAME, which fetch theirs with pretrained: true."
+            )
         if key not in entry.defaults:
             raise unknown(f"option of model {entry.name}", key, [*entry.defaults, "weights", "new_head"])
         wanted = type(entry.defaults[key])

@@ -48,6 +48,12 @@ class ExportConfig(StageKeys):
 
     @model_validator(mode="after")
     def _known_profile(self) -> ExportConfig:
+        if self.profile.lower() in ("tflite", "litert"):
+            raise KeyProblem(
+                "profile",
+                "no LiteRT (TFLite) file is written. For microcontrollers take profile: c; elsewhere "
+                "onnxruntime runs the ONNX file.",
+            )
         if self.profile not in onnx_export.PROFILES:
             raise KeyProblem("profile", str(unknown("profile", self.profile, onnx_export.PROFILES)))
         return self

@@ -69,6 +69,13 @@ class OptimizerConfig(Strict):
     nesterov: bool = Field(True, description="Nesterov momentum (sgd)")
     betas: tuple[float, float] = Field((0.9, 0.999), description="moment decay rates (adam, adamw)")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _mapping(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            raise ValueError(f"the optimizer is a mapping: optimizer: {{name: {value}, lr: 3.0e-3}}")
+        return value
+
 
 class TrainingKeys(StageKeys):
     """Keys shared by the stages that train, and the check of the flat method's hyper-parameters.
