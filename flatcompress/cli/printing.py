@@ -42,6 +42,21 @@ def print_result(result: dict[str, Any]) -> None:
     for label, key in (("ONNX file", "onnx"), ("report", "report"), ("run folder", "folder")):
         if result[key]:
             console.print(f"{label + ':':<12}{result[key]}", soft_wrap=True)
+    console.print(f"{'next:':<12}{next_step(result)}", soft_wrap=True)
+
+
+def next_step(result: dict[str, Any]) -> str:
+    """What to do after a run, in a line.
+
+    >>> next_step({"certificate": None, "onnx": None, "folder": "runs/a", "report": "runs/a/report.html"})
+    'open runs/a/report.html; add an export stage for a file'
+    """
+    certificate = result["certificate"]
+    if result["onnx"] is None or certificate is None:
+        return f"open {result['report']}; add an export stage for a file"
+    if not certificate["holds"]:
+        return f"flatcompress debug {result['folder']} says where the file and the model part"
+    return f"flatcompress demo {result['folder']} shows the file in a browser; verify it where it will run"
 
 
 def certificate_line(certificate: dict[str, Any]) -> str:
