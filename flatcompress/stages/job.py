@@ -93,6 +93,7 @@ def make_job(
         seed=run.seed,
         schedule=config.schedule,
         select=config.select,
+        patience=config.patience,
         validate=lambda: evaluate(model, run.data.val, task, accelerator.device)[task.selects],
         callbacks=[*callbacks, *run.callbacks],
         eligible=eligible,

@@ -96,6 +96,9 @@ class TrainingKeys(StageKeys):
     select: Literal["best", "last"] = Field(
         "best", description="keep the epoch with the best validation accuracy on the training domains, or the last"
     )
+    patience: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="stop after so many epochs in a row without a better one (with select: best)"
+    )
 
     def flat_method(self) -> str:
         """Name of the flat-minima method this stage trains with."""
@@ -110,6 +113,12 @@ class TrainingKeys(StageKeys):
     def hyper(self) -> dict[str, Any]:
         """The flat method's hyper-parameters given in the recipe."""
         return dict(self.__pydantic_extra__ or {})
+
+    @model_validator(mode="after")
+    def _patience_selects(self) -> TrainingKeys:
+        if self.patience is not None and self.select != "best":
+            raise KeyProblem("patience", "waits for a better epoch, and select: last keeps the last: leave one out.")
+        return self
 
     @model_validator(mode="after")
     def _known_hyper(self) -> TrainingKeys:

@@ -79,9 +79,10 @@ class Recovery:
 
 @dataclass
 class JobState:
-    """What changes while a job runs: the best epoch's metric and weights, and what it had to recover from."""
+    """What changes while a job runs: the best epoch's metric and weights, epochs since then, what it recovered from."""
 
     best: tuple[float, dict[str, Tensor]] | None = None
+    waited: int = 0
     recovery: Recovery = field(default_factory=Recovery)
 
 
@@ -98,8 +99,9 @@ class Job:
     """What `fit` trains and with what. Nothing is assigned to it afterwards; only ``state`` changes.
 
     ``loss(output, y)`` is what is minimised, ``task`` has the metric that selects, ``validate()`` gives that metric on
-    the training domains' validation split. ``callbacks`` take part in the order of the list, which whoever
-    builds the job gives a reason for. ``eligible(epoch)`` says whether an epoch may be selected as best.
+    the training domains' validation split. ``patience``: it ends after so many epochs without a better one.
+    ``callbacks`` take part in the order of the list, which whoever builds the job gives a reason for.
+    ``eligible(epoch)`` says whether an epoch may be selected as best.
     ``resume`` is a state that ``progress`` once saved, and ``context`` goes into every saved state untouched.
     ValueError when two callbacks keep their state under the same name.
     """
@@ -119,6 +121,7 @@ class Job:
     schedule: str = "one_cycle"
     workers: int = 0
     select: str = "best"
+    patience: int | None = None
     first_epoch: int = 0
     schedule_epochs: int | None = None
     eligible: Callable[[int], bool] = _always

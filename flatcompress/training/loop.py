@@ -89,6 +89,9 @@ def _run(job: Job, base_lrs: list[float], resume: dict[str, Any] | None) -> None
             _save_if_due(job, epoch, i + 1, step + 1, stats, base_lrs)
         _end_epoch(job, epoch, epochs, stats, time.monotonic() - started)
         done, stats = 0, Means()
+        if job.patience is not None and job.state.waited >= job.patience:
+            job.emit("warning", message=f"stopped after epoch {epoch + 1}: none of {job.patience} was better")
+            return
 
 
 def _end_epoch(job: Job, epoch: int, epochs: int, stats: Means, seconds: float) -> None:
@@ -96,6 +99,9 @@ def _end_epoch(job: Job, epoch: int, epochs: int, stats: Means, seconds: float) 
         callback.after_epoch(epoch)
     value = job.validate()
     best = job.state.best
+    if job.patience is not None and job.eligible(epoch):
+        improved = best is None or (job.task.better(value, best[0]) and value != best[0])
+        job.state.waited = 0 if improved else job.state.waited + 1
     if job.select == "best" and job.eligible(epoch) and (best is None or job.task.better(value, best[0])):
         job.state.best = (value, {k: v.detach().clone() for k, v in job.raw_model.state_dict().items()})
     job.emit(
@@ -132,6 +138,7 @@ def _state(job: Job, epoch: int, done: int, stats: Means, base_lrs: list[float])
         "model": job.raw_model.state_dict(),
         "optimizer": job.optimizer.state_dict(),
         "best": job.state.best,
+        "waited": job.state.waited,
         "callbacks": {callback.name: callback.state_dict() for callback in job.callbacks if callback.name},
         "rng": capture(),
         "context": job.context,
@@ -151,6 +158,7 @@ def _resume(job: Job, state: dict[str, Any] | None) -> tuple[int, int, Means]:
         for group, lr in zip(job.optimizer.param_groups, state["base_lrs"]):
             group["lr"] = lr
         job.state.best = tuple(state["best"]) if state["best"] is not None else None
+        job.state.waited = int(state.get("waited", 0))
         for callback in job.callbacks:
             if callback.name:
                 callback.load_state_dict(state["callbacks"][callback.name])

@@ -55,7 +55,7 @@ def bundle():
 def only_training(monkeypatch):
     """What is measured after a stage has its own tests; here it would only take time."""
 
-    def row(work, stage, method, seconds, passes):
+    def row(work, stage, method, seconds, passes, flatness=True):
         return {"stage": stage, "method": method, "passes": passes, "seconds": seconds}
 
     monkeypatch.setattr("flatcompress.pipeline.measure", row)
