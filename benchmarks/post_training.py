@@ -349,7 +349,27 @@ def missed(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 def page(rows: list[dict[str, Any]], steps: list[dict[str, Any]], pairs: list[dict[str, Any]], notes: list[str]) -> str:
     """The page of results."""
-    return ""
+    parts = [
+        "# Post-training quantization",
+        "Written by `python -m benchmarks.post_training`; its docstring says what is measured, on what, and the targets.",
+        "## Beside other tools",
+        _markdown(rows),
+        "## Our steps, added in turn (one draw)",
+        _markdown(steps),
+        "## Does a network that was trained flat lose less?",
+        _markdown(pairs),
+        *notes,
+        *(f"Missed: {failure}" for failure in missed(rows)),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    lines = [columns, ["---"] * len(columns)]
+    lines += [["-" if (v := row.get(c)) is None else f"{v:.4g}" if isinstance(v, float) else str(v) for c in columns]
+              for row in rows]  # fmt: skip
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def main(argv: list[str] | None = None) -> int:
