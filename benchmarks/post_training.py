@@ -351,7 +351,7 @@ def page(rows: list[dict[str, Any]], steps: list[dict[str, Any]], pairs: list[di
     """The page of results."""
     parts = [
         "# Post-training quantization",
-        "Written by `python -m benchmarks.post_training`; its docstring says what is measured, on what, and the targets.",
+        "Written by `python -m benchmarks.post_training`; its docstring says what is measured.",
         "## Beside other tools",
         _markdown(rows),
         "## Our steps, added in turn (one draw)",
