@@ -102,7 +102,7 @@ def _builtin(name: str, num_classes: int, shape: Shape, options: dict[str, Any])
     _check_options(entry, options)
     if len(shape) != entry.facts.dims:
         kinds = {1: "features [F]", 2: "series [C, T]", 3: "images [C, H, W]"}
-        raise UserError(f"model {name!r} takes {kinds[entry.facts.dims]}; the data's inputs are {shape}.")
+        raise UserError(f"model {name!r} takes {kinds[entry.facts.dims]}; the data's input_shape is {shape}.")
     return entry(num_classes, shape, **options)
 
 

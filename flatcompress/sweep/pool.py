@@ -28,6 +28,7 @@ from flatcompress.storage import write_text_atomic
 from flatcompress.store import checkpoint
 from flatcompress.store.runfolder import RunFolder
 from flatcompress.sweep.spec import MethodEntry, Run, Sweep, Task, folder_name, runs_of, tasks_of
+from flatcompress.tasks import build as learned
 from flatcompress.yaml_source import parse_yaml
 
 Show = Callable[[str], None]
@@ -92,7 +93,14 @@ def check_all(sweep: Sweep) -> list[Run]:
     for method in sweep.methods:
         for setting in method.settings():
             _tuning_runs(sweep, method, setting)
+    for run in every:
+        if run.recipe.task is not None and "accuracy" not in learned(run.recipe.task).metrics:
+            raise _no_accuracy(f"task {learned(run.recipe.task).name!r}")
     return every
+
+
+def _no_accuracy(learned_by: str) -> UserError:
+    return UserError(f"a sweep compares accuracy, which {learned_by} does not have: run its recipes one by one.")
 
 
 def plan(sweep: Sweep) -> list[str]:
@@ -315,7 +323,10 @@ def is_done(folder: Path, recipe: Recipe) -> bool:
 
 def _finished(run: Run, folder: Path) -> Finished:
     there = RunFolder(folder)
-    return Finished(run, folder, there.read_ledger(), _val_accuracy(there.log))
+    rows = there.read_ledger()
+    if "metric" in rows[-1] and rows[-1]["accuracy"]["test"] is None:  # the data brought the task
+        raise _no_accuracy(f"the data's task (it has {', '.join(rows[-1]['metrics'])})")
+    return Finished(run, folder, rows, _val_accuracy(there.log))
 
 
 def _val_accuracy(log: Path) -> float | None:

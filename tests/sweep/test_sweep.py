@@ -220,3 +220,11 @@ def _group_lives(group):
     except ProcessLookupError:
         return False
     return True
+
+
+def test_a_task_without_accuracy_is_refused_before_anything_runs():
+    sweep = parse_sweep(
+        {"recipe": {**RECIPE, "task": "regression"}, "methods": METHODS, "seeds": [0], "held_out": ["0"]}
+    )
+    with pytest.raises(UserError, match="compares accuracy, which task 'regression' does not have"):
+        pool.check_all(sweep)
