@@ -195,7 +195,7 @@ def test_a_read_only_folder_is_refused_before_anything_runs(tmp_path, monkeypatc
 def test_a_disk_that_fills_outside_the_checkpoints_is_a_run_error(tmp_path, monkeypatch):
     small_runs.only_training(monkeypatch)
 
-    def full(work, stage, method, seconds, passes):
+    def full(*measured):
         raise OSError(errno.ENOSPC, "No space left on device", "model.onnx")
 
     monkeypatch.setattr("flatcompress.pipeline.measure", full)
