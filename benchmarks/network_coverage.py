@@ -206,7 +206,8 @@ def page(rows: list[Row], timed: list[dict[str, Any]]) -> str:
         "# Which networks go through",
         "",
         f"`python -m benchmarks.network_coverage`: {done} of {len(rows)} networks, untrained and calibrated on two "
-        f"batches, reach a packed file with a certificate that holds at W8A8 and at W4A4, and {cut} are pruned at 0.5. "
+        f"batches, reach a packed file with a certificate that holds at W8A8 and at W4A4, and {cut} are pruned at 0.5; "
+        "each certificate is judged on four samples. "
         "Images are 64 pixels wide where the network allows it, inputs are drawn.",
         *(["", f"Not run yet ({len(left)}), the same command goes on with them: {', '.join(left)}."] if left else []),
         "",
