@@ -16,7 +16,6 @@ from flatcompress.cli.commands import open_run
 from flatcompress.data import DataBundle
 from flatcompress.errors import UserError
 from flatcompress.onnx_export.runtime import sessions
-from flatcompress.pipeline import Pipeline
 from flatcompress.storage import read_json, write_error, write_output
 
 PAGE = Path(__file__).parent / "demo"
@@ -43,7 +42,7 @@ def demo(folder: Path, out: Path | None, web: Path | None, backend: str = "wasm"
         raise UserError(f"{folder}: no model.onnx and certificate.json. Finish a run with an export stage first.")
     _, pipeline = open_run(folder)
     bundle = pipeline.load_data()
-    _check(bundle, pipeline)
+    _check(bundle)
     target = out or folder / "demo"
     try:
         (target / "ort").mkdir(parents=True, exist_ok=True)
@@ -60,10 +59,9 @@ def demo(folder: Path, out: Path | None, web: Path | None, backend: str = "wasm"
     return {"folder": str(target), "samples": count, "bytes": onnx.stat().st_size}
 
 
-def _check(bundle: DataBundle, pipeline: Pipeline) -> None:
-    task = getattr(pipeline.recipe, "task", None)
-    named = getattr(task, "name", task)
-    if named not in (None, "classification") or not bundle.classes:
+def _check(bundle: DataBundle) -> None:
+    named = bundle.task.name  # the data may bring it
+    if named != "classification" or not bundle.classes:
         raise UserError(f"demo draws classes of images; the task of this run is {named!r}.")
     shape = tuple(bundle.input_shape)
     if len(shape) != 3 or shape[0] not in (1, 3):
