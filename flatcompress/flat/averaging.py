@@ -84,9 +84,15 @@ def SWA(model: nn.Module) -> Average:
     return Average(model, lambda count: 1.0 / (count + 1))
 
 
-def EMA(model: nn.Module, decay: float = 0.999) -> Average:
-    """Exponential moving average, a := decay a + (1 - decay) w from the first update on, without bias correction."""
+def EMA(model: nn.Module, decay: float = 0.999, warm_up: bool = False) -> Average:
+    """Exponential moving average, a := decay a + (1 - decay) w from the first update on, without bias correction.
+
+    warm_up: the decay rises with the number n of earlier updates, min(decay, (1 + n) / (10 + n)), so that an average
+    over few steps is not nearly its start.
+    """
     share("decay", decay)
+    if warm_up:
+        return Average(model, lambda count: 1.0 - min(decay, (1 + count) / (10 + count)))
     return Average(model, lambda count: 1.0 - decay)
 
 

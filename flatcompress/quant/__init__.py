@@ -7,7 +7,7 @@ compose functions for a two-probe optimizer step and plain numbers (`activation_
 
 from __future__ import annotations
 
-from flatcompress.quant.batchnorm import reestimate_batchnorm
+from flatcompress.quant.batchnorm import reestimate_batchnorm, reestimated
 from flatcompress.quant.bits import allocate, auto_bits
 from flatcompress.quant.layers import (
     activation_quantizers,
@@ -57,6 +57,7 @@ __all__ = [
     "quantize",
     "quantized_layers",
     "reestimate_batchnorm",
+    "reestimated",
     "rounded_loss",
     "scale_names",
     "scale_parameters",

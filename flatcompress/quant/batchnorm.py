@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
-from flatcompress.modules import estimate_batchnorm, evaluating
+from flatcompress.modules import batchnorms, estimate_batchnorm, evaluating
 
 
 def reestimate_batchnorm(model: nn.Module, batches: Iterable[Any]) -> None:
@@ -19,3 +20,16 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[Any]) -> None:
     """
     with evaluating(model):
         estimate_batchnorm(model, batches)
+
+
+@contextmanager
+def reestimated(model: nn.Module, batches: Iterable[Any]) -> Iterator[None]:
+    """Inside, the model has the statistics of `reestimate_batchnorm`; afterwards its own again, bit for bit."""
+    norms = batchnorms(model)
+    before = {name: {key: value.clone() for key, value in norm.state_dict().items()} for name, norm in norms.items()}
+    try:
+        reestimate_batchnorm(model, batches)
+        yield
+    finally:
+        for name, norm in norms.items():
+            norm.load_state_dict(before[name])

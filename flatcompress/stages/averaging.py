@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -23,16 +24,24 @@ BN_SAMPLES = 4096
 class Averaging(Callback):
     """An average of ``kind`` (ema, swa, swad) over a job of a stage of ``epochs`` epochs.
 
-    ``keep_statistics``: BatchNorm's running statistics are not estimated anew for the average.
+    ``keep_statistics``: BatchNorm's running statistics are not estimated anew for the average. ``as_shipped``: around
+    every look at the validation split, see `job.make_job`.
     """
 
     name = "averaging"
 
-    def __init__(self, run: RunContext, kind: str, epochs: int, keep_statistics: bool = False) -> None:
-        self.run, self.keep_statistics = run, keep_statistics
+    def __init__(
+        self,
+        run: RunContext,
+        kind: str,
+        epochs: int,
+        keep_statistics: bool = False,
+        as_shipped: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        self.run, self.keep_statistics, self.as_shipped = run, keep_statistics, as_shipped
         kinds: dict[str, Callable[[nn.Module], Average | SWAD]] = {
             "swa": SWA,
-            "ema": lambda m: EMA(m, EMA_DECAY),
+            "ema": lambda m: EMA(m, EMA_DECAY, warm_up=True),
             "swad": SWAD,
         }
         self.average = kinds[kind](run.model)
@@ -56,7 +65,7 @@ class Averaging(Callback):
         assert self.job is not None
         model, val, device = self.job.model, self.run.data.val, self.run.device
         summed = self.run.task.summed_loss
-        with evaluating(model):
+        with self.as_shipped(), evaluating(model):
             losses = [float(summed(model(x.to(device)), y.to(device))) for x, y in in_order(val, 512)]
         self.average.evaluate(sum(losses) / len(val))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -55,11 +56,13 @@ def make_job(
     scale_lr: float | None = None,
     extra: Iterable[Tensor] = (),
     hyper: dict[str, Any] | None = None,
+    as_shipped: Callable[[], AbstractContextManager[None]] = nullcontext,
     **slots: Any,
 ) -> Job:
     """A training job for ``run.model`` under ``config``; ``slots`` are the flat engine's (radius, compose, perturbed).
 
-    ``extra``: tensors beside the model's parameters that the optimizer must know.
+    ``extra``: tensors beside the model's parameters that the optimizer must know. ``as_shipped``: inside it the model
+    is what the stage would hand on if the epoch were selected; every epoch is judged there.
     """
     accelerator, task = run.accelerator, run.task
     model = accelerator.prepare(run.model)
@@ -78,6 +81,11 @@ def make_job(
         **(config.hyper if hyper is None else hyper),
         **slots,
     )
+
+    def validate() -> float:
+        with as_shipped():
+            return evaluate(model, run.data.val, task, accelerator.device)[task.selects]
+
     return Job(
         model=model,
         optimizer=optimizer,
@@ -94,7 +102,7 @@ def make_job(
         schedule=config.schedule,
         select=config.select,
         patience=config.patience,
-        validate=lambda: evaluate(model, run.data.val, task, accelerator.device)[task.selects],
+        validate=validate,
         callbacks=[*callbacks, *run.callbacks],
         eligible=eligible,
         emit=run.emit,

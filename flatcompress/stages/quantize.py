@@ -19,7 +19,7 @@ from flatcompress import flat, quant
 from flatcompress.errors import unknown
 from flatcompress.modules import evaluating
 from flatcompress.plan import Plan
-from flatcompress.stages import post_training
+from flatcompress.stages import post_training, shipped
 from flatcompress.stages.averaging import Averaging
 from flatcompress.stages.callbacks import BiasRounding, Distillation, FrozenBatchNorm, MaskedWeights
 from flatcompress.stages.context import RunContext
@@ -256,7 +256,7 @@ def _train_quantized(run: RunContext, config: QuantizeConfig, teacher: nn.Module
         log_map(run, before)
     train(run, qat_job(run, config, teacher))
     if not config.freeze_bn:
-        quant.reestimate_batchnorm(run.model, [x for x, _ in train_batches(run, 10 * run.batch_size)])
+        quant.reestimate_batchnorm(run.model, shipped.statistics_batches(run))
     quant.set_bias_rounding(run.model, True)
 
 
@@ -275,6 +275,7 @@ def qat_job(run: RunContext, config: QuantizeConfig, teacher: nn.Module | None) 
         scales=quant.scale_parameters(run.model).values(),
         scale_lr=config.optimizer.lr * config.scale_lr,
         extra=point.offsets if point is not None else (),
+        as_shipped=partial(shipped.as_shipped, run, config.freeze_bn),
         compose=in_turn(transforms),
         perturbed=point.perturbed if point is not None else not_scales(run.model, config),
     )
@@ -304,8 +305,14 @@ def callbacks(run: RunContext, config: QuantizeConfig, teacher: nn.Module | None
         *([Distillation(teacher, config.distill, run.task)] if teacher is not None else []),
         BiasRounding(model, config.epochs - config.bias_rounding_epochs),
         *([FrozenBatchNorm(model)] if config.freeze_bn else []),
-        *([Averaging(run, config.averaging, config.epochs, config.freeze_bn)] if config.averaging != "none" else []),
+        *([average(run, config)] if config.averaging != "none" else []),
     ]
+
+
+def average(run: RunContext, config: QuantizeConfig) -> Averaging:
+    """The average of weights and scales that takes the place of the best epoch."""
+    judged = partial(shipped.as_shipped, run, config.freeze_bn)
+    return Averaging(run, config.averaging, config.epochs, config.freeze_bn, judged)
 
 
 def scale_conflict(model: nn.Module, config: QuantizeConfig) -> quant.ScaleConflict:

@@ -84,6 +84,18 @@ def test_swa_and_ema_equal_torchs_averages():
             torch.testing.assert_close(x, y.detach(), rtol=1e-13, atol=1e-15)
 
 
+def test_warmed_up_ema_of_few_steps_is_not_its_start():
+    model = nn.Linear(1, 1, bias=False).double()
+    plain, warm = EMA(model, 0.99), EMA(model, 0.99, warm_up=True)
+    for t in range(3000):
+        nn.init.constant_(model.weight, float(t))
+        plain.update()
+        warm.update()
+        if t == 20:
+            assert float(plain.weights()["weight"]) < 3 < 14 < float(warm.weights()["weight"]) < 20
+    assert float(warm.weights()["weight"]) == pytest.approx(float(plain.weights()["weight"]), abs=1e-3)
+
+
 def test_applied_average_leaves_the_model_as_it_was_and_state_resumes():
     model = problem.build("mlp")
     average = SWA(model)

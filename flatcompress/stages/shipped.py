@@ -1,0 +1,39 @@
+"""The model as the quantize stage hands it on: with BatchNorm statistics estimated anew, by which epochs are judged.
+
+Weights that swing around a rounding edge leave the running statistics behind (arXiv 2203.11086, section 4.3): judged
+by those, an epoch can look useless that ships well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from flatcompress import quant
+from flatcompress.stages.context import RunContext
+from flatcompress.stages.measure import train_batches
+
+STATISTICS_BATCHES = 10
+
+
+def statistics_batches(run: RunContext) -> list[Tensor]:
+    """The inputs that BatchNorm's statistics are estimated on after QAT, on the model's device."""
+    return [x for x, _ in train_batches(run, STATISTICS_BATCHES * run.batch_size)]
+
+
+@contextmanager
+def as_shipped(run: RunContext, keep_statistics: bool) -> Iterator[None]:
+    """Inside, the model has the statistics that it ships with; ``keep_statistics``: those are the running ones.
+
+    Nothing else changes, the random state included: training goes on as if nobody had looked.
+    """
+    if keep_statistics:
+        yield
+        return
+    with torch.random.fork_rng(devices=[]):  # reading batches draws from it
+        batches = statistics_batches(run)
+    with quant.reestimated(run.model, batches):
+        yield

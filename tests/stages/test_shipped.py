@@ -1,0 +1,52 @@
+"""Epochs of QAT are judged on the model as it ships, and judging them changes nothing."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from stage_pieces import config, context
+
+from flatcompress.stages import run_stage, shipped
+from flatcompress.training.batches import evaluate
+
+KEYS = {"method": "lsq", "weight_bits": 3, "activation_bits": 3, "epochs": 3, "flatness_map": False}
+
+
+def quantized(**keys):
+    """The model after the stage, and the accuracy that each epoch and the selection were given."""
+    work = context()
+    seen = []
+    work.emit = lambda event, **fields: seen.append((event, fields.get("val_accuracy")))
+    run_stage("quantize", work, config("quantize", **{**KEYS, **keys}))
+    return work, [value for event, value in seen if event == "epoch"], [v for event, v in seen if event == "selected"]
+
+
+@pytest.mark.parametrize("averaging", ["none", "swa"])
+def test_the_number_that_selects_is_that_of_the_model_as_shipped(averaging):
+    work, _, selected = quantized(averaging=averaging)
+    assert selected == [evaluate(work.model, work.data.val, work.task)["accuracy"]]
+
+
+@pytest.mark.parametrize("keys", [{"select": "last"}, {"averaging": "swad"}], ids=str)
+def test_judging_an_epoch_changes_nothing(keys, monkeypatch):
+    work, judged, _ = quantized(**keys)
+    state = torch.random.get_rng_state()
+    monkeypatch.setattr(shipped, "as_shipped", lambda run, keep_statistics: nullcontext())
+    other, running, _ = quantized(**keys)
+    assert judged != running  # the running statistics tell another story
+    assert torch.equal(torch.random.get_rng_state(), state)
+    if "select" in keys:  # SWAD's valley is chosen by what is judged
+        ours, theirs = work.model.state_dict(), other.model.state_dict()
+        assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+def test_frozen_statistics_are_judged_as_they_are():
+    work = context()
+    before = {name: value.clone() for name, value in work.model.named_buffers()}
+    with shipped.as_shipped(work, keep_statistics=True):
+        assert all(torch.equal(value, before[name]) for name, value in work.model.named_buffers())
+    with shipped.as_shipped(work, keep_statistics=False):
+        assert any(not torch.equal(value, before[name]) for name, value in work.model.named_buffers())
+    assert all(torch.equal(value, before[name]) for name, value in work.model.named_buffers())
