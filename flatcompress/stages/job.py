@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from flatcompress import flat
 from flatcompress.errors import UserError
 from flatcompress.stages.averaging import Averaging
 from flatcompress.stages.context import RunContext
-from flatcompress.stages.keys import TrainingKeys
+from flatcompress.stages.keys import OptimizerConfig, TrainingKeys
 from flatcompress.training.batches import evaluate
 from flatcompress.training.callback import Callback
 from flatcompress.training.job import Job
@@ -66,12 +67,11 @@ def make_job(
     """
     accelerator, task = run.accelerator, run.task
     model = accelerator.prepare(run.model)
-    o = config.optimizer
-    groups = parameter_groups(model, o.weight_decay, scales, scale_lr)
+    groups = parameter_groups(model, config.optimizer.weight_decay, scales, scale_lr)
     further = list(extra)
     if further:
         groups.append({"params": further, "weight_decay": 0.0})
-    base = make_base_optimizer(groups, o.name, o.lr, o.weight_decay, o.momentum, o.nesterov, o.betas)
+    base = base_optimizer(config.optimizer, groups)
     optimizer = flat.create(
         config.flat_method(),
         model,
@@ -81,11 +81,6 @@ def make_job(
         **(config.hyper if hyper is None else hyper),
         **slots,
     )
-
-    def validate() -> float:
-        with as_shipped():
-            return evaluate(model, run.data.val, task, accelerator.device)[task.selects]
-
     return Job(
         model=model,
         optimizer=optimizer,
@@ -102,7 +97,7 @@ def make_job(
         schedule=config.schedule,
         select=config.select,
         patience=config.patience,
-        validate=validate,
+        validate=partial(_score, run, model, as_shipped),
         callbacks=[*callbacks, *run.callbacks],
         eligible=eligible,
         emit=run.emit,
@@ -110,6 +105,18 @@ def make_job(
         resume=run.resume,
         context=run.phase,
     )
+
+
+def base_optimizer(config: OptimizerConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """The plain optimizer of a stage's keys for these parameter groups."""
+    o = config
+    return make_base_optimizer(groups, o.name, o.lr, o.weight_decay, o.momentum, o.nesterov, o.betas)
+
+
+def _score(run: RunContext, model: nn.Module, as_shipped: Callable[[], AbstractContextManager[None]]) -> float:
+    """The metric that selects, on the validation split."""
+    with as_shipped():
+        return evaluate(model, run.data.val, run.task, run.device)[run.task.selects]
 
 
 def train(run: RunContext, job: Job) -> None:
