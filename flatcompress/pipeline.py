@@ -19,6 +19,7 @@ from flatcompress.errors import UserError
 from flatcompress.plan import Plan
 from flatcompress.randomness import spaced
 from flatcompress.recipe import Recipe, identity, load_recipe, parse_recipe
+from flatcompress.report import expected
 from flatcompress.session import Session
 from flatcompress.stages import STAGES, RunContext, StageKeys, run_stage, stage_of
 from flatcompress.stages.dry_run import dry_run
@@ -40,12 +41,14 @@ class Result:
     report: Path | None
     model: nn.Module
     plan: Plan
+    expected: dict[str, tuple[float, float]] | None = None
 
     def summary(self) -> dict[str, Any]:
         """What there is to show of it, as plain data."""
         files = {"folder": self.folder, "onnx": self.onnx, "report": self.report}
         paths = {name: None if path is None else str(path) for name, path in files.items()}
-        return {**paths, "ledger": self.ledger, "certificate": self.certificate}
+        said = expected.sentences(self.expected, self.ledger)
+        return {**paths, "ledger": self.ledger, "certificate": self.certificate, "expected": said}
 
 
 class Pipeline:
@@ -182,6 +185,7 @@ class Pipeline:
             report=report,
             model=run.model,
             plan=run.plan,
+            expected=recipe.expected,
         )
 
     def prepare(self, *, tried: bool = True) -> RunContext:

@@ -39,6 +39,8 @@ def print_result(result: dict[str, Any]) -> None:
     certificate = result["certificate"]
     if certificate is not None:
         console.print(certificate_line(certificate))
+    for sentence in result["expected"]:
+        console.print(f"{'expected:':<12}{sentence}", soft_wrap=True)
     for label, key in (("ONNX file", "onnx"), ("report", "report"), ("run folder", "folder")):
         if result[key]:
             console.print(f"{label + ':':<12}{result[key]}", soft_wrap=True)

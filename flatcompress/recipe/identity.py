@@ -15,9 +15,10 @@ from typing import Any
 from flatcompress.recipe.schema import SCHEMA, Recipe, StageEntry
 from flatcompress.stages.keys import TrainingKeys, flat_hyper
 
-# Keys that cannot change what is computed: where it goes, how often it is saved, who watches, what a failure does.
+# Keys that cannot change what is computed: where it goes, how often it is saved, who watches, what it is compared with,
+# what a failure does.
 HARMLESS = frozenset(
-    {"output_dir", "name", "device", "threads", "data.workers", "checkpoint_every", "log"}
+    {"output_dir", "name", "device", "threads", "data.workers", "checkpoint_every", "log", "expected"}
     | {"on_divergence", "max_rollbacks", "on_out_of_memory"}
 )
 Change = tuple[str, Any, Any]

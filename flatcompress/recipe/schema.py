@@ -90,6 +90,7 @@ def _stage_entry(value: Any) -> StageEntry:
     return StageEntry(kind, getattr(section.model_validate({kind: {} if keys is None else keys}), kind))
 
 
+Spread = tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]]
 Entry = Annotated[StageEntry, PlainValidator(_stage_entry), WithJsonSchema({"type": "object"}, mode="validation")]
 
 
@@ -128,6 +129,9 @@ class Recipe(Strict):
     model: ModelConfig = Field(default_factory=lambda: ModelConfig(), description="the model")
     task: str | dict[str, Any] | None = Field(
         None, description="what is learned: a name of `flatcompress list tasks`, or name and keys (default: the data's)"
+    )
+    expected: dict[str, Spread] | None = Field(
+        None, description="mean and standard deviation of the last stage's accuracies, as shares, to compare a run with"
     )
     stages: Annotated[list[Entry], Field(min_length=1)] = Field(description="what happens to the model, in order")
 
