@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import importlib.metadata as metadata
 import os
 import platform
 import re
@@ -45,6 +43,8 @@ def versions(*packages: str) -> dict[str, str]:
 def _version(name: str) -> str | None:
     if name == "flatcompress":
         return flatcompress.__version__
+    from importlib import metadata  # not at the top, nor ctypes below: `flatcompress --help` needs neither
+
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:  # the same module comes in packages of other names, as onnxruntime-gpu
@@ -57,6 +57,8 @@ def keep_freed_memory() -> bool:
     glibc gives every large block back to the system, so each activation is faulted in page by page: on EfficientNet at
     224 pixels that took two thirds of the processor time of a forward pass.
     """
+    import ctypes
+
     try:
         settings = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):  # no glibc

@@ -14,7 +14,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from flatcompress import __version__, environment
+from flatcompress import __version__
 from flatcompress.errors import Interrupted, RunError, UserError, unknown
 
 app = typer.Typer(
@@ -312,12 +312,15 @@ def debug(
 
 
 @app.callback(invoke_without_command=True)
-def _version(
+def _begin(
     version: Annotated[bool, typer.Option("--version", help="print the version and exit", is_eager=True)] = False,
 ) -> None:
     if version:
         typer.echo(f"flatcompress {__version__}")
         raise typer.Exit
+    from flatcompress import environment  # not at the top: `--help` answers without it
+
+    environment.keep_freed_memory()
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
@@ -326,7 +329,6 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 
 def _guarded(arguments: list[str] | None) -> int:
-    environment.keep_freed_memory()
     try:
         code = app(args=arguments, standalone_mode=False)
         return code if isinstance(code, int) else 0
