@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from flatcompress.errors import UserError
 from flatcompress.plan import Plan
-from flatcompress.prune.budgets.choice import Budget, choose
+from flatcompress.prune.budgets.choice import Budget, choose, settled
 from flatcompress.prune.budgets.cost import CostModel
 from flatcompress.prune.dependency.survey import survey
 from flatcompress.prune.importance import IMPORTANCES, RunningScore, score
@@ -54,7 +54,8 @@ class ChannelSchedule:
         self.at = [every * (i + 1) for i in range(events)] if isinstance(events, int) else list(events)
         left_after(kind, 1.0, 0.5, 0, self.events)
         self.model, self.example_input = model, example_input
-        self.budget, self.limits, self.kind = budget or Budget(), limits or Limits(), kind
+        self.budget, self.kind = budget or Budget(), kind
+        self.limits = settled(limits, self.budget)
         self.importance, self.options = importance, options
         found = survey(model, example_input, ignore)
         require_groups(model, found)

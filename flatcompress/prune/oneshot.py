@@ -39,7 +39,7 @@ def prune(
     ranking: str = "global",
     round_to: int | None = None,
     min_channels: int = 1,
-    floor: float = 0.1,
+    floor: float | None = None,
     ignore: Sequence[str] = (),
     batches: Batches | None = None,
     loss: Loss = functional.cross_entropy,

@@ -6,7 +6,7 @@ import math
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -41,19 +41,24 @@ RANKINGS.add("uniform", uniform_scope, "the same share of every group")
 RANKINGS.add("isomorphic", isomorphic_scope, "groups of the same structure compete", "2407.04616")
 
 
+FLOOR = 0.1  # share of a group that stays where nothing is said
+
+
 @dataclass(frozen=True)
 class Limits:
     """What a ranking must respect.
 
     ``ranking``: global | uniform | isomorphic. ``round_to``: kept channels are multiples of it; None chooses 8, 4, 2 or
     1 per group, the largest that leaves at least 8 steps (so 64 channels and more end in multiples of 8, and a
-    16-channel layer can still lose 2). ``min_channels`` and ``floor`` (a share of the group) are always kept.
+    16-channel layer can still lose 2). ``min_channels`` and ``floor`` (a share of the group) are always kept; None is
+    `FLOOR`, and under a ratio at least half of the share that the ratio leaves (`for_ratio`): a global ranking that
+    goes by rounding must not leave a residual stream 2 of 16 channels while every other layer keeps 8.
     """
 
     ranking: str = "global"
     round_to: int | None = None
     min_channels: int = 1
-    floor: float = 0.1
+    floor: float | None = None
 
     def __post_init__(self) -> None:
         _ = RANKINGS[self.ranking]
@@ -61,7 +66,7 @@ class Limits:
             raise UserError(f"round_to must be at least 1, found {self.round_to}.")
         if self.min_channels < 1:
             raise UserError(f"min_channels must be at least 1, found {self.min_channels}: no layer may be emptied.")
-        if not 0 <= self.floor < 1:
+        if self.floor is not None and not 0 <= self.floor < 1:
             raise UserError(f"floor is a share of each group in [0, 1), found {self.floor}.")
 
     def step(self, group: Group) -> int:
@@ -73,10 +78,19 @@ class Limits:
             return self.round_to // math.gcd(self.round_to, per_unit)
         return next(s for s in (8, 4, 2, 1) if s == 1 or group.units >= 8 * s)
 
+    def for_ratio(self, ratio: float) -> Limits:
+        """These limits with the floor that None stands for when ``ratio`` of all channels is to go.
+
+        >>> Limits().for_ratio(0.5).floor, Limits().for_ratio(0.9).floor, Limits(floor=0.0).for_ratio(0.5).floor
+        (0.25, 0.1, 0.0)
+        """
+        return self if self.floor is not None else replace(self, floor=max(FLOOR, (1 - ratio) / 2))
+
     def least(self, group: Group) -> int:
         """Units of ``group`` that must stay."""
         per_unit = 1 if group.kind == "heads" else max(1, group.channels // group.units)
-        least = max(1, math.ceil(self.min_channels / per_unit), math.ceil(self.floor * group.units - 1e-9))
+        floor = FLOOR if self.floor is None else self.floor
+        least = max(1, math.ceil(self.min_channels / per_unit), math.ceil(floor * group.units - 1e-9))
         step = self.step(group)
         return min(group.units, math.ceil(least / step) * step)
 

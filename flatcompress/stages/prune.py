@@ -78,7 +78,8 @@ class PruneConfig(RemovalKeys):
     round_to: Annotated[int, Field(ge=1)] | None = Field(None, description="keep multiples of this many channels")
     min_channels: Annotated[int, Field(ge=1)] = Field(2, description="channels that every layer keeps at least")
     floor: Annotated[float, Field(ge=0.0, lt=1.0)] | None = Field(
-        None, description="share of its channels that every layer keeps at least; default: 0.1"
+        None,
+        description="share of channels that every layer keeps at least; default: 0.1, and half of what a ratio leaves",
     )
 
     @property
@@ -268,8 +269,7 @@ def dry_run(model: nn.Module, example: torch.Tensor, config: PruneConfig) -> Non
 
 def limits(config: PruneConfig) -> prune.Limits:
     """What the ranking must respect."""
-    given = {} if config.floor is None else {"floor": config.floor}
-    return prune.Limits(config.ranking, config.round_to, config.min_channels, **given)
+    return prune.Limits(config.ranking, config.round_to, config.min_channels, config.floor)
 
 
 def budget(config: PruneConfig, model: nn.Module, example: torch.Tensor) -> prune.Budget:

@@ -14,7 +14,7 @@ from torch import nn
 
 from flatcompress import models
 from flatcompress.errors import UserError
-from flatcompress.prune import Budget, CostModel, Limits, choose, find_groups, prune, score
+from flatcompress.prune import Budget, ChannelSchedule, CostModel, Limits, choose, find_groups, prune, score
 from flatcompress.prune.budgets.knapsack import best_choice
 from flatcompress.prune.ranking import isomorphic_scope
 
@@ -158,6 +158,24 @@ def test_floor_and_min_channels_hold_against_any_score() -> None:
     assert min(int(k.sum()) for k in keep) == 4
     keep = choose(groups, scores, Budget("ratio", 0.6), Limits(floor=0.25, round_to=1))
     assert min(float(k.float().mean()) for k in keep) == 0.25
+
+
+@pytest.mark.parametrize(("ratio", "floor"), [(0.5, 0.25), (0.6, 0.2), (0.8, 0.1)])
+def test_under_a_ratio_every_layer_keeps_half_of_what_the_ratio_leaves(ratio: float, floor: float) -> None:
+    groups = find_groups(resnet8(), images(16))
+    scores = [torch.full((g.units,), float(i)) for i, g in enumerate(groups)]  # the first layers lose all they can
+    keep = choose(groups, scores, Budget("ratio", ratio), Limits(round_to=1))
+    assert min(float(k.float().mean()) for k in keep) == pytest.approx(floor, abs=0.05)
+    assert all(float(k.float().mean()) >= floor for k in keep)
+    gone = sum(int((~k).sum()) for k in keep) / sum(k.numel() for k in keep)
+    assert gone == pytest.approx(ratio, abs=0.03)
+
+
+def test_a_schedule_holds_the_floor_of_its_final_ratio_at_every_event() -> None:
+    model = resnet8()
+    schedule = ChannelSchedule(model, images(16), Budget("ratio", 0.5), events=3, every=1)
+    assert schedule.limits.floor == 0.25
+    assert ChannelSchedule(model, images(16), Budget("macs", 0.5), events=3, every=1).limits.floor is None
 
 
 def test_least_important_units_go() -> None:

@@ -70,6 +70,12 @@ class Budget:
         return self.value if self.absolute or self.value > 1 else self.value * dense
 
 
+def settled(limits: Limits | None, budget: Budget) -> Limits:
+    """``limits``, or the default ones, with the floor that goes with ``budget``."""
+    limits = limits or Limits()
+    return limits.for_ratio(budget.value) if budget.kind == "ratio" else limits
+
+
 def choose(
     groups: Sequence[Group],
     scores: Sequence[Tensor],
@@ -85,7 +91,7 @@ def choose(
     ``costs`` is needed for every budget but a ratio. ``keep``: units removed before, which go first.
     UserError: the budget cannot be met within ``limits`` (the message says the smallest that can).
     """
-    limits = limits or Limits()
+    limits = settled(limits, budget)
     ladder = Ladder(groups, scores, limits, keep)
     if budget.kind == "ratio":
         gone = _for_ratio(ladder, budget.value)
