@@ -32,7 +32,8 @@ class RunContext:
     the terminal; ``ledger`` has one row per finished stage; ``artifacts`` are files a stage has written. ``resume`` is
     the state of this very stage when it was interrupted, ``progress`` is where it saves such states, with ``phase``:
     which phase of the stage is running and what the earlier ones found (see `stage.run_stage`). ``callbacks`` are the
-    user's own, and take part in every training job after the stage's. ``spent``: where the running stage's time went,
+    user's own, and take part in every training job after the stage's. ``accumulate``: batches of an optimizer step of
+    the running stage. ``spent``: where the running stage's time went,
     beside its training, in seconds.
     """
 
@@ -55,6 +56,7 @@ class RunContext:
     progress: Progress | None = None
     phase: dict[str, Any] = field(default_factory=dict)
     callbacks: Sequence[Callback] = ()
+    accumulate: int = 1
     spent: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
@@ -79,7 +81,7 @@ class RunContext:
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps in one epoch of this process."""
-        return steps_per_epoch(self.data.train, self.batch_size, self.accelerator)
+        return steps_per_epoch(self.data.train, self.batch_size * self.accumulate, self.accelerator)
 
     def example(self, n: int = 2) -> torch.Tensor:
         """The first ``n`` test images, [n, C, H, W], on the model's device."""

@@ -14,6 +14,7 @@ from flatcompress.errors import Interrupted, UserError
 from flatcompress.stages.context import RunContext
 from flatcompress.stages.keys import TrainingKeys
 from flatcompress.stages.stage import stage_of
+from flatcompress.training import optimizers, schedules
 
 
 def dry_run(run: RunContext, stages: Sequence[tuple[str, Any]]) -> None:
@@ -79,6 +80,7 @@ def _check_stages(run: RunContext, stages: Sequence[tuple[str, Any]]) -> None:
         if not isinstance(config, TrainingKeys):
             continue
         try:
+            _check_loop(run, config)
             run.task.training_loss(config.label_smoothing)
             if flat.METHODS[config.flat_method()].facts.of_logits and run.task.agreement != "argmax":
                 raise UserError(
@@ -87,3 +89,15 @@ def _check_stages(run: RunContext, stages: Sequence[tuple[str, Any]]) -> None:
                 )
         except UserError as error:
             raise UserError(f"stages.{index}.{kind}: {error}") from None
+
+
+def _check_loop(run: RunContext, config: TrainingKeys) -> None:
+    """The optimizer and the schedule work, and the batches of a step are there."""
+    o, n = config.optimizer, len(run.data.train)
+    optimizers.try_out(o.name, o.lr, o.weight_decay, o.keys)
+    if isinstance(config.schedule, str) and config.schedule not in schedules.NAMES:
+        raise UserError(f"schedule {config.schedule!r} stands for an object given in Python; name a schedule instead.")
+    schedules.try_out(config.schedule, o.lr)
+    wanted = config.accumulate * run.batch_size * run.accelerator.num_processes
+    if config.accumulate > 1 and wanted > n:
+        raise UserError(f"accumulate {config.accumulate}: a step would take {wanted} samples, and there are {n}.")

@@ -15,12 +15,12 @@ from flatcompress import flat
 from flatcompress.errors import UserError
 from flatcompress.stages.averaging import Averaging
 from flatcompress.stages.context import RunContext
-from flatcompress.stages.keys import OptimizerConfig, TrainingKeys
+from flatcompress.stages.keys import TrainingKeys
+from flatcompress.training import optimizers
 from flatcompress.training.batches import evaluate
 from flatcompress.training.callback import Callback
 from flatcompress.training.job import Job
 from flatcompress.training.loop import fit, restore_best
-from flatcompress.training.schedules import make_base_optimizer
 
 
 def parameter_groups(
@@ -65,18 +65,16 @@ def make_job(
     ``extra``: tensors beside the model's parameters that the optimizer must know. ``as_shipped``: inside it the model
     is what the stage would hand on if the epoch were selected; every epoch is judged there.
     """
-    accelerator, task = run.accelerator, run.task
-    model = accelerator.prepare(run.model)
+    model = run.accelerator.prepare(run.model)
     groups = parameter_groups(model, config.optimizer.weight_decay, scales, scale_lr)
-    further = list(extra)
-    if further:
+    if further := list(extra):
         groups.append({"params": further, "weight_decay": 0.0})
-    base = base_optimizer(config.optimizer, groups)
+    o = config.optimizer
     optimizer = flat.create(
         config.flat_method(),
         model,
-        base,
-        scaler=accelerator.scaler,
+        optimizers.build(groups, o.name, o.lr, o.weight_decay, o.keys),
+        scaler=run.accelerator.scaler,
         max_grad_norm=config.max_grad_norm,
         **(config.hyper if hyper is None else hyper),
         **slots,
@@ -85,13 +83,15 @@ def make_job(
         model=model,
         optimizer=optimizer,
         train=run.data.train,
-        accelerator=accelerator,
-        loss=task.training_loss(config.label_smoothing),
-        task=task,
+        accelerator=run.accelerator,
+        loss=run.task.training_loss(config.label_smoothing),
+        task=run.task,
         epochs=epochs or config.epochs,
         first_epoch=first_epoch,
         schedule_epochs=config.epochs,
-        batch_size=run.batch_size,
+        batch_size=run.batch_size * run.accumulate,
+        accumulate=run.accumulate,
+        max_steps=config.max_steps,
         workers=run.workers,
         seed=run.seed,
         schedule=config.schedule,
@@ -105,12 +105,6 @@ def make_job(
         resume=run.resume,
         context=run.phase,
     )
-
-
-def base_optimizer(config: OptimizerConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """The plain optimizer of a stage's keys for these parameter groups."""
-    o = config
-    return make_base_optimizer(groups, o.name, o.lr, o.weight_decay, o.momentum, o.nesterov, o.betas)
 
 
 def _score(run: RunContext, model: nn.Module, as_shipped: Callable[[], AbstractContextManager[None]]) -> float:

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    WithJsonSchema,
+    model_serializer,
+    model_validator,
+)
 
 from flatcompress import flat
-from flatcompress.errors import nearest, unknown
+from flatcompress.errors import UserError, nearest, unknown
+from flatcompress.training import optimizers, schedules
 
 Bits = Annotated[int, Field(ge=2, le=8)]
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
@@ -59,15 +70,42 @@ class StageKeys(BaseModel):
         return None
 
 
-class OptimizerConfig(Strict):
-    """The base optimizer that a flat-minima method wraps."""
+def _schedule(value: Any) -> Any:
+    """A named schedule; in Python also a function of (step, total), or of an optimizer that makes a torch scheduler."""
+    if callable(value) or value in schedules.NAMES or str(value).startswith(FROM_PYTHON):
+        return value
+    raise ValueError(str(unknown("schedule", str(value), schedules.NAMES)))
 
-    name: Literal["sgd", "adam", "adamw"] = Field("adamw", description="base optimizer")
+
+def _schedule_name(value: Any) -> str:
+    """As a recipe has it: an object given in Python stands there under its name."""
+    if isinstance(value, str):
+        return value
+    return f"{FROM_PYTHON}{getattr(value, '__qualname__', type(value).__qualname__)}"
+
+
+FROM_PYTHON = "python:"
+Schedule = Annotated[
+    Any,
+    PlainValidator(_schedule),
+    PlainSerializer(_schedule_name),
+    WithJsonSchema({"enum": list(schedules.NAMES), "type": "string"}),
+]
+
+
+class OptimizerConfig(BaseModel):
+    """The base optimizer that a flat-minima method wraps. Further keys go to its class, which must take them."""
+
+    model_config = ConfigDict(extra="allow", validate_default=True, allow_inf_nan=False)
+
+    name: str = Field(
+        "adamw", description="base optimizer: sgd, adam, adamw, another of torch.optim, or package.module:Class"
+    )
     lr: Positive = Field(3.0e-3, description="peak learning rate")
     weight_decay: NonNegative = Field(1.0e-4, description="weight decay, not applied to quantizer scales")
-    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.9, description="momentum (sgd)")
-    nesterov: bool = Field(True, description="Nesterov momentum (sgd)")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="moment decay rates (adam, adamw)")
+    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.9, description="momentum (sgd; others: their default)")
+    nesterov: bool = Field(True, description="Nesterov momentum (sgd; others: their default)")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="moment decay rates (adam, adamw; others: theirs)")
 
     @model_validator(mode="before")
     @classmethod
@@ -75,6 +113,46 @@ class OptimizerConfig(Strict):
         if isinstance(value, str):
             raise ValueError(f"the optimizer is a mapping: optimizer: {{name: {value}, lr: 3.0e-3}}")
         return value
+
+    @model_validator(mode="after")
+    def _takes_its_keys(self) -> OptimizerConfig:
+        if ":" not in self.name:
+            self.name = self.name.lower()
+        try:
+            accepted = optimizers.takes(optimizers.find(self.name)) or {}
+        except UserError as error:
+            raise KeyProblem("name", str(error)) from None
+        extras = self.__pydantic_extra__ or {}
+        for key, value in extras.items():
+            if isinstance(accepted.get(key), bool | int | float):
+                extras[key] = coerce(key, value, float(accepted[key]) if type(accepted[key]) is int else accepted[key])
+        problem = optimizers.key_problem(self.name, self.keys, self.weight_decay)
+        if problem is not None:
+            raise KeyProblem(*problem)
+        return self
+
+    @property
+    def keys(self) -> dict[str, Any]:
+        """What its class is given beside lr and weight_decay."""
+        own: dict[str, Any] = {name: getattr(self, name) for name in ("momentum", "nesterov", "betas")}
+        extras = dict(self.__pydantic_extra__ or {})
+        if self.name == "sgd":
+            return {"momentum": self.momentum, "nesterov": self.nesterov and self.momentum > 0, **extras}
+        if self.name in optimizers.OWN:
+            return {"betas": self.betas, **extras}
+        return {**{name: value for name, value in own.items() if name in self.model_fields_set}, **extras}
+
+    @model_serializer(mode="wrap")
+    def _as_given(self, handler: Any) -> dict[str, Any]:
+        """Of a class with defaults of its own only what was given is written down."""
+        found: dict[str, Any] = handler(self)
+        if self.name not in optimizers.OWN:
+            for name in ("momentum", "nesterov", "betas"):
+                found.pop(name, None)
+                if name in self.model_fields_set:
+                    value = getattr(self, name)
+                    found[name] = list(value) if isinstance(value, tuple) else value
+        return found
 
 
 class TrainingKeys(StageKeys):
@@ -88,8 +166,12 @@ class TrainingKeys(StageKeys):
 
     epochs: Annotated[int, Field(ge=1, le=100_000)] = Field(10, description="passes over the training split")
     optimizer: OptimizerConfig = Field(default_factory=lambda: OptimizerConfig(), description="base optimizer")
-    schedule: Literal["cosine", "one_cycle", "linear", "constant"] = Field(
-        "one_cycle", description="learning-rate schedule over the stage"
+    schedule: Schedule = Field("one_cycle", description="learning-rate schedule over the stage")
+    max_steps: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="stop after so many optimizer steps; the schedule ends there too"
+    )
+    accumulate: Annotated[int, Field(ge=1, le=65_536)] = Field(
+        1, description="batches whose gradients make one optimizer step: k times data.batch_size in the memory of one"
     )
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.0, description="label smoothing")
     max_grad_norm: Positive | None = Field(None, description="clip the combined gradient to this l2 norm")
@@ -109,13 +191,20 @@ class TrainingKeys(StageKeys):
         """All of them."""
         return self.epochs
 
+    def within(self, steps_per_epoch: int) -> Self:
+        """These keys with the epochs that ``max_steps`` leaves; the last may be cut short."""
+        most = self.epochs if self.max_steps is None else math.ceil(self.max_steps / steps_per_epoch)
+        return self if most >= self.epochs else self.model_copy(update={"epochs": most})
+
     @property
     def hyper(self) -> dict[str, Any]:
         """The flat method's hyper-parameters given in the recipe."""
         return dict(self.__pydantic_extra__ or {})
 
     @model_validator(mode="after")
-    def _patience_selects(self) -> TrainingKeys:
+    def _ends_sensibly(self) -> TrainingKeys:
+        if self.max_steps is not None and not self.epochs:
+            raise KeyProblem("max_steps", "epochs: 0 trains nothing: leave it out.")
         if self.patience is not None and self.select != "best":
             raise KeyProblem("patience", "waits for a better epoch, and select: last keeps the last: leave one out.")
         return self
@@ -208,6 +297,12 @@ class RemovalKeys(TrainingKeys):
     warmup_share: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.12, description="share of the steps before step 2")
     prune_share: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(0.3, description="share of the steps in step 2")
     ignore: list[str] = Field(default_factory=list, description="layers to leave alone: names or re:PATTERN")
+
+    @model_validator(mode="after")
+    def _in_epochs(self) -> RemovalKeys:
+        if self.max_steps is not None:
+            raise KeyProblem("max_steps", "what is removed when is counted in epochs here: give fewer epochs instead.")
+        return self
 
     @model_validator(mode="after")
     def _leaves_step_3(self) -> RemovalKeys:

@@ -101,6 +101,9 @@ def run_stage(kind: str, run: RunContext, config: Any) -> RunContext:
 
     RunError when the saved state belongs to no phase of the stage.
     """
+    run.accumulate = config.accumulate if isinstance(config, TrainingKeys) else 1
+    if isinstance(config, TrainingKeys):
+        config = config.within(run.steps_per_epoch)
     phases = stage_of(kind).phases(run, config)
     begun, first = run.passes, 0
     facts: Facts = {}

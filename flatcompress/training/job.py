@@ -99,7 +99,9 @@ class Job:
     """What `fit` trains and with what. Nothing is assigned to it afterwards; only ``state`` changes.
 
     ``loss(output, y)`` is what is minimised, ``task`` has the metric that selects, ``validate()`` gives that metric on
-    the training domains' validation split. ``patience``: it ends after so many epochs without a better one.
+    the training domains' validation split. ``patience``: it ends after so many epochs without a better one;
+    ``max_steps``: after so many steps of the stage. ``batch_size``: samples of an optimizer step, which go through the
+    model in ``accumulate`` parts. ``schedule``: see `schedules.rates`.
     ``callbacks`` take part in the order of the list, which whoever builds the job gives a reason for.
     ``eligible(epoch)`` says whether an epoch may be selected as best.
     ``resume`` is a state that ``progress`` once saved, and ``context`` goes into every saved state untouched.
@@ -118,12 +120,14 @@ class Job:
     task: Task = field(default_factory=build)
     callbacks: Sequence[Callback] = ()
     emit: Callable[..., None] = _silent
-    schedule: str = "one_cycle"
+    schedule: Any = "one_cycle"
     workers: int = 0
     select: str = "best"
     patience: int | None = None
     first_epoch: int = 0
     schedule_epochs: int | None = None
+    accumulate: int = 1
+    max_steps: int | None = None
     eligible: Callable[[int], bool] = _always
     progress: Progress | None = None
     resume: dict[str, Any] | None = None
@@ -146,6 +150,17 @@ class Job:
     def steps_per_epoch(self) -> int:
         """Optimizer steps in one epoch of this process."""
         return steps_per_epoch(self.train, self.batch_size, self.accelerator)
+
+    @property
+    def parts(self) -> int:
+        """Passes that a step's samples are divided into."""
+        return self.accumulate * self.state.recovery.parts
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole stage."""
+        planned = (self.schedule_epochs or self.epochs) * self.steps_per_epoch
+        return planned if self.max_steps is None else min(planned, self.max_steps)
 
     def total_loss(self, output: Tensor, y: Tensor) -> Tensor:
         """The task's loss and the callbacks' terms, added in the list's order."""

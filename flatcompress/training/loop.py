@@ -25,7 +25,7 @@ from flatcompress.training.batches import epoch_batches, loader, worker_errors
 from flatcompress.training.devices import select
 from flatcompress.training.divergence import Diverged
 from flatcompress.training.job import Job, Recovery
-from flatcompress.training.schedules import lr_factor
+from flatcompress.training.schedules import rates
 from flatcompress.training.steps import Means, take_step
 
 ROLLBACK_LR = 0.5  # learning-rate factor of a rollback
@@ -71,8 +71,10 @@ def _fit(job: Job, base_lrs: list[float]) -> None:
 
 def _run(job: Job, base_lrs: list[float], resume: dict[str, Any] | None) -> None:
     epochs = job.schedule_epochs or job.epochs
-    total = epochs * job.steps_per_epoch
     start, done, stats = _resume(job, resume)
+    lr = rates(job.schedule, base_lrs, job.total_steps, job.state.recovery.lr_factor)
+    if job.parts > 1:
+        job.optimizer.join_chunks()
     for epoch in range(start, job.first_epoch + job.epochs):
         started = time.monotonic()
         job.model.train()
@@ -80,9 +82,8 @@ def _run(job: Job, base_lrs: list[float], resume: dict[str, Any] | None) -> None
             callback.before_epoch(epoch)
         for i, (x, y) in enumerate(_batches(job, epoch, done), done):
             step = epoch * job.steps_per_epoch + i
-            factor = lr_factor(job.schedule, step, total) * job.state.recovery.lr_factor
-            for group, lr in zip(job.optimizer.param_groups, base_lrs):
-                group["lr"] = lr * factor
+            for group, rate in zip(job.optimizer.param_groups, lr(step)):
+                group["lr"] = rate
             take_step(job, x, y, step, stats)
             for callback in job.callbacks:
                 callback.after_step(step + 1)
@@ -164,8 +165,6 @@ def _resume(job: Job, state: dict[str, Any] | None) -> tuple[int, int, Means]:
                 callback.load_state_dict(state["callbacks"][callback.name])
         vars(stats).update(state["stats"])
         job.state.recovery = Recovery(**state["recovery"])
-        if job.state.recovery.parts > 1:
-            job.optimizer.join_chunks()
         if job.accelerator.scaler is not None:
             job.accelerator.scaler.load_state_dict(state["scaler"])
         restore(state["rng"])
@@ -208,5 +207,5 @@ def _batches(job: Job, epoch: int, done: int) -> Iterator[tuple[Tensor, Tensor]]
         len(job.train), job.batch_size, job.seed, epoch, accelerator.process_index, accelerator.num_processes
     )
     with worker_errors(job.workers):
-        for x, y in loader(job.train, batches[done:], job.workers):
+        for x, y in loader(job.train, batches[done : job.total_steps - epoch * job.steps_per_epoch], job.workers):
             yield x.to(accelerator.device, non_blocking=True), y.to(accelerator.device, non_blocking=True)

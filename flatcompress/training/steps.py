@@ -60,7 +60,7 @@ def _attempt(job: Job, x: Tensor, y: Tensor, step: int) -> tuple[float, float]:
     """The loss and the metric of the first pass, after one step in as many parts as needed."""
     while True:
         rows: list[Tensor] = []
-        parts = memory.split(x, y, job.state.recovery.parts)
+        parts = memory.split(x, y, job.parts)
         closures = [_closure(job, a, b, factor, step, rows) for a, b, factor in parts]
         job.optimizer.zero_grad()
         try:
@@ -85,7 +85,7 @@ def _closure(job: Job, x: Tensor, y: Tensor, factor: float, step: int, rows: lis
         job.accelerator.backward(loss)
         for callback in job.callbacks:
             callback.after_backward()
-        if len(rows) < job.state.recovery.parts:
+        if len(rows) < job.parts:
             rows.append(job.task.metric.rows(logits.detach(), y))
         gradients = divergence.gradients_of(job.optimizer.param_groups) if checked else []
         if not divergence.finite(loss, gradients):
@@ -124,7 +124,7 @@ def _halve(job: Job, x: Tensor, y: Tensor, step: int, reason: str) -> None:
     """Work through batches in twice as many parts from now on. RunError when that is not wanted or not possible."""
     job.optimizer.zero_grad()
     memory.release()
-    size = len(y) // job.state.recovery.parts
+    size = len(y) // job.parts
     if job.progress is None or job.progress.on_out_of_memory != "halve" or size < 2:
 
         def attempt(n: int) -> None:
@@ -141,4 +141,4 @@ def _halve(job: Job, x: Tensor, y: Tensor, step: int, reason: str) -> None:
         )
     job.state.recovery.parts *= 2
     job.optimizer.join_chunks()
-    job.emit("warning", message=f"out of memory at step {step + 1}: batches now go in {job.state.recovery.parts} parts")
+    job.emit("warning", message=f"out of memory at step {step + 1}: batches now go in {job.parts} parts")
