@@ -113,6 +113,7 @@ def through(model: nn.Module, plain: nn.Module, example: Any, bits: int, row: Ro
     data = quant.quantize(model, bits, bits, example_input=example).of_kind("quantizers")[0]["float_layers"]
     row.float_layers, row.float_macs = f"{data['count']} of {data['total']}", round(data["macs"], 4)
     quant.calibrate(model, [example, others[0]])
+    quant.set_bias_rounding(model)  # the model that is trained has the file's biases
     with tempfile.TemporaryDirectory() as folder:
         exported = export(model.eval(), example, Path(folder) / "model.onnx")
         batches = [example, others[1]]

@@ -13,6 +13,8 @@ from flatcompress.onnx_export.emit.writer import ModuleEmitter, Writer, array, a
 from flatcompress.onnx_export.lower import integer
 from flatcompress.onnx_export.lower.prepare import PADS
 
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
 
 def _quantize(w: Writer, node: fx.Node, module: integer.Quantize) -> str:
     return w.codes_of(w.tensor(node.args[0]), module.grid)
@@ -28,7 +30,7 @@ def _feeds_float_layer(w: Writer, user: fx.Node) -> bool:
     if user.op == "call_function" and user.target in PADS:
         return any(_feeds_float_layer(w, after) for after in user.users)
     module = w.gm.get_submodule(str(user.target)) if user.op == "call_module" else None
-    return isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear)
+    return isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, *TRANSPOSED))
 
 
 def _axis(node: fx.Node) -> tuple[int, int] | None:
@@ -51,7 +53,8 @@ def _integer_layer(w: Writer, node: fx.Node, module: integer.IntegerLayer) -> st
     w.note_layer(node, module)
     if module.kind == "linear" and not as_matrix(node):
         return _tokens(w, node, module)
-    x = w.real_of(w.tensor(node.args[0]), module.in_grid)
+    floats = module.kind == "conv" and module.out_grid is None  # which onnxruntime must not quantize again
+    x = w.real_of(w.tensor(node.args[0]), module.in_grid, _axis(node.args[0]) if floats else None)
     result = _product(w, node, module, [x, *_integer_inputs(w, node, module)], turned=False)
     return result if module.out_grid is None else w.codes_of(result, module.out_grid)
 
@@ -228,9 +231,6 @@ def _float_conv(w: Writer, node: fx.Node, module: Any) -> str:
         inputs.append(w.constant(module.bias))
     given = {key: getattr(module, key) for key in ("stride", "padding", "dilation", "groups")}
     return conv(w, inputs, given, tuple(module.kernel_size), node.meta["path"])
-
-
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def _float_transposed(w: Writer, node: fx.Node, module: Any) -> str:

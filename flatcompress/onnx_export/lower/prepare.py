@@ -156,10 +156,9 @@ def _note_norms(gm: fx.GraphModule) -> None:
     for node in list(gm.graph.nodes):
         if not isinstance(module_of(gm, node), nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
             continue
-        layer, calls = first_input(node), [n for n in gm.graph.nodes if n.target == first_input(node).target]
-        # A linear layer's BatchNorm1d on [B, T, C] normalises T, and a layer called twice has two norms.
-        foldable = is_weighted(gm, layer) and len(layer.users) == 1 and len(calls) == 1
-        if foldable and not _normalises_tokens(gm, layer):
+        layer = first_input(node)  # one call of it: another call may have another norm, or none
+        # A linear layer's BatchNorm1d on [B, T, C] normalises T.
+        if is_weighted(gm, layer) and len(layer.users) == 1 and not _normalises_tokens(gm, layer):
             layer.meta.setdefault("norms", []).append(module_of(gm, node))
             _remove(gm, node)
 

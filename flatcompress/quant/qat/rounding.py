@@ -74,9 +74,8 @@ def _input_quantizer(model: nn.Module, node: fx.Node) -> ActivationQuantizer | N
 
 
 def _norm(model: nn.Module, graph: fx.Graph, node: fx.Node) -> nn.Module | None:
-    """The BatchNorm that folds into this layer: its only reader, and the layer is called once."""
-    calls = sum(n.op == "call_module" and n.target == node.target for n in graph.nodes)
-    if calls > 1 or len(node.users) != 1:
+    """The BatchNorm that folds into this call of a layer: its only reader."""
+    if len(node.users) != 1:
         return None
     user = next(iter(node.users))
     found = model.get_submodule(str(user.target)) if user.op == "call_module" else None
