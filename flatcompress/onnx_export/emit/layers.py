@@ -33,7 +33,7 @@ def _feeds_float_layer(w: Writer, user: fx.Node) -> bool:
     return isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, *TRANSPOSED))
 
 
-def _axis(node: fx.Node) -> tuple[int, int] | None:
+def _axis(node: Any) -> tuple[int, int] | None:
     """Any axis but the batch that is longer than one.
 
     onnxruntime quantizes the weights of a float Conv or Gemm that stands between DequantizeLinear and

@@ -41,6 +41,7 @@ _KEPT = (
     *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
 )
 _POOLS = (aten.adaptive_avg_pool2d.default, aten.mean.dim)
+QUANTIZED = "quantized"
 _MATMULS = (aten.matmul.default, aten.bmm.default, aten.mm.default)
 
 
@@ -55,6 +56,7 @@ class Value:
 def lower(model: nn.Module, example_input: Any) -> fx.GraphModule:
     """The reference of ``model`` in eval mode, for any batch size. ``example_input``: a tensor [B, ...], a tuple of
     arguments or a dictionary of them; the reference takes their tensors in order and returns one tensor or a tuple.
+    Its ``meta[QUANTIZED]``: {activation quantizer: (the node that has its codes, their grid)}.
 
     UserError when the model cannot be traced, or holds a layer or quantizer that has no lowered form.
     """
@@ -83,7 +85,17 @@ class _Lowering:
         lowered.graph.eliminate_dead_code()
         lowered.delete_all_unused_submodules()
         lowered.recompile()
+        lowered.meta[QUANTIZED] = self._where_quantized(set(lowered.graph.nodes))
         return lowered.eval()
+
+    def _where_quantized(self, present: set[fx.Node]) -> dict[str, tuple[str, Grid]]:
+        found = {}
+        for node in self.gm.graph.nodes:
+            at_home = is_quantizer(self.gm, node) and not node.meta.get("moved")
+            target, value = str(node.target) if at_home else node.meta.get("quantized_by"), self.env.get(node)
+            if target and value is not None and value.grid is not None and value.node in present:
+                found[target] = (value.node.name, value.grid)
+        return found
 
     # --- one method per kind of fx node -----------------------------------------------------------------------
 

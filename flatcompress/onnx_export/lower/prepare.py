@@ -90,7 +90,9 @@ def is_weighted(gm: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def prepare(gm: fx.GraphModule) -> None:
-    """All rewrites, in place. Results stand in ``meta``: "norms" of a layer, "low" and "high" of a quantizer."""
+    """All rewrites, in place. Results stand in ``meta``: "norms" of a layer, "low" and "high" of a quantizer, and
+    "quantized_by" of an operator whose result is what a quantizer that moved gave in its old place.
+    """
     fold_constants(gm)
     _drop_identities(gm)
     _note_norms(gm)
@@ -221,7 +223,9 @@ def _swap(gm: fx.GraphModule, move: fx.Node, quantizer: fx.Node) -> None:
     """``quantizer(move(x))`` -> ``move(quantizer(x))``."""
     with gm.graph.inserting_before(move):
         early = gm.graph.call_module(str(quantizer.target), (first_input(move),))
-    early.meta.update({**quantizer.meta, "val": first_input(move).meta.get("val")})
+    early.meta.update({**quantizer.meta, "val": first_input(move).meta.get("val"), "moved": True})
+    if not quantizer.meta.get("moved"):
+        move.meta["quantized_by"] = str(quantizer.target)
     quantizer.replace_all_uses_with(move)
     gm.graph.erase_node(quantizer)
     move.replace_input_with(first_input(move), early)

@@ -31,16 +31,13 @@ import onnx
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from flatcompress.environment import machine, versions
 from flatcompress.errors import UserError
-from flatcompress.graph.interface import call, mapped
-from flatcompress.modules import evaluating
 from flatcompress.onnx_export.c import model as c_model
 from flatcompress.onnx_export.emit.catalogue import PROFILES
 from flatcompress.onnx_export.exporting import Exported
-from flatcompress.onnx_export.proof import inspect_file, integers, judging, others, parity
+from flatcompress.onnx_export.proof import inspect_file, integers, judging, others, parity, trained
 from flatcompress.onnx_export.proof.diverging import first_diverging_layer
 from flatcompress.onnx_export.proof.evidence import BYTES, Evidence
 from flatcompress.onnx_export.proof.roundoff import EVALUATIONS, HALF, SINGLE, real_operators, roundoff
@@ -84,7 +81,7 @@ def certify(
     output, name = judged(exported.reference)
     reference = parity.reference_outputs(exported.reference, inputs.batches, output)
     measured = _outputs(exported.path, inputs, output)
-    trained = None if model is None else _in_eval(model, batches, output)
+    own = None if model is None else trained.outputs(model, batches, output)
     found = kernels(exported.path)
     certificate: dict[str, Any] = {
         "schema": SCHEMA,
@@ -100,16 +97,21 @@ def certify(
         "layers": [{**row, "kernel": found.of.get(row["name"])} for row in exported.layers],
         "parity": _parity(reference, measured, exported, inputs, (output, name), learned.agreement, evaluations),
         "outputs": others.compared(exported, inputs, output),
-        "trained": _against_trained(reference, measured["optimized"], trained, learned.agreement),
+        "trained": None,
         "integer": _integer(exported, found, integer_time),
-        "metric": _metric(reference, measured, truth, trained, learned),
+        "metric": _metric(reference, measured, truth, own, learned),
         "latency": _latency(exported.path, latency_runs, threads),
     }
+    if model is not None and own is not None:
+        results = {"trained": own, "reference": reference, "file": measured["optimized"]}
+        certificate["trained"] = trained.compared(
+            model, exported.reference, batches, output, results, learned.agreement
+        )
     certificate |= {} if learned.plain else {"task": learned.described()}
     if exported.c is not None:
         certificate["c"] = c_model.section(exported.c, inputs.joined()[0].numpy(), measured["optimized"], reference)
     certificate["failures"] = _failures(certificate, reference, measured["optimized"], truth, learned)
-    _judge_floats(certificate, exported.profile, require_integer)
+    _warn(certificate, exported.profile, require_integer)
     certificate["holds"] = not certificate["failures"]
     if write:
         _store(exported.path, certificate, _evidence(inputs, reference, truth).capped(evidence_bytes), output, learned)
@@ -122,10 +124,13 @@ def _checked(exported: Exported) -> onnx.ModelProto:
     return proto
 
 
-def _judge_floats(certificate: dict[str, Any], profile: str, required: bool) -> None:
-    """Layers that compute in floats: a warning, or a failure where integers are ``required``."""
+def _warn(certificate: dict[str, Any], profile: str, required: bool) -> None:
+    """Layers that compute in floats are a warning, or a failure where integers are ``required``; so is, as a warning
+    alone, a distance from the trained model that rounding does not explain.
+    """
     floats = integers.sentence(certificate["integer"])
     certificate["warnings"] = [floats] if floats and not required else []
+    certificate["warnings"] += [told] if (told := trained.sentence(certificate["trained"])) else []
     if required:
         certificate["failures"] += integers.required(certificate["integer"], profile)
 
@@ -259,16 +264,16 @@ def _metric(
     reference: NDArray[np.float32],
     measured: dict[str, NDArray[np.float32]],
     truth: NDArray[Any] | None,
-    trained: NDArray[np.float32] | None,
+    own: NDArray[np.float32] | None,
     task: Task,
 ) -> dict[str, Any]:
-    same = None if trained is None else parity.compare(trained, reference, 1.0, task.agreement)["equal_argmax"]
+    same = None if own is None else parity.compare(own, reference, 1.0, task.agreement)["equal_argmax"]
     row: dict[str, Any] = {"name": task.selects, "samples": len(reference), "trained_agreement": same}
     if not task.plain:
         row |= {"higher": bool(task.metric.higher), "share": task.metric.share}
     if truth is None:
         return {**row, "onnxruntime": None, "reference": None, "trained": None, "difference": None}
-    outputs = {"onnxruntime": measured["optimized"], "reference": reference, "trained": trained}
+    outputs = {"onnxruntime": measured["optimized"], "reference": reference, "trained": own}
     by = {who: {} if found is None else parity.metrics(task, found, truth) for who, found in outputs.items()}
     row |= _side_by_side(by, task.selects)
     others = {name: _side_by_side(by, name) for name in task.reported if name != task.selects}
@@ -285,32 +290,6 @@ def _side_by_side(by: dict[str, dict[str, float | None]], name: str) -> dict[str
 def _integer(exported: Exported, found: Kernels, timed: bool) -> dict[str, Any]:
     expected = PROFILES[exported.profile]().integer_kernels and PROFILES[exported.profile]().integer
     return integers.verdict(exported.reference, found, exported.path if timed and expected else None, expected)
-
-
-def _against_trained(
-    reference: NDArray[np.float32],
-    found: NDArray[np.float32],
-    trained: NDArray[np.float32] | None,
-    agreement: str,
-) -> dict[str, Any] | None:
-    """The file, and its reference, beside the model that was trained, in output steps; null without that model."""
-    if trained is None:
-        return None
-    step = parity.output_step(trained)
-    both = {"file": found, "reference": reference}
-    return {name: parity.compare(trained, outputs, step, agreement) for name, outputs in both.items()}
-
-
-def _in_eval(model: torch.nn.Module, batches: Sequence[Any], output: int) -> NDArray[np.float32]:
-    """The trained model's own output, on the batches as its forward takes them."""
-    with evaluating(model), torch.no_grad():
-        results = [pytree.tree_leaves(call(model, mapped(batch, _plain)))[output] for batch in batches]
-    return np.concatenate([result.cpu().numpy() for result in results])
-
-
-def _plain(value: Tensor) -> Tensor:
-    value = value.detach().cpu()
-    return value.float() if value.is_floating_point() else value
 
 
 def _latency(path: Path, runs: int, threads: Sequence[int]) -> dict[str, Any] | None:
