@@ -82,6 +82,7 @@ def certify(
     reference = parity.reference_outputs(exported.reference, inputs.batches, output)
     measured = _outputs(exported.path, inputs, output)
     own = None if model is None else trained.outputs(model, batches, output)
+    results = {"trained": own, "reference": reference, "file": measured["optimized"]}
     found = kernels(exported.path)
     certificate: dict[str, Any] = {
         "schema": SCHEMA,
@@ -97,16 +98,11 @@ def certify(
         "layers": [{**row, "kernel": found.of.get(row["name"])} for row in exported.layers],
         "parity": _parity(reference, measured, exported, inputs, (output, name), learned.agreement, evaluations),
         "outputs": others.compared(exported, inputs, output),
-        "trained": None,
+        "trained": trained.compared(model, exported.reference, batches, output, results, learned.agreement),
         "integer": _integer(exported, found, integer_time),
         "metric": _metric(reference, measured, truth, own, learned),
         "latency": _latency(exported.path, latency_runs, threads),
     }
-    if model is not None and own is not None:
-        results = {"trained": own, "reference": reference, "file": measured["optimized"]}
-        certificate["trained"] = trained.compared(
-            model, exported.reference, batches, output, results, learned.agreement
-        )
     certificate |= {} if learned.plain else {"task": learned.described()}
     if exported.c is not None:
         certificate["c"] = c_model.section(exported.c, inputs.joined()[0].numpy(), measured["optimized"], reference)

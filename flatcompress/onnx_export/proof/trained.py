@@ -42,17 +42,19 @@ def _plain(value: Tensor) -> Tensor:
 
 
 def compared(
-    model: nn.Module,
+    model: nn.Module | None,
     reference: fx.GraphModule,
     batches: Sequence[Any],
     output: int,
-    found: dict[str, NDArray[np.float32]],
+    found: dict[str, Any],
     agreement: str,
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     """The certificate's part: ``file`` and ``reference`` in output steps of the trained model, and ``stepwise``.
 
-    found: outputs of the trained model, the reference and the file, by these names.
+    found: outputs of the trained model, the reference and the file, by these names. None without that model.
     """
+    if model is None:
+        return None
     step = parity.output_step(found["trained"])
     names = ("file", "reference")
     rows: dict[str, Any] = {n: parity.compare(found["trained"], found[n], step, agreement) for n in names}
