@@ -77,13 +77,12 @@ def certify(
     file. require_integer: layers in floats are a failure. integer_time: measure integer kernels' share of the time.
     """
     learned, proto, inputs = build(task), _checked(exported), Samples(exported.reference, batches)
-    truth = _labels(labels, len(inputs))
+    truth, found = _labels(labels, len(inputs)), kernels(exported.path)
     output, name = judged(exported.reference)
     reference = parity.reference_outputs(exported.reference, inputs.batches, output)
     measured = _outputs(exported.path, inputs, output)
     own = None if model is None else trained.outputs(model, batches, output)
     results = {"trained": own, "reference": reference, "file": measured["optimized"]}
-    found = kernels(exported.path)
     certificate: dict[str, Any] = {
         "schema": SCHEMA,
         "holds": True,
