@@ -20,6 +20,8 @@ from flatcompress.data.embedded.signals import drawn_heartbeats, drawn_machines
 from flatcompress.data.embedded.styled_shapes import styled_shapes
 from flatcompress.data.images.cifar_mnist import cifar10, mnist
 from flatcompress.data.images.folders import domains, folder
+from flatcompress.data.images.masked import image_masks
+from flatcompress.data.images.tabled import image_table
 from flatcompress.data.in_memory import bundle
 from flatcompress.data.raw_data import RawData
 from flatcompress.data.series import series
@@ -38,6 +40,8 @@ DATASETS.add("drawn-scenes", drawn_scenes, "drawn shapes with their masks, for s
 DATASETS.add("drawn-heartbeats", drawn_heartbeats, "synthesised heartbeats [2, 128], three kinds of beat; embedded")
 DATASETS.add("drawn-machines", drawn_machines, "spectra [64] of a synthesised machine, for reconstruction; embedded")
 DATASETS.add("folder", folder, "your images: PATH/CLASS/image, or PATH/train and PATH/val")
+DATASETS.add("image-table", image_table, "your images, and a CSV or JSON table of classes, labels or numbers")
+DATASETS.add("image-masks", image_masks, "your images and mask images: PATH/images and PATH/masks, for segmentation")
 DATASETS.add("domains", domains, "your images in domains: PATH/DOMAIN/CLASS/image, one domain held out")
 DATASETS.add("arrays", arrays, "an .npz file: x [N, C, H, W] and y [N], normalised already")
 DATASETS.add("series", series, "CSV files of sensor series, cut into windows [C, T]")
