@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -110,6 +110,7 @@ class DataBundle:
     ``test``. ``skipped`` says which files were left out, and why, where the recipe allowed that. ``notes``: what else
     the user should know of the data. ``intensity``: what became 0 and 1 of images with more than eight bits.
     ``task``: what is learned. ``classes``: what its outputs stand for: classes, labels, columns of numbers.
+    ``features``: how sound became inputs.
     """
 
     name: str
@@ -128,3 +129,4 @@ class DataBundle:
     notes: tuple[str, ...] = ()
     intensity: tuple[float, float] | None = None
     task: Task = field(default_factory=build)
+    features: Mapping[str, Any] = field(default_factory=dict)

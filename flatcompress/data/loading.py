@@ -25,6 +25,7 @@ from flatcompress.data.images.tabled import image_table
 from flatcompress.data.in_memory import bundle
 from flatcompress.data.raw_data import RawData
 from flatcompress.data.series import series
+from flatcompress.data.sounds import sounds
 from flatcompress.errors import UserError, unknown
 from flatcompress.randomness import generator
 from flatcompress.registry import Entry, Registry
@@ -44,7 +45,8 @@ DATASETS.add("image-table", image_table, "your images, and a CSV or JSON table o
 DATASETS.add("image-masks", image_masks, "your images and mask images: PATH/images and PATH/masks, for segmentation")
 DATASETS.add("domains", domains, "your images in domains: PATH/DOMAIN/CLASS/image, one domain held out")
 DATASETS.add("arrays", arrays, "an .npz file: x [N, C, H, W] and y [N], normalised already")
-DATASETS.add("series", series, "CSV files of sensor series, cut into windows [C, T]")
+DATASETS.add("series", series, "CSV, NPY or Parquet files of sensor series, cut into windows [C, T]")
+DATASETS.add("sounds", sounds, "WAV files as log-mel spectrograms or MFCC: PATH/CLASS/sound, or a table")
 DATASETS.add("cifar10", cifar10, "CIFAR-10, the binary files", "Krizhevsky 2009")
 DATASETS.add("mnist", mnist, "MNIST and its likes, idx files, gz or not", "LeCun et al. 1998")
 
@@ -78,8 +80,9 @@ def load(
     (6295, (1, 8, 8), '75')
     """
     entry = DATASETS[name]
-    if "task" in inspect.signature(entry.make).parameters:  # one that reads its targets by the task
-        options["task"] = task
+    shared = {"task": task, "corruptions": corruptions, "corrupted_count": corrupted_count}
+    own = inspect.signature(entry.make).parameters
+    options |= {key: value for key, value in shared.items() if key in own}  # of a set that does these itself
     _check_options(entry, options)
     raw = entry(seed, **options)
     if isinstance(raw, DataBundle):

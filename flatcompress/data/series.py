@@ -1,4 +1,4 @@
-"""Sensor series in CSV files, cut into windows [C, T]."""
+"""Sensor series in CSV, NPY and Parquet files, cut into windows [C, T]."""
 
 from __future__ import annotations
 
@@ -9,17 +9,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from flatcompress.data.arrays import read
 from flatcompress.data.bundle import DataBundle
+from flatcompress.data.corruptions.series import corrupted
 from flatcompress.data.in_memory import bundle
 from flatcompress.data.split import check_fractions
+from flatcompress.data.tables import parquet
 from flatcompress.errors import UserError, unknown
 from flatcompress.randomness import generator
 from flatcompress.tasks import Task, build
 
 _MOST_ROWS = 20_000_000
+_READ = (".csv", ".npy", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -42,9 +48,13 @@ def series(
     target: Any = None,
     val_fraction: float = 0.1,
     test_fraction: float = 0.2,
+    corruptions: Any = "default",
+    corrupted_count: int = 500,
     task: Any = None,
 ) -> DataBundle:
-    """Windows of CSV files with a header line and a row a step: PATH.csv, PATH/*.csv, or PATH/CLASS/*.csv.
+    """Windows of files with a row a step: one file PATH, or PATH/*.csv, or PATH/CLASS/*.csv.
+
+    CSV has a header line; the columns of NPY arrays [T, C] are called 0, 1 ...; Parquet needs pyarrow.
 
     window, hop: steps of a window, and from one to the next (0: no overlap). channels: columns that are inputs
     (default: all but the target). target: the column to learn, read at a window's last step; for reconstruction 1 marks
@@ -67,15 +77,29 @@ def series(
             raise UserError(f"data set 'series': the {part} part has no window of {window} steps; give longer files.")
     mean = cut["train"][0].mean((0, 2), keepdim=True)
     std = cut["train"][0].std((0, 2), keepdim=True).clamp(min=1e-6)
-    parts = {part: ((x - mean) / std, y) for part, (x, y) in cut.items()}
-    named = {"classes": classes} if classes else {}
-    return bundle({"name": root.stem, **named, **parts}, learned)
+    parts: dict[str, Any] = {part: ((x - mean) / std, y) for part, (x, y) in cut.items()}
+    named: dict[str, Any] = {"classes": classes} if classes else {}
+    named |= {"mean": mean.flatten().tolist(), "std": std.flatten().tolist()}
+    x, y = parts["test"]
+    changed = _corrupted(x, y, corruptions, corrupted_count, seed)
+    return bundle({"name": root.stem, **named, **parts, "corrupted": changed}, learned)
+
+
+def _corrupted(x: Tensor, y: Any, corruptions: Any, count: int, seed: int) -> dict[str, Any]:
+    if corruptions in (None, "none", False):
+        return {}
+    if corruptions != "default" or count < 0:
+        raise UserError("data set 'series': corruptions is default or none, corrupted_count 0 (all) or more.")
+    if count and count < len(x):
+        chosen = torch.randperm(len(x), generator=generator(seed, "corrupted"))[:count].sort().values
+        x, y = x[chosen], None if y is None else y[chosen]
+    return dict(corrupted(x, y, seed))
 
 
 def _recordings(root: Path, channels: Any, target: str | None) -> list[Recording]:
-    files = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.suffix.lower() == ".csv")
+    files = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.suffix.lower() in _READ)
     if not files:
-        raise UserError(f"{root}: no .csv file there.")
+        raise UserError(f"{root}: no .csv file there, and no .npy or .parquet file.")
     found = [_read(file, channels, target, file.parent.name if file.parent != root else "") for file in files]
     widths = dict.fromkeys(r.values.shape[1] for r in found)
     if len(widths) > 1:
@@ -84,6 +108,8 @@ def _recordings(root: Path, channels: Any, target: str | None) -> list[Recording
 
 
 def _read(path: Path, channels: Any, target: str | None, folder: str) -> Recording:
+    if path.suffix.lower() in (".npy", ".parquet"):
+        return _columned(path, channels, target, folder)
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             rows = csv.reader(file)
@@ -102,6 +128,37 @@ def _read(path: Path, channels: Any, target: str | None, folder: str) -> Recordi
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: cannot be read as CSV ({error}).") from None
     return Recording(path, torch.tensor(values).reshape(len(values), len(chosen)), told if target else None, folder)
+
+
+def _columned(path: Path, channels: Any, target: str | None, folder: str) -> Recording:
+    """A recording of a file that has its values by column."""
+    if path.suffix.lower() == ".npy":
+        array = read(path)["x"]
+        if array.ndim not in (1, 2) or array.dtype.kind not in "iufb" or not len(array):
+            raise UserError(f"{path}: a series is [T, C] or [T] numbers, found {array.dtype} {array.shape}.")
+        columns = {str(i): column for i, column in enumerate(array.reshape(len(array), -1).T)}
+    else:
+        found = parquet(path)
+        names, values = (
+            map(str, found.column_names),
+            (column.to_numpy(zero_copy_only=False) for column in found.columns),
+        )
+        columns = dict(zip(names, values))
+    header = list(columns)
+    chosen = [_finite(path, header[i], columns[header[i]]) for i in _columns(path, header, channels, target)]
+    told = None if target is None else [str(value) for value in columns[target]]
+    return Recording(path, torch.from_numpy(np.stack(chosen, 1)), told, folder)
+
+
+def _finite(path: Path, column: str, values: Any) -> NDArray[np.float32]:
+    try:
+        numbers = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise UserError(f"{path}: column {column!r} holds no numbers ({values[0]!r} ...).") from None
+    bad = ~np.isfinite(numbers)
+    if bad.any():
+        raise UserError(f"{path}: row {int(bad.argmax()) + 1}: column {column!r} holds no finite number.")
+    return numbers.astype(np.float32)
 
 
 def _columns(path: Path, header: Sequence[str], channels: Any, target: str | None) -> list[int]:

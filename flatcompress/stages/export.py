@@ -157,6 +157,8 @@ def metadata(run: RunContext, before: dict[str, Any]) -> dict[str, str]:
     }
     if data.intensity is not None:  # of images with more than eight bits: what becomes 0 and 1
         size["intensity"] = list(data.intensity)
+    if data.features:
+        size["features"] = dict(data.features)
     task = run.task
     values = before.get("accuracy", {}) if task.plain else before.get("metrics", {}).get(task.selects, {})
     reached = {k: round(v, 4) for k, v in values.items() if v is not None}

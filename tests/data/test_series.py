@@ -113,3 +113,29 @@ def test_stand_ins_are_the_same_every_time_and_have_an_unseen_domain(name):
     assert len(first.held_out) == 12 and first.corrupted and first.held_out_domain
     with pytest.raises(UserError, match=r"must be between"):
         data.load(name, train_count=1)
+
+
+@pytest.mark.parametrize("kind", ["npy", "parquet"])
+def test_the_same_series_in_another_file_is_the_same_windows(kind, tmp_path):
+    columns = {**sine(200, 0.1), "load": np.arange(200)}
+    write(tmp_path / "one.csv", columns)
+    wanted = data.load("series", path=str(tmp_path / "one.csv"), window=20, target="load", task="regression")
+    if kind == "npy":
+        np.save(tmp_path / "one.npy", np.stack(list(columns.values()), 1))
+        target = "2"
+    else:
+        arrow = pytest.importorskip("pyarrow")
+        from pyarrow import parquet
+
+        parquet.write_table(arrow.table(columns), tmp_path / "one.parquet")
+        target = "load"
+    found = data.load("series", path=str(tmp_path / f"one.{kind}"), window=20, target=target, task="regression")
+    torch.testing.assert_close(found.train.images, wanted.train.images)
+    assert torch.equal(found.test.targets, wanted.test.targets)
+
+
+def test_the_test_part_is_corrupted_and_the_normalisation_is_told(folders):
+    found = data.load("series", path=str(folders), window=16)
+    assert {name.split("/")[0] for name in found.corrupted} == {"noise", "gain", "drift", "clipping", "missing"}
+    assert len(found.mean) == len(found.std) == 2 and any(found.mean)
+    assert not data.load("series", path=str(folders), window=16, corruptions="none").corrupted
