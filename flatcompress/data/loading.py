@@ -80,9 +80,7 @@ def load(
     (6295, (1, 8, 8), '75')
     """
     entry = DATASETS[name]
-    shared = {"task": task, "corruptions": corruptions, "corrupted_count": corrupted_count}
-    own = inspect.signature(entry.make).parameters
-    options |= {key: value for key, value in shared.items() if key in own}  # of a set that does these itself
+    options |= _own(entry, task=task, corruptions=corruptions, corrupted_count=corrupted_count)
     _check_options(entry, options)
     raw = entry(seed, **options)
     if isinstance(raw, DataBundle):
@@ -121,6 +119,12 @@ def _refuse_empty(name: str, **parts: Part) -> None:
     for label, part in parts.items():
         if not len(part.rows):
             raise UserError(f"data set {name!r}: the {label} part is empty; give it more images or another fraction")
+
+
+def _own(entry: Entry, **shared: Any) -> dict[str, Any]:
+    """Those of the shared options that a data set takes itself: it reads targets by the task, or corrupts sound."""
+    taken = inspect.signature(entry.make).parameters
+    return {key: value for key, value in shared.items() if key in taken}
 
 
 def _say(notes: Sequence[str]) -> None:
