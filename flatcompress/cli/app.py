@@ -135,19 +135,49 @@ def schema() -> None:
 @app.command()
 def verify(
     target: Annotated[Path, typer.Argument(help="a run folder, or an ONNX file beside its certificate")],
+    key: Annotated[Path | None, typer.Option(help="PEM file with the signer's public key: check model.sig too")] = None,
     as_json: Json = False,
 ) -> None:
     """Repeat a certificate's proof on this machine; exit code 3 when it does not hold."""
     from flatcompress.cli import printing
     from flatcompress.cli.commands import verify_target
 
-    outcome = verify_target(target)
+    outcome = verify_target(target, key)
     if as_json:
         show(outcome, True, "")
     else:
         printing.print_verification(outcome)
     if not outcome["holds"]:
         raise typer.Exit(3)
+
+
+@app.command()
+def sign(
+    target: Annotated[Path, typer.Argument(help="a run folder, or an ONNX file beside its certificate")],
+    key: Annotated[Path, typer.Option(help="PEM file with an elliptic-curve private key")],
+    as_json: Json = False,
+) -> None:
+    """Sign a file, its certificate, its evidence and its bill of materials: model.sig, for `verify --key`.
+
+    The password of an encrypted key is read from FLATCOMPRESS_KEY_PASSWORD.
+    """
+    from flatcompress.cli.commands import sign_target
+
+    written = str(sign_target(target, key, os.environ.get("FLATCOMPRESS_KEY_PASSWORD")))
+    again = f"flatcompress verify {target} --key PUBLIC.pem"
+    show({"signature": written}, as_json, f"wrote {written}; check it with: {again}")
+
+
+@app.command()
+def sbom(
+    folder: Annotated[Path, typer.Argument(help="a run folder")],
+    as_json: Json = False,
+) -> None:
+    """Write a run's bill of materials, sbom.cdx.json (CycloneDX): file, model, data, packages, with hashes."""
+    from flatcompress.cli.commands import write_sbom
+
+    written = str(write_sbom(folder))
+    show({"sbom": written}, as_json, f"wrote {written}")
 
 
 @app.command()

@@ -100,11 +100,25 @@ def _plain(defaults: dict[str, Any]) -> dict[str, Any]:
     return {key: shown(value) for key, value in defaults.items()}
 
 
-def verify_target(target: Path) -> dict[str, Any]:
-    """Repeat the certificate of a run folder or of an ONNX file on this machine."""
+def verify_target(target: Path, key: Path | None = None) -> dict[str, Any]:
+    """Repeat the certificate of a run folder or of an ONNX file on this machine; with ``key`` its signature too."""
     if not target.exists():
         raise UserError(f"{target}: not found. Give a run folder or an ONNX file that has its certificate beside it.")
-    return onnx_export.verify(target).to_dict()
+    return onnx_export.verify(target, key).to_dict()
+
+
+def sign_target(target: Path, key: Path, password: str | None) -> Path:
+    """Sign what a certificate is about; the signature's path."""
+    if not target.exists():
+        raise UserError(f"{target}: not found. Give a run folder or an ONNX file that has its certificate beside it.")
+    return onnx_export.sign(target, key, password)
+
+
+def write_sbom(folder: Path) -> Path:
+    """Write the bill of materials of a run folder; its path."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: not a run folder.")
+    return report.sbom.build(folder)
 
 
 def bench_file(file: Path, threads: int, runs: int) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from flatcompress.onnx_export.emit.catalogue import PROFILES
 from flatcompress.onnx_export.exporting import Exported, check_c, export
 from flatcompress.onnx_export.lower.lowering import lower
 from flatcompress.onnx_export.proof.certificate import certify
+from flatcompress.onnx_export.proof.signature import sign
 from flatcompress.onnx_export.proof.verification import Verification, verify
 from flatcompress.onnx_export.runtime.latency import bench
 
-__all__ = ["PROFILES", "Exported", "Verification", "bench", "certify", "check_c", "export", "lower", "verify"]
+__all__ = ["PROFILES", "Exported", "Verification", "bench", "certify", "check_c", "export", "lower", "sign", "verify"]

@@ -6,8 +6,8 @@ a stranger's run folder can at worst be ugly.
 
 from __future__ import annotations
 
-from flatcompress.report import card, compare, examples
+from flatcompress.report import card, compare, examples, sbom
 from flatcompress.report.gather import gather
 from flatcompress.report.page import build
 
-__all__ = ["build", "card", "compare", "examples", "gather"]
+__all__ = ["build", "card", "compare", "examples", "gather", "sbom"]

@@ -6,7 +6,6 @@ optimizations on and off. Nothing that a file names is imported or opened but th
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,16 +17,14 @@ import onnxruntime as ort
 
 from flatcompress.environment import machine
 from flatcompress.errors import UserError
-from flatcompress.onnx_export.proof import inspect_file, judging, parity
-from flatcompress.onnx_export.proof.certificate import SCHEMA, used
+from flatcompress.onnx_export.proof import inspect_file, judging, parity, signature
+from flatcompress.onnx_export.proof.certificate import used
 from flatcompress.onnx_export.proof.evidence import Evidence, read
+from flatcompress.onnx_export.proof.reading import certificate_of, read_certificate
 from flatcompress.onnx_export.runtime.sessions import kernels, run, session
 from flatcompress.storage import sha256_file
 from flatcompress.tasks import TASKS, Task, build
 from flatcompress.tasks.agreement import read_agreement
-
-_MOST_JSON = 32 << 20
-_NEEDED = {"holds": bool, "file": dict, "evidence": dict, "parity": dict, "metric": dict, "kernels": dict}
 
 
 @dataclass
@@ -58,53 +55,38 @@ class Verification:
         }
 
 
-def verify(path: str | Path) -> Verification:
+def verify(path: str | Path, key: str | Path | None = None) -> Verification:
     """Check a run folder, an ONNX file or a certificate against what it claims, here.
 
-    UserError when there is nothing to check: no such path, no certificate, or one that is no certificate. What does
-    not hold is in the result's ``failures``.
+    ``key``: a PEM file with a public key; ``model.sig`` must then be the signature of its owner (`sign`). UserError
+    when there is nothing to check: no such path, no certificate, or one that is no certificate. What does not hold is
+    in the result's ``failures``.
     """
-    where = _certificate_of(Path(path))
-    certificate = _read_certificate(where)
+    where = certificate_of(Path(path))
+    certificate = read_certificate(where)
     result = Verification(where, certificate)
     if not certificate["holds"]:
         result.failures.append("the certificate itself says that it does not hold: " + _reasons(certificate))
     model = _beside(result, certificate["file"], "model")
     kept = _beside(result, certificate["evidence"], "evidence")
+    _judge_signature(result, key)
     _note_versions(result)
     if model is not None and kept is not None:
         _replay(result, model, kept)
     return result
 
 
-def _certificate_of(path: Path) -> Path:
-    if path.is_dir():
-        path = path / "certificate.json"
-    elif path.suffix == ".onnx":
-        if not path.is_file():
-            raise UserError(f"{path}: no such file.")
-        path = path.with_name("certificate.json")
-    if not path.is_file():
-        raise UserError(f"{path}: there is no certificate; an export stage writes one beside the model.")
-    return path
-
-
-def _read_certificate(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > _MOST_JSON:
-            raise UserError(f"{path}: too large for a certificate.")
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}).") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON, or cut off ({error}).") from None
-    if not isinstance(raw, dict) or raw.get("schema") != SCHEMA:
-        found = raw.get("schema") if isinstance(raw, dict) else type(raw).__name__
-        raise UserError(f"{path}: not a certificate of schema {SCHEMA} (found {found!r}).")
-    for key, kind in _NEEDED.items():
-        if not isinstance(raw.get(key), kind):
-            raise UserError(f"{path}: not a certificate: {key!r} is missing or no {kind.__name__}.")
-    return raw
+def _judge_signature(result: Verification, key: str | Path | None) -> None:
+    folder = result.path.parent
+    if key is None:
+        if (folder / signature.NAME).is_file():
+            result.notes.append(f"{signature.NAME} was not checked: give the signer's public key.")
+        return
+    wrong = signature.check(folder, result.certificate, key)
+    if wrong is None:
+        result.notes.append(f"{signature.NAME} is the signature of the owner of {key}.")
+    else:
+        result.failures.append(wrong)
 
 
 def _reasons(certificate: dict[str, Any]) -> str:
