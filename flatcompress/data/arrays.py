@@ -44,6 +44,8 @@ def arrays(
     y = _told(found, key, path, learned)
     if y is None and learned.name != "reconstruction":
         raise UserError(f"{path}: no labels ({', '.join(LABELS)}); `flatcompress compress` can do without them.")
+    if y is not None and len(y) != len(x):
+        raise UserError(f"{path}: {len(x)} inputs and {len(y)} targets; one target an input is needed.")
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
     test, val = (max(1, round(len(x) * share)) for share in (test_fraction, val_fraction))
     if len(x) <= test + val:
