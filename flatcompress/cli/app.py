@@ -248,7 +248,10 @@ def demo(
 @app.command()
 def export(
     folder: Annotated[Path, typer.Argument(help="a run folder with a finished stage")],
-    profile: Annotated[str, typer.Option(help="file format; see `flatcompress list profiles`")] = "packed",
+    profile: Annotated[
+        str | None, typer.Option(help="file format, see `flatcompress list profiles` (default: packed)")
+    ] = None,
+    target: Annotated[str | None, typer.Option(help="what it is for, see `flatcompress list targets`")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="the ONNX file to write")] = None,
     opset: Annotated[int | None, typer.Option(min=13, max=28, help="ONNX opset")] = None,
     stage: Annotated[str | None, typer.Option(help="which checkpoint, like 0-train (default: the latest)")] = None,
@@ -258,7 +261,7 @@ def export(
     from flatcompress.cli import printing
     from flatcompress.cli.commands import export_checkpoint
 
-    outcome = export_checkpoint(folder, profile, output, opset, stage)
+    outcome = export_checkpoint(folder, profile, output, opset, stage, target)
     if as_json:
         show(outcome, True, "")
     else:
@@ -301,6 +304,7 @@ def compress(
     input_shape: Annotated[str | None, typer.Option(help="C,H,W where the model does not say")] = None,
     mean: Annotated[str | None, typer.Option(help="of images, per channel on 0..1: 0.5,0.5,0.5")] = None,
     std: Annotated[str | None, typer.Option(help="of images, per channel on 0..1")] = None,
+    target: Annotated[str | None, typer.Option(help="what the file is for: `flatcompress list targets`")] = None,
     seed: Annotated[int, typer.Option(help="of drawn inputs and splits")] = 0,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress on stderr")] = False,
     as_json: Json = False,
@@ -314,7 +318,7 @@ def compress(
     with printing.display(quiet=quiet) as shown:
         made = run_compress(model, data, out, bits=bits, keep=keep, max_drop=max_drop, epochs=epochs, budget=budget,
                             weights=weights, pretrained=pretrained, classes=classes, input_shape=shape,
-                            mean=numbers_of("--mean", mean), std=numbers_of("--std", std), seed=seed,
+                            mean=numbers_of("--mean", mean), std=numbers_of("--std", std), seed=seed, target=target,
                             display=shown)  # fmt: skip
     if as_json:
         show(made.to_dict(), True, "")

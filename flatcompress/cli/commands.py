@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from flatcompress import data, extensions, flat, models, onnx_export, prune, quant, report
 from flatcompress.cli.templates import STARTERS
 from flatcompress.data.corruptions import CORRUPTIONS
@@ -42,6 +44,7 @@ CATALOGUE: dict[str, Registry] = {
     "data": data.DATASETS,
     "corruptions": CORRUPTIONS,
     "profiles": onnx_export.PROFILES,
+    "targets": onnx_export.TARGETS,
     "stages": STAGES,
     "tasks": TASKS,
 }
@@ -171,11 +174,12 @@ def load_run(folder: Path, stage: str | None = None) -> RunContext:
 
 
 def export_checkpoint(
-    folder: Path, profile: str, output: Path | None, opset: int | None, stage: str | None = None
-) -> dict[str, Any]:
+    folder: Path, profile: str | None, output: Path | None, opset: int | None, stage: str | None = None,
+    target: str | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Write a finished checkpoint of ``folder`` (the newest, or ``stage``'s) as ONNX, with a certificate of its own."""
-    if profile not in onnx_export.PROFILES:
-        raise unknown("profile", profile, onnx_export.PROFILES)
+    config = _export_config({"profile": profile, "target": target, "opset": opset})
+    profile = config.profile
     run = load_run(folder, stage)
     quantized = bool(run.plan.of_kind("quantizers"))
     if export_stage.profile_problem(profile, quantized) is not None:
@@ -184,13 +188,21 @@ def export_checkpoint(
             f"profile {profile!r} does not fit: the checkpoint is {kind}. Another stage's is named by --stage; there "
             f"are: {', '.join(RunFolder(folder).finished_stages())}."
         )
-    path = output or folder / profile / "model.onnx"
+    path = output or folder / config.label / "model.onnx"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{path.parent}: cannot be written ({error.strerror}).") from None
-    _, certificate = export_stage.write(run, export_stage.ExportConfig(profile=profile, opset=opset), path)
+    _, certificate = export_stage.write(run, config, path)
     return {"onnx": str(path), **certificate}
+
+
+def _export_config(given: dict[str, Any]) -> export_stage.ExportConfig:
+    """The export stage's keys from options, those that are not None. UserError for what they cannot be."""
+    try:
+        return export_stage.ExportConfig(**{key: value for key, value in given.items() if value is not None})
+    except ValidationError as error:
+        raise UserError("\n".join(found["msg"].removeprefix("Value error, ") for found in error.errors())) from None
 
 
 def measure_sharpness(folder: Path, stage: str | None, samples: int) -> dict[str, Any]:

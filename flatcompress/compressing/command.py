@@ -50,6 +50,7 @@ def compress(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     seed: int = 0,
+    target: str | None = None,
     display: Callable[[dict[str, Any]], None] | None = None,
 ) -> Compressed:
     """Quantize ``model`` without training (``epochs`` 0) or with it, and write a verified file.
@@ -60,10 +61,11 @@ def compress(
     network's own classes take their place, so that accuracy reads as agreement with it. bits: a key of `BITS`, or
     ``auto``: by sensitivity, 4 a weight on average or within ``budget``. budget: bytes of the weights (``500kB``), or
     with ``epochs`` milliseconds (``3ms``), met by cutting channels. keep: share of the channels, with ``epochs``.
-    max_drop: points of validation accuracy, without. pretrained: the library's own weights (a download). mean, std: of
+    max_drop: points of validation accuracy, without. target: what the file is for (`flatcompress list targets`), which
+    sets scheme and profile. pretrained: the library's own weights (a download). mean, std: of
     the images, on pixels in 0..1. UserError before anything runs; a certificate that does not hold is in the result.
     """
-    todo = stages(bits, keep, max_drop, epochs, budget)
+    todo = stages(bits, keep, max_drop, epochs, budget, target)
     section, notes = _section(model, weights, pretrained)
     folder = Path(out) if out is not None else Path("runs") / (re.sub(r"\W+", "-", Path(model).stem).strip("-") or "x")
     inputs = Inputs(

@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 from flatcompress.errors import UserError, unknown
+from flatcompress.onnx_export import TARGETS
 
 BITS = {"8": (8, 8), "w8a8": (8, 8), "6": (6, 8), "w6a8": (6, 8), "w4a8": (4, 8), "4": (4, 4), "w4a4": (4, 4)}
 _UNITS = {"b": 1, "kb": 1_000, "mb": 1_000_000}
@@ -19,7 +20,7 @@ def stages(
     max_drop: float | None = None,
     epochs: int = 0,
     budget: str | None = None,
-    profile: str = "packed",
+    target: str | None = None,
 ) -> list[dict[str, Any]]:
     """The stages that the options stand for. UserError for options that do not go together."""
     kind = bits.lower()
@@ -40,9 +41,23 @@ def stages(
         quantize |= {"weight_bits": weight, "activation_bits": activation, **({} if epochs else steps_for(weight))}
     if max_drop is not None:
         quantize["max_drop"] = max_drop
+    quantize |= scheme_of(target)
     cut = {"latency_ms": milliseconds} if keep is None else {"ratio": round(1 - keep, 6)}
     prune = [] if keep is None and milliseconds is None else [{"prune": {**cut, "epochs": epochs}}]
-    return [*prune, {"quantize": quantize}, {"export": {"profile": profile}}]
+    return [*prune, {"quantize": quantize}, {"export": {"profile": "packed"} if target is None else {"target": target}}]
+
+
+def scheme_of(target: str | None) -> dict[str, Any]:
+    """The keys of the quantize stage that ``target`` needs. UserError for a target that there is none of.
+
+    >>> scheme_of("openvino"), scheme_of("tensorrt")
+    ({}, {'symmetric': True, 'quantizer': 'lsq'})
+    """
+    wanted = TARGETS[target]() if target is not None else None
+    if wanted is not None and wanted.instead:
+        raise UserError(f"target {target!r}: {wanted.instead}")
+    keys = dict(wanted.quantize) if wanted is not None else {}
+    return keys | ({"quantizer": "lsq"} if keys.get("symmetric") else {})
 
 
 def _check(keep: float | None, max_drop: float | None, epochs: int, milliseconds: float | None) -> None:

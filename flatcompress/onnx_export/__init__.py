@@ -14,5 +14,10 @@ from flatcompress.onnx_export.proof.certificate import certify
 from flatcompress.onnx_export.proof.signature import sign
 from flatcompress.onnx_export.proof.verification import Verification, verify
 from flatcompress.onnx_export.runtime.latency import bench
+from flatcompress.onnx_export.targets import TARGETS
+from flatcompress.onnx_export.targets import check as check_target
 
-__all__ = ["PROFILES", "Exported", "Verification", "bench", "certify", "check_c", "export", "lower", "sign", "verify"]
+__all__ = [
+    "PROFILES", "TARGETS", "Exported", "Verification", "bench", "certify", "check_c", "check_target", "export", "lower",
+    "sign", "verify",
+]  # fmt: skip

@@ -26,8 +26,8 @@ class Exported:
     """What `export` made. ``reference``: the torch module that the file must match; ``layers``: a row per layer.
 
     ``bytes``: of the file. ``theoretical_bytes``: of its weights, bits per weight or mask plus non-zeros. ``tensors``
-    and ``paths``: the file's tensor and the module path of every quantized node of the reference. ``c``: what profile
-    ``c`` wrote beside the file.
+    and ``paths``: the file's tensor and the module path of every quantized node of the reference; ``shifts``: what its
+    codes there lack. ``c``: what profile ``c`` wrote beside the file.
     """
 
     path: Path
@@ -39,6 +39,7 @@ class Exported:
     opset: int
     tensors: dict[str, str] = field(default_factory=dict, repr=False)
     paths: dict[str, str] = field(default_factory=dict, repr=False)
+    shifts: dict[str, int] = field(default_factory=dict, repr=False)
     c: c_model.CModel | None = None
 
 
@@ -104,11 +105,13 @@ def _write(
     return writer, made
 
 
-def _quantized(writer: Writer) -> tuple[dict[str, str], dict[str, str]]:
-    """Of the reference's nodes that put out codes: tensor names, and module paths."""
+def _quantized(writer: Writer) -> tuple[dict[str, str], dict[str, str], dict[str, int]]:
+    """Of the reference's nodes that put out codes: tensor names, module paths, shifts of codes."""
     nodes = {node: tensor for node, tensor in writer.env.items() if node.op == "call_module"}
     tensors = {node.name: tensor for node, tensor in nodes.items() if isinstance(tensor, str)}
-    return tensors, {node.name: node.meta.get("path") or node.name for node in nodes}
+    coded = {name: writer.coded.get(tensor, (tensor, 0)) for name, tensor in tensors.items()}
+    paths = {node.name: node.meta.get("path") or node.name for node in nodes}
+    return {name: codes for name, (codes, _) in coded.items()}, paths, {name: s for name, (_, s) in coded.items()}
 
 
 def _opset(profile: Profile, opset: int | None) -> int:

@@ -49,6 +49,7 @@ def quantize(
     per_channel: bool = True,
     ignore: Iterable[str] = (),
     bits: Mapping[str, Any] | None = None,
+    symmetric: bool = False,
     max_float_macs: float = floats.MAX_FLOAT_MACS,
 ) -> Plan:
     """Put quantizers into ``model``, in place; the same object, under the same state-dict names.
@@ -57,9 +58,11 @@ def quantize(
     `QUANTIZERS`. ``first_last_bits``: weights of the first and last layers and the last one's input. ``input_bits``,
     ``input_signed``: the network's input. ``residual_bits``: signed tensors that enter a residual add. ``ignore``:
     layers (or ``re:`` patterns, or parents) that stay float. ``bits``: per layer or pattern an integer (weights) or
-    ``{"weight": .., "activation": ..}``. ``example_input``: a tensor [B, ...], a tuple of arguments or a dictionary of
-    them; without it ``model.input_shape``, or else the first usual size that the model takes. ``max_float_macs``: the
-    share of multiply-accumulates in convolutions and linear layers that may stay float without being named.
+    ``{"weight": .., "activation": ..}``. ``symmetric``: every activation fits int8 with zero point 0, so that 8-bit
+    ones without negative values use half of a signed grid. ``example_input``: a tensor [B, ...], a tuple of arguments
+    or a dictionary of them; without it ``model.input_shape``, or else the first usual size that the model takes.
+    ``max_float_macs``: the share of multiply-accumulates in convolutions and linear layers that may stay float without
+    being named.
 
     Layers are what the graph says they are: a convolution that pads like TensorFlow is one, a computed weight (weight
     norm, weight standardisation) is materialised first, and attention's input projection becomes a linear layer. What
@@ -76,10 +79,12 @@ def quantize(
     """
     settings = placement.Settings(
         weight_bits, activation_bits, first_last_bits, input_bits, residual_bits, input_signed, tuple(ignore),
-        dict(bits or {}),
+        dict(bits or {}), symmetric,
     )  # fmt: skip
     check_plain(model)
     entry = QUANTIZERS[method]
+    if symmetric and entry.facts.zero_point:
+        raise UserError(f"quantizer {method!r} has zero points, which symmetric: true excludes; take 'lsq'.")
     example = _example(model, example_input)
     data = _convert(model, example, entry.name, per_channel, settings, max_float_macs)
     return Plan([Step("quantizers", data)])
@@ -177,12 +182,18 @@ def _data(
         "method": method,
         "per_channel": per_channel,
         "input_shape": list(first_tensor(example).shape[1:]),
-        "settings": {**asdict(settings), "ignore": list(settings.ignore)},
+        "settings": _plain(settings),
         "layers": [{"name": r.name, "bits": r.bits, "why": r.why} for r in layers],
         "activations": [{"name": r.name, "bits": r.bits, "signed": r.signed, "why": r.why} for r in tensors],
         "float": why_float,
         **several,
     }
+
+
+def _plain(settings: placement.Settings) -> dict[str, Any]:
+    """As data; a key that came later is left out at its default, so that plans stay what they were."""
+    found = {**asdict(settings), "ignore": list(settings.ignore)}
+    return {key: value for key, value in found.items() if key != "symmetric" or value}
 
 
 def _check_finite(model: nn.Module) -> None:

@@ -59,6 +59,7 @@ class Settings:
     input_signed: bool = True
     ignore: tuple[str, ...] = ()
     bits: dict[str, Any] = field(default_factory=dict)
+    symmetric: bool = False
 
     def __post_init__(self) -> None:
         for name in ("weight_bits", "activation_bits", "first_last_bits", "input_bits", "residual_bits"):
@@ -270,7 +271,9 @@ class _Placement:
         if node.op == "placeholder":
             bits, signed = self.settings.input_bits, self.settings.input_signed
         else:
-            bits, signed = max(b for b, _ in wants), not self._nonnegative(node)
+            bits = max(b for b, _ in wants)
+            wide = self.settings.symmetric and bits == 8  # 7 bits without a sign fit int8 as they are
+            signed = wide or not self._nonnegative(node)
         return TensorRow(name, bits, signed, why, node, self._readers(node, hops))
 
     def _readers(self, node: fx.Node, hops: set[fx.Node]) -> list[fx.Node]:

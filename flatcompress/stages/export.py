@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from flatcompress import onnx_export, quant
 from flatcompress.errors import UserError, unknown
+from flatcompress.onnx_export import targets
 from flatcompress.onnx_export.runtime import latency, sessions
 from flatcompress.stages import predictions
 from flatcompress.stages.context import RunContext
@@ -35,6 +36,9 @@ class ExportConfig(StageKeys):
     """Write the ONNX file and prove that it is the model that was trained."""
 
     profile: str = Field("packed", description="file format; see `flatcompress list profiles`")
+    target: str | None = Field(
+        None, description="what the file is for: sets the profile, is checked; see `flatcompress list targets`"
+    )
     opset: Annotated[int, Field(ge=13, le=28)] | None = Field(
         None, description="ONNX opset; default: lowest that works"
     )
@@ -44,7 +48,22 @@ class ExportConfig(StageKeys):
 
     @property
     def label(self) -> str:
-        return self.profile
+        return self.target or self.profile
+
+    @model_validator(mode="after")
+    def _known_target(self) -> ExportConfig:
+        """A target brings its profile; the recipe of a run folder has both written out."""
+        if self.target is None:
+            return self
+        if self.target not in onnx_export.TARGETS:
+            raise KeyProblem("target", str(unknown("target", self.target, onnx_export.TARGETS)))
+        target = onnx_export.TARGETS[self.target]()
+        if target.instead:
+            raise KeyProblem("target", target.instead)
+        if "profile" in self.model_fields_set and self.profile != target.profile:
+            raise KeyProblem("profile", f"target {self.target!r} reads profile {target.profile!r}: leave it out.")
+        self.profile = target.profile
+        return self
 
     @model_validator(mode="after")
     def _known_profile(self) -> ExportConfig:
@@ -67,11 +86,11 @@ def phases(run: RunContext, config: ExportConfig) -> list[Phase]:
 def _export(run: RunContext, config: ExportConfig, facts: Facts) -> None:
     """Write the ONNX file and its certificate into the run folder; the ledger gains the exported file's row.
 
-    The first export of a run is ``model.onnx``; a further profile goes to a folder of its own name.
+    The first export of a run is ``model.onnx``; a further one goes to a folder of its target's or profile's name.
     """
     assert run.folder is not None
     first = "onnx" not in run.artifacts
-    folder = run.folder if first else run.folder / config.profile
+    folder = run.folder if first else run.folder / config.label
     with ExitStack() as stack:
         # every process takes part in the measuring, one of them writes into the run folder
         main = run.accelerator.is_main_process
@@ -129,6 +148,10 @@ def write(run: RunContext, config: ExportConfig, path: Path) -> tuple[dict[str, 
             require_integer=config.require_integer,
             integer_time=config.latency,
         )
+    if config.target is not None:
+        with run.timed("target"):
+            images = [x for x, _ in batches]
+            targets.judge(certificate, exported, images, config.target, run.task.agreement)
     for message in certificate["warnings"]:
         warnings.warn(message, stacklevel=2)
     nothing: dict[str, Any] = {"float": {"bytes": None, "smaller": None, "faster": None}, "latency": None}
@@ -254,9 +277,20 @@ def profile_problem(profile: str, quantized: bool) -> str | None:
 def fits(config: ExportConfig, earlier: Earlier) -> str | None:
     """The profile must be for what the model is by then, and not be written yet."""
     problem = profile_problem(config.profile, any(kind == "quantize" for kind, _ in earlier))
-    if problem is None and config.profile in [before.profile for kind, before in earlier if kind == "export"]:
-        return f"profile '{config.profile}' is already written by an earlier export."
-    return problem
+    if problem is None and config.label in [before.label for kind, before in earlier if kind == "export"]:
+        what = "profile" if config.target is None else "target"
+        return f"{what} '{config.label}' is already written by an earlier export."
+    return problem or _scheme_problem(config, earlier)
+
+
+def _scheme_problem(config: ExportConfig, earlier: Earlier) -> str | None:
+    """What the target needs of the quantize stage before it, where that has it otherwise."""
+    wanted = onnx_export.TARGETS[config.target]().quantize if config.target is not None else {}
+    for before in (found for kind, found in earlier if kind == "quantize"):
+        for key, value in wanted.items():
+            if getattr(before, key) != value:
+                return f"target '{config.target}' needs quantize: {{{key}: {json.dumps(value)}}}."
+    return None
 
 
 STAGE = Stage(

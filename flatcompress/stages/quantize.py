@@ -71,6 +71,7 @@ class QuantizeConfig(TrainingKeys):
     input_bits: Bits = Field(8, description="bits of the network's input")
     residual_bits: Bits = Field(8, description="bits of signed tensors that feed a residual add")
     per_channel: bool = Field(True, description="one weight scale per output channel")
+    symmetric: bool = Field(False, description="activations that fit int8 with zero point 0, as TensorRT wants them")
     quantizer: str = Field("lsq", description="quantizer; see `flatcompress list quantizers`")
     flat: str | None = Field(None, description="flat method during QAT, in place of the QAT method's own")
     ignore: list[str] = Field(default_factory=list, description="layers that stay float: names or re:PATTERN")
@@ -214,6 +215,8 @@ class QuantizeConfig(TrainingKeys):
     def _known_quantizer(self) -> QuantizeConfig:
         if self.quantizer not in quant.QUANTIZERS:
             raise KeyProblem("quantizer", str(unknown("quantizer", self.quantizer, quant.QUANTIZERS)))
+        if self.symmetric and quant.QUANTIZERS[self.quantizer].facts.zero_point:
+            raise KeyProblem("symmetric", f"quantizer {self.quantizer!r} has zero points: take quantizer: lsq.")
         return self
 
 
@@ -360,6 +363,7 @@ def placement(config: QuantizeConfig) -> dict[str, Any]:
         "first_last_bits": config.first_last_bits,
         "input_bits": config.input_bits,
         "residual_bits": config.residual_bits,
+        "symmetric": config.symmetric,
         "ignore": config.ignore,
     }
 

@@ -200,6 +200,19 @@ def _add(w: Writer, node: fx.Node, module: integer.IntegerAdd) -> str:
     return w.codes_of(total, module.out_grid)
 
 
+def add_apart(w: Writer, node: fx.Node, module: integer.IntegerAdd) -> str:
+    """`_add` whose operands pass a Clip that limits nothing, for OpenVINO.
+
+    OpenVINO 2026.4's CPU plugin fuses an addition, and the quantizer before it, into the convolution that makes an
+    operand, and does not round there: the inner quantizer is lost. A Clip on both operands keeps the addition apart.
+    """
+    b, parts = w.builder, []
+    for operand, grid in zip(node.args, (module.first, module.second)):
+        reach = 2.0 * grid.scale * 256
+        parts.append(b.op("Clip", [w.real_of(w.tensor(operand), grid), b.floats(-reach), b.floats(reach)]))
+    return w.codes_of(b.op("Add", parts, name=node.meta["path"]), module.out_grid)
+
+
 def _mul(w: Writer, node: fx.Node, module: integer.IntegerMul) -> str:
     a, b = (w.tensor(n) for n in node.args)
     product = w.builder.op("Mul", [w.real_of(a, module.first), w.real_of(b, module.second)], name=node.meta["path"])

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import onnx
+import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
+from flatcompress.errors import UserError
 from flatcompress.onnx_export.emit.builder import INT8, INT32, GraphBuilder
+from flatcompress.onnx_export.lower.integer import Grid
+from flatcompress.onnx_export.lower.prepare import MOVES
 from flatcompress.onnx_export.pack import packing, unpack
 
 
@@ -42,6 +47,30 @@ class Stored:
 
 
 @dataclass(frozen=True)
+class Form:
+    """Plain QDQ (`emit.qdq`). ``codes``: the type of activations, ``symmetric``: with zero point 0 alone.
+
+    ``real_bias``: biases as float32. ``moves``: operators after which a tensor keeps its grid.
+    """
+
+    codes: type[np.integer] = np.uint8
+    symmetric: bool = False
+    real_bias: bool = False
+    moves: frozenset[Any] = frozenset(MOVES | {torch.ops.aten.cat.default})
+
+    def container(self, grid: Grid, where: str) -> tuple[type[np.integer], int, int]:
+        """(type, what is taken off a code, zero point) for a grid. UserError when its codes do not fit."""
+        shift = grid.zero_point if self.symmetric else -int(np.iinfo(self.codes).min)
+        least, most = grid.low - shift, grid.high - shift
+        if least < np.iinfo(self.codes).min or most > np.iinfo(self.codes).max:
+            raise UserError(
+                f"{where or 'the input'}: its {grid.bits}-bit codes run from {least} to {most} around a zero point of "
+                "0, which int8 does not hold: quantize with symmetric: true."
+            )
+        return self.codes, shift, grid.zero_point - shift
+
+
+@dataclass(frozen=True)
 class Profile:
     """``integer``: needs a quantized model. ``floats``: the type of real weights. ``opset``: the lowest one.
 
@@ -49,7 +78,8 @@ class Profile:
     and biases are stored in the bits they need. ``integer_kernels``: onnxruntime is expected to run the layers on
     integers. ``unsigned``: weights whose products can saturate in 16 bits are handed to the kernel as uint8 with zero
     point 128, whose kernels do not. ``functions``: of the opset, definitions that the file carries. ``c``: C sources
-    are written beside it. ``modules``: writers of modules in place of the ordinary ones.
+    are written beside it. ``modules``: writers of modules in place of the ordinary ones. ``form``: of plain QDQ.
+    ``moved``: what is written behind a node that has been written.
     """
 
     name: str
@@ -64,6 +94,8 @@ class Profile:
     functions: tuple[Callable[[int], onnx.FunctionProto], ...] = ()
     c: bool = False
     modules: dict[type, Callable[..., str]] = field(default_factory=dict)
+    form: Form | None = None
+    moved: Callable[..., Any] | None = None
 
 
 def store_packed(builder: GraphBuilder, weights: Weights) -> dict[str, Stored]:

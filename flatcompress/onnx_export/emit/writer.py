@@ -58,6 +58,8 @@ class Writer:
         self.stored: dict[str, Stored] = {}
         self.biases: dict[str, str] = {}
         self.scales: dict[str, str] = {}
+        self.grids: dict[str, Grid] = {}
+        self.coded: dict[str, tuple[str, int]] = {}  # real tensor: its codes, and what is taken off them
         self._real: dict[tuple[str, bool], str] = {}
 
     # --- the walk ---------------------------------------------------------------------------------------------
@@ -73,7 +75,8 @@ class Writer:
             if node.op == "output":
                 outputs = self._finish(node)
             else:
-                self.env[node] = getattr(self, f"_{node.op}")(node)
+                made = getattr(self, f"_{node.op}")(node)
+                self.env[node] = self.profile.moved(self, node, made) if self.profile.moved else made
         return self.builder.model(
             [_value_info(name, node) for node, name in self.inputs.items()],
             outputs,

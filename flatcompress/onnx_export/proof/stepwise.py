@@ -15,17 +15,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import onnx
 import torch
 from numpy.typing import NDArray
-from onnx import TensorProto, helper
 from torch import Tensor, fx, nn
 
 from flatcompress.onnx_export.exporting import Exported
 from flatcompress.onnx_export.lower import integer
+from flatcompress.onnx_export.proof.codes import read_out
 from flatcompress.onnx_export.proof.judging import LARGEST_STEPS
 from flatcompress.onnx_export.proof.samples import Samples, flat
-from flatcompress.onnx_export.runtime.sessions import feed, session
 
 TIE = 0.01  # of a code: how near a rounding boundary a value lies that may go either way
 SAMPLES = 8
@@ -46,8 +44,9 @@ def stepwise(exported: Exported, inputs: Samples, output: int, step: float) -> d
     ``inputs``: at most `SAMPLES` of them, spread over all, are used. ``step``: one output step.
     """
     chosen = inputs.chosen(torch.linspace(0, len(inputs) - 1, min(len(inputs), SAMPLES)).round().long())
-    tensors = {name: exported.tensors[name] for name in _code_nodes(exported.reference) if name in exported.tensors}
-    codes, result = _read_out(exported, tensors, chosen, output)
+    names = [name for name in _code_nodes(exported.reference) if name in exported.tensors]
+    codes, outputs = read_out(exported, names, chosen, output)
+    result = outputs.astype(np.float64)
     found = _Found()
     with torch.no_grad():
         followed = _Following(exported.reference, codes, found).run(*chosen)
@@ -75,26 +74,10 @@ def _code_nodes(reference: fx.GraphModule) -> list[str]:
     return found
 
 
-def _read_out(
-    exported: Exported, tensors: Mapping[str, str], chosen: tuple[Tensor, ...], output: int
-) -> tuple[dict[str, NDArray[np.uint8]], NDArray[np.float64]]:
-    """{node of the reference: codes of the file}, and the output; from one session that runs optimized."""
-    model = onnx.load(exported.path)
-    name = model.graph.output[output].name
-    present = {entry.name for entry in model.graph.output}
-    wanted = [t for t in dict.fromkeys(tensors.values()) if t not in present]
-    model.graph.output.extend(helper.make_tensor_value_info(t, TensorProto.UINT8, None) for t in wanted)
-    handle = session(model.SerializeToString())
-    given = feed(handle, tuple(value.numpy() for value in chosen))
-    results = dict(zip([*wanted, name], handle.run([*wanted, name], given)))
-    codes = {node: results[tensor] for node, tensor in tensors.items() if tensor in results}
-    return codes, results[name].astype(np.float64)
-
-
 class _Following(fx.Interpreter):
     """Runs a reference, compares each step's codes with the file's, and goes on with the file's."""
 
-    def __init__(self, reference: fx.GraphModule, codes: Mapping[str, NDArray[np.uint8]], found: _Found) -> None:
+    def __init__(self, reference: fx.GraphModule, codes: Mapping[str, NDArray[np.int16]], found: _Found) -> None:
         super().__init__(reference)
         self.codes, self.found = codes, found
 

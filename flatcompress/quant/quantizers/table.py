@@ -129,9 +129,16 @@ def _activation(name: str, quantizer: StepQuantizer) -> Any:
     return injector(ActivationProxy, quantizer)
 
 
-QUANTIZERS = Registry("quantizer")
+@dataclass(frozen=True)
+class QuantizerFacts:
+    """``zero_point``: signed activations get a zero point of their own."""
+
+    zero_point: bool = False
+
+
+QUANTIZERS = Registry("quantizer", QuantizerFacts)
 QUANTIZERS.add("lsq", lsq, "learned step size", "1902.08153")
-QUANTIZERS.add("lsq+", lsq_plus, "learned step size and offset", "2004.09576")
+QUANTIZERS.add("lsq+", lsq_plus, "learned step size and offset", "2004.09576", zero_point=True)
 QUANTIZERS.add("pact", pact, "learned clipping level for activations", "1805.06085")
 QUANTIZERS.add("brevitas", brevitas_learned, "Brevitas's stock quantizers with learned scales")
 QUANTIZERS.add("brevitas-stats", brevitas_stats, "Brevitas's stock quantizers, weight scale from absmax")
