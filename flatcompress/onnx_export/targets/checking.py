@@ -98,7 +98,7 @@ def _run(tool: Tool, exported: Exported, inputs: Samples, agreement: str) -> dic
 
 
 def _failures(tool: Tool, exported: Exported, row: dict[str, Any]) -> list[str]:
-    """Samples further off than the tool's steps, but for the few that a rounding boundary explains, and other classes."""
+    """Samples further off than the tool allows, but for the few that a rounding boundary explains; other classes."""
     steps, reasons = row["largest_error_steps"], []
     if steps is None:
         return [f"{tool.package}: an output is not finite."]
