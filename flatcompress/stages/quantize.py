@@ -320,18 +320,9 @@ def average(run: RunContext, config: QuantizeConfig) -> Averaging:
 
 def scale_conflict(model: nn.Module, config: QuantizeConfig) -> quant.ScaleConflict:
     """GAQAT's watch over the scales' two gradients, as the recipe has it."""
-    return quant.ScaleConflict(
-        model,
-        K=config.K,
-        tau=config.tau,
-        tau_kind=config.tau_kind,
-        mode=config.mode,
-        freeze_target=config.freeze_target,
-        granularity=config.granularity,
-        refreeze=config.refreeze,
-        remedy=config.remedy,
-        mix=flat.METHODS[config.flat_method()].facts.mix,
-    )
+    keys = {"K", "tau", "tau_kind", "mode", "freeze_target", "granularity", "refreeze", "remedy"}
+    mix = flat.METHODS[config.flat_method()].facts.mix
+    return quant.ScaleConflict(model, **config.model_dump(include=keys), mix=mix)
 
 
 def not_scales(model: nn.Module, config: QuantizeConfig) -> Callable[[str, nn.Parameter], bool]:
