@@ -30,6 +30,9 @@ class Settings:
     flip: float = 0.0  # probability of a horizontal flip
     jitter: float = 0.0  # strength of brightness, contrast, saturation and hue jitter
     grayscale: float = 0.0  # probability of losing all colour
+    erase: float = 0.0  # probability of losing a rectangle (random erasing, arXiv 1708.04896)
+    mixup: float = 0.0  # alpha of mixup (arXiv 1710.09412)
+    cutmix: float = 0.0  # alpha of cutmix (arXiv 1905.04899)
 
 
 PRESETS = {
@@ -54,8 +57,9 @@ def parse(option: Any, seed: int) -> Augment | None:
     for key, value in option.items():
         if key not in known:
             raise unknown("augment setting", key, known)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-            raise UserError(f"augment setting {key!r} must be between 0 and 1, found {value!r}")
+        most = 10 if key in ("mixup", "cutmix") else 1
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= most:
+            raise UserError(f"augment setting {key!r} must be between 0 and {most}, found {value!r}")
     return Augment(Settings(**option), seed)
 
 
@@ -65,6 +69,7 @@ class Augment:
     def __init__(self, settings: Settings, seed: int) -> None:
         self.settings, self.seed = settings, seed
         self._drawn: tuple[tuple[int, int], Tensor] | None = None
+        self._holes: tuple[tuple[int, int], Tensor] | None = None
 
     def __repr__(self) -> str:
         return f"Augment({asdict(self.settings)})"
@@ -82,7 +87,26 @@ class Augment:
             images = _jitter(images, draws, s.jitter)
         if s.grayscale and images.shape[1] == 3:
             images = torch.where((draws[:, 11] < s.grayscale).view(-1, 1, 1, 1), _luma(images), images)
-        return images
+        return _erased(images, self._erasing(total, epoch)[indices], s.erase) if s.erase else images
+
+    def _erasing(self, total: int, epoch: int) -> Tensor:
+        """A table of its own: what the older changes draw stays what it was."""
+        if self._holes is None or self._holes[0] != (total, epoch):
+            self._holes = ((total, epoch), torch.rand(total, 5, generator=generator(self.seed, "erase", epoch)))
+        return self._holes[1]
+
+
+def _erased(images: Tensor, draws: Tensor, probability: float) -> Tensor:
+    """A rectangle of 2 to 33 % of the area, sides up to 1 : 3.3, gets the image's mean colour."""
+    height, width = images.shape[2:]
+    area = (0.02 + 0.31 * draws[:, 1]) * (draws[:, 0] < probability)
+    aspect = torch.exp((2 * draws[:, 2] - 1) * math.log(3.3))
+    tall, wide = (area * aspect).sqrt().clamp(max=1) * height, (area / aspect).sqrt().clamp(max=1) * width
+    top, left = draws[:, 3] * (height - tall), draws[:, 4] * (width - wide)
+    y, x = torch.arange(height).view(1, -1, 1) + 0.5, torch.arange(width).view(1, 1, -1) + 0.5
+    down = (y > top.view(-1, 1, 1)) & (y < (top + tall).view(-1, 1, 1))
+    across = (x > left.view(-1, 1, 1)) & (x < (left + wide).view(-1, 1, 1))
+    return torch.where((down & across)[:, None], images.mean((2, 3), keepdim=True), images)
 
 
 def _geometry(images: Tensor, draws: Tensor, s: Settings) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
 
 from flatcompress.data.bundle import Batch, DataBundle
+from flatcompress.data.signal_augment import SignalAugment
 from flatcompress.errors import UserError, unknown
 from flatcompress.tasks import Task, build, built_in
 
@@ -51,6 +53,8 @@ class OwnSet(Dataset[Batch]):
         self.labels = self.targets if classes else torch.zeros(len(self.targets), dtype=torch.int64)
         self.domain_ids = torch.zeros_like(self.labels)
         self.identities = torch.arange(len(self.labels))
+        self.augment: SignalAugment | None = None
+        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()  # loader workers must see it change
         if not len(self.labels):
             raise UserError(f"data[{where!r}] is empty.")
 
@@ -80,7 +84,19 @@ class OwnSet(Dataset[Batch]):
             x = self.images[rows]
         else:
             x = torch.stack([_image(_pair(self.source[i])[0], self.where) for i in rows.tolist()])
+        if self.augment is not None:
+            x = self.augment(x, chosen, len(self), int(self._epoch))
         return x, self.task.target(x, self.targets[chosen])
+
+    def augmented(self, augment: SignalAugment | None) -> OwnSet:
+        """This set with its inputs augmented."""
+        found = copy.copy(self)
+        found.augment = augment
+        return found
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that augmentation draws for."""
+        self._epoch.fill_(epoch)
 
     def pixels(self, indices: Sequence[int]) -> Tensor:
         """uint8 [B, C, H, W] for the preview sheet: each image stretched to its own range."""

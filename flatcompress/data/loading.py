@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from flatcompress.data.images.tabled import image_table
 from flatcompress.data.in_memory import bundle
 from flatcompress.data.raw_data import RawData
 from flatcompress.data.series import series
+from flatcompress.data.signal_augment import parse as parse_signals
 from flatcompress.data.sounds import sounds
 from flatcompress.errors import UserError, unknown
 from flatcompress.randomness import generator
@@ -84,7 +86,8 @@ def load(
     _check_options(entry, options)
     raw = entry(seed, **options)
     if isinstance(raw, DataBundle):
-        _as_they_are(name, augment=augment, mean=mean, std=std, corruptions=corruptions)
+        _as_they_are(name, mean=mean, std=std, corruptions=corruptions)
+        raw = _with_signals(name, raw, augment, seed)
         return raw if task is None or "task" in options else bundle(raw, task)
     _refuse_empty(name, train=raw.train, val=raw.val, test=raw.test)
     chosen = _task(name, raw, task)
@@ -130,6 +133,16 @@ def _own(entry: Entry, **shared: Any) -> dict[str, Any]:
 def _say(notes: Sequence[str]) -> None:
     for note in notes:
         warnings.warn(note, stacklevel=3)
+
+
+def _with_signals(name: str, given: DataBundle, option: Any, seed: int) -> DataBundle:
+    """The training part augmented: series, features and sound; other inputs stay as they are."""
+    if option is None:
+        return given
+    if len(given.input_shape) == 3 and not given.features:
+        _as_they_are(name, augment=option)
+    chosen = parse_signals(option, seed, given.input_shape, name)
+    return replace(given, train=given.train.augmented(chosen))  # type: ignore[attr-defined]
 
 
 def _as_they_are(name: str, **given: Any) -> None:

@@ -18,6 +18,7 @@ from flatcompress.plan import Plan
 from flatcompress.tasks import Task
 from flatcompress.training.callback import Callback
 from flatcompress.training.job import Progress, steps_per_epoch
+from flatcompress.training.mixing import Mixing
 
 
 def _silent(event: str, **fields: Any) -> None:
@@ -77,6 +78,14 @@ class RunContext:
     def device(self) -> torch.device:
         """Where the model is."""
         return self.accelerator.device
+
+    @property
+    def mixing(self) -> Mixing | None:
+        """How training samples are mixed, as the data's augmentation has it; None: they are not."""
+        settings = getattr(getattr(self.data.train, "augment", None), "settings", None)
+        if settings is None or not (settings.mixup or settings.cutmix):
+            return None
+        return Mixing(settings.mixup, settings.cutmix, self.seed)
 
     @property
     def steps_per_epoch(self) -> int:

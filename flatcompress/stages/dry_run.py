@@ -93,11 +93,13 @@ def _check_stages(run: RunContext, stages: Sequence[tuple[str, Any]]) -> None:
 
 def _check_loop(run: RunContext, config: TrainingKeys) -> None:
     """The optimizer and the schedule work, and the batches of a step are there."""
-    o, n = config.optimizer, len(run.data.train)
-    optimizers.try_out(o.name, o.lr, o.weight_decay, o.keys)
+    n = len(run.data.train)
+    optimizers.try_out(*config.optimizer.arguments)
     if isinstance(config.schedule, str) and config.schedule not in schedules.NAMES:
         raise UserError(f"schedule {config.schedule!r} stands for an object given in Python; name a schedule instead.")
-    schedules.try_out(config.schedule, o.lr)
+    schedules.try_out(config.schedule, config.optimizer.lr)
     wanted = config.accumulate * run.batch_size * run.accelerator.num_processes
     if config.accumulate > 1 and wanted > n:
         raise UserError(f"accumulate {config.accumulate}: a step would take {wanted} samples, and there are {n}.")
+    if run.mixing is not None and run.task.name in ("segmentation", "sequence", "reconstruction"):
+        raise UserError(f"mixup and cutmix (data.augment) mix whole targets; task {run.task.name!r} has other ones.")

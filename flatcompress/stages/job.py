@@ -69,11 +69,10 @@ def make_job(
     groups = parameter_groups(model, config.optimizer.weight_decay, scales, scale_lr)
     if further := list(extra):
         groups.append({"params": further, "weight_decay": 0.0})
-    o = config.optimizer
     optimizer = flat.create(
         config.flat_method(),
         model,
-        optimizers.build(groups, o.name, o.lr, o.weight_decay, o.keys),
+        optimizers.build(groups, *config.optimizer.arguments),
         scaler=run.accelerator.scaler,
         max_grad_norm=config.max_grad_norm,
         **(config.hyper if hyper is None else hyper),
@@ -91,6 +90,7 @@ def make_job(
         schedule_epochs=config.epochs,
         batch_size=run.batch_size * run.accumulate,
         accumulate=run.accumulate,
+        mixing=run.mixing,
         max_steps=config.max_steps,
         workers=run.workers,
         seed=run.seed,

@@ -142,6 +142,11 @@ class OptimizerConfig(BaseModel):
             return {"betas": self.betas, **extras}
         return {**{name: value for name, value in own.items() if name in self.model_fields_set}, **extras}
 
+    @property
+    def arguments(self) -> tuple[str, float, float, dict[str, Any]]:
+        """Name, learning rate, weight decay and `keys`: what `optimizers.build` takes."""
+        return self.name, self.lr, self.weight_decay, self.keys
+
     @model_serializer(mode="wrap")
     def _as_given(self, handler: Any) -> dict[str, Any]:
         """Of a class with defaults of its own only what was given is written down."""

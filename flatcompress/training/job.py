@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from flatcompress.tasks import Loss, Task, build
 from flatcompress.training.batches import epoch_batches
 from flatcompress.training.callback import Callback
+from flatcompress.training.mixing import Mixed, Mixing
 
 
 class Progress(Protocol):
@@ -101,7 +102,7 @@ class Job:
     ``loss(output, y)`` is what is minimised, ``task`` has the metric that selects, ``validate()`` gives that metric on
     the training domains' validation split. ``patience``: it ends after so many epochs without a better one;
     ``max_steps``: after so many steps of the stage. ``batch_size``: samples of an optimizer step, which go through the
-    model in ``accumulate`` parts. ``schedule``: see `schedules.rates`.
+    model in ``accumulate`` parts, each mixed by ``mixing``. ``schedule``: see `schedules.rates`.
     ``callbacks`` take part in the order of the list, which whoever builds the job gives a reason for.
     ``eligible(epoch)`` says whether an epoch may be selected as best.
     ``resume`` is a state that ``progress`` once saved, and ``context`` goes into every saved state untouched.
@@ -127,6 +128,7 @@ class Job:
     first_epoch: int = 0
     schedule_epochs: int | None = None
     accumulate: int = 1
+    mixing: Mixing | None = None
     max_steps: int | None = None
     eligible: Callable[[int], bool] = _always
     progress: Progress | None = None
@@ -162,9 +164,11 @@ class Job:
         planned = (self.schedule_epochs or self.epochs) * self.steps_per_epoch
         return planned if self.max_steps is None else min(planned, self.max_steps)
 
-    def total_loss(self, output: Tensor, y: Tensor) -> Tensor:
-        """The task's loss and the callbacks' terms, added in the list's order."""
+    def total_loss(self, output: Tensor, y: Tensor, mixed: Mixed | None = None) -> Tensor:
+        """The task's loss (of both targets where inputs are mixed) and the callbacks' terms, in the list's order."""
         total = self.loss(output, y)
+        if mixed is not None:
+            total = mixed.share * total + (1 - mixed.share) * self.loss(output, y[mixed.partner])
         for callback in self.callbacks:
             term = callback.loss_term(output, y)
             if term is not None:

@@ -12,6 +12,7 @@ from flatcompress.errors import RunError
 from flatcompress.training import divergence, memory
 from flatcompress.training.divergence import Diverged
 from flatcompress.training.job import Job
+from flatcompress.training.mixing import Mixed
 
 MOST_SKIPS = 20  # steps left out in a row before a run is given up
 
@@ -61,7 +62,8 @@ def _attempt(job: Job, x: Tensor, y: Tensor, step: int) -> tuple[float, float]:
     while True:
         rows: list[Tensor] = []
         parts = memory.split(x, y, job.parts)
-        closures = [_closure(job, a, b, factor, step, rows) for a, b, factor in parts]
+        mixed = [None if job.mixing is None else job.mixing(a, step, i) for i, (a, _, _) in enumerate(parts)]
+        closures = [_closure(job, a, b, factor, step, rows, mix) for (a, b, factor), mix in zip(parts, mixed)]
         job.optimizer.zero_grad()
         try:
             loss = job.optimizer.step(closures[0] if len(closures) == 1 else closures)
@@ -74,13 +76,16 @@ def _attempt(job: Job, x: Tensor, y: Tensor, step: int) -> tuple[float, float]:
         _halve(job, x, y, step, text)
 
 
-def _closure(job: Job, x: Tensor, y: Tensor, factor: float, step: int, rows: list[Tensor]) -> Callable[[], Tensor]:
+def _closure(
+    job: Job, x: Tensor, y: Tensor, factor: float, step: int, rows: list[Tensor], mixed: Mixed | None
+) -> Callable[[], Tensor]:
+    x = x if mixed is None else mixed.x
     checked = job.accelerator.scaler is None  # under loss scaling an overflow is expected and the step left out
 
     def closure() -> Tensor:
         with job.accelerator.autocast():
             logits = _logits(job, x, step)
-            loss = job.total_loss(logits, y)
+            loss = job.total_loss(logits, y, mixed)
             loss = loss if factor == 1.0 else loss * factor
         job.accelerator.backward(loss)
         for callback in job.callbacks:
