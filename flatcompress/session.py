@@ -386,8 +386,9 @@ def environment(run: RunContext) -> dict[str, Any]:
 
 def how_to_resume() -> str:
     """The sentence that says how an interrupted run is continued."""
-    program = Path(sys.argv[0]).name if sys.argv and sys.argv[0] else ""
-    if program not in ("flatcompress", "cli.py"):
+    program = Path(sys.argv[0]) if sys.argv and sys.argv[0] else Path()
+    module = program.name == "__main__.py" and program.parent.name == "flatcompress"  # python -m flatcompress
+    if not module and program.stem != "flatcompress":
         return "The same call resumes the run."
     words = [w for w in sys.argv[1:] if w != "--restart"]
     return "Resume with: flatcompress " + " ".join(shlex.quote(w) for w in words)

@@ -104,6 +104,9 @@ def test_the_way_on_is_the_command_without_restart(monkeypatch):
     words = ["/usr/bin/flatcompress", "run", "my recipe.yaml", "--restart", "--set", "seed=1"]
     monkeypatch.setattr(sys, "argv", words)
     assert how_to_resume() == "Resume with: flatcompress run 'my recipe.yaml' --set seed=1"
+    for program in ("C:/Scripts/flatcompress.exe", "/usr/lib/python3/site-packages/flatcompress/__main__.py"):
+        monkeypatch.setattr(sys, "argv", [program, "run", "a.yaml"])
+        assert how_to_resume() == "Resume with: flatcompress run a.yaml"
     monkeypatch.setattr(sys, "argv", ["train.py"])
     assert how_to_resume() == "The same call resumes the run."
 
@@ -316,10 +319,11 @@ def test_the_command_exits_130_and_prints_the_command_that_goes_on(tmp_path):
 
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE)
-    words = [sys.executable, "-m", "flatcompress.cli", "run", str(recipe), "-o", str(tmp_path / "run"), "-q"]
+    words = [sys.executable, "-m", "flatcompress", "run", str(recipe), "-o", str(tmp_path / "run"), "-q"]
     process = subprocess.Popen([*words, "--restart"], cwd=ROOT, stderr=subprocess.PIPE, text=True)
     log = tmp_path / "run" / "log.jsonl"
     while not (log.exists() and '"stage"' in log.read_text()):
+        assert process.poll() is None, process.communicate()
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate()

@@ -210,7 +210,7 @@ def test_a_file_size_limit_strikes_every_writer_and_the_run_goes_on_without_it(t
 
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE)
-    words = [sys.executable, "-m", "flatcompress.cli", "run", str(recipe), "-o", str(tmp_path / "run"), "-q"]
+    words = [sys.executable, "-m", "flatcompress", "run", str(recipe), "-o", str(tmp_path / "run"), "-q"]
     for limit in (300, 2_000, 6_000, 20_000, 60_000):
         done = subprocess.run(
             words,
