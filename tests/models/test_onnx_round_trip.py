@@ -71,8 +71,44 @@ def test_a_perceptron(tmp_path):
     assert certificate["integer"]["share_of_macs"] == 1.0
 
 
-def test_a_file_of_quantize_static(tmp_path):
-    from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
+def without_rounding(path) -> onnx.ModelProto:
+    """A quantized file whose activations are not rounded: a pair of quantizers is the ReLU that it took in, if any."""
+    model = onnx.load(path)
+    made = {name: node for node in model.graph.node for name in node.output}
+    constants = {entry.name: numpy_helper.to_array(entry) for entry in model.graph.initializer}
+    nodes = []
+    for node in model.graph.node:
+        before = made.get(node.input[0])
+        if node.op_type == "DequantizeLinear" and before is not None and before.op_type == "QuantizeLinear":
+            zero = constants[before.input[2]]
+            kind = "Relu" if (zero == np.iinfo(zero.dtype).min).all() else "Identity"
+            nodes.append(helper.make_node(kind, [before.input[0]], [node.output[0]]))
+        elif node.op_type != "QuantizeLinear":
+            nodes.append(node)
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["QUInt8", "QInt8"])
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_a_file_of_quantize_static_is_read_as_the_network_it_was_made_of(kind, per_channel, tmp_path):
+    from onnxruntime.quantization import QuantType
+
+    x, module = quantized_file(tmp_path, activation_type=QuantType[kind], per_channel=per_channel)
+    handle = session(without_rounding(tmp_path / "q.onnx").SerializeToString(), optimized=False)
+    expected = handle.run(None, {"x": x.numpy()})[0]
+    with torch.no_grad():
+        found = module(x).numpy()
+    largest = float(np.abs(expected).max())
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5 * largest)
+    floats = session(tmp_path / "m.onnx").run(None, {"x": x.numpy()})[0]
+    assert np.abs(found - floats).max() < 0.1 * largest  # but for its weights, which were rounded
+
+
+def quantized_file(tmp_path, **options) -> tuple[torch.Tensor, nn.Module]:
+    """A batch that onnxruntime calibrated a network on, and the module that the file of it becomes."""
+    from onnxruntime.quantization import CalibrationDataReader, quantize_static
 
     torch.manual_seed(0)
     x = torch.randn(16, 3, 16, 16)
@@ -84,8 +120,12 @@ def test_a_file_of_quantize_static(tmp_path):
         def get_next(self):
             return next(self.rows, None)
 
-    quantize_static(tmp_path / "m.onnx", tmp_path / "q.onnx", Reader(), activation_type=QuantType.QUInt8)
-    module = from_onnx(tmp_path / "q.onnx", x)
+    quantize_static(tmp_path / "m.onnx", tmp_path / "q.onnx", Reader(), **options)
+    return x, from_onnx(tmp_path / "q.onnx", x)
+
+
+def test_a_file_of_quantize_static(tmp_path):
+    x, module = quantized_file(tmp_path)
     prune.prune(module, x, ratio=0.5)
     quant.quantize(module, 8, 8, example_input=x)
     quant.calibrate(module, [x])

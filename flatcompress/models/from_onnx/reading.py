@@ -186,13 +186,15 @@ class _Reader:
             return
         scale = self.constants[node.input[1]]
         zero = self.constants[node.input[2]] if len(node.input) > 2 and node.input[2] else np.zeros(1, np.uint8)
+        codes = np.iinfo(zero.dtype) if zero.dtype.kind in "iu" else None
         if (
-            zero.dtype == np.uint8
-            and not zero.any()
+            codes is not None
+            and (zero == codes.min).all()
             and self.made_by.get(self.same.get(source, source)) not in _POSITIVE
         ):
             # Quantizing tools take away a ReLU or ReLU6 before codes that have no negative values.
-            six = scale.size == 1 and abs(255 * float(scale.reshape(-1)[0]) - 6) < float(scale.reshape(-1)[0]) / 2
+            step = float(scale.reshape(-1)[0])
+            six = scale.size == 1 and abs((codes.max - codes.min) * step - 6) < step / 2
             function = _TABLE["Relu"] if not six else relu6
             self._append(node, Step(called(node), (node.output[0],), (self._slot(source),), function=function))
         else:
