@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 from torch import fx, nn
 
 from flatcompress.onnx_export.emit.builder import FLOAT, INT32, UINT8
@@ -13,6 +14,9 @@ from flatcompress.onnx_export.emit.writer import ModuleEmitter, Writer, array, a
 from flatcompress.onnx_export.lower import integer
 from flatcompress.onnx_export.lower.prepare import PADS
 
+aten = torch.ops.aten
+# Between DequantizeLinear and QuantizeLinear onnxruntime computes a softmax by a table of exponentials, some codes off.
+OWN_ARITHMETIC = {aten.softmax.int, aten._softmax.default}
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -21,6 +25,10 @@ def _quantize(w: Writer, node: fx.Node, module: integer.Quantize) -> str:
 
 
 def _dequantize(w: Writer, node: fx.Node, module: integer.Dequantize) -> str:
+    if any(user.target in OWN_ARITHMETIC for user in node.users):
+        b, grid = w.builder, module.grid
+        codes = b.cast(w.tensor(node.args[0]), FLOAT)
+        return b.op("Mul", [b.op("Sub", [codes, b.floats(float(grid.zero_point))]), b.floats(grid.scale)])
     axis = _axis(node) if any(_feeds_float_layer(w, user) for user in node.users) else None
     return w.real_of(w.tensor(node.args[0]), module.grid, axis)
 
