@@ -207,6 +207,16 @@ def test_run_verify_bench_report_export_sharpness(cli, tmp_path):
     assert json.loads(out)["holds"] is False
 
 
+@pytest.mark.parametrize(("holds", "expected"), [(True, 0), (False, 3)])
+def test_run_ends_with_3_when_its_certificate_does_not_hold(cli, holds, expected, monkeypatch, tmp_path):
+    from types import SimpleNamespace
+
+    made = SimpleNamespace(certificate={"holds": holds}, summary=lambda: {"certificate": {"holds": holds}})
+    monkeypatch.setattr("flatcompress.cli.commands.run_recipe", lambda *given: made)
+    code, out, _ = cli("run", tmp_path / "r.yaml", "--json")
+    assert code == expected and json.loads(out)["certificate"]["holds"] is holds
+
+
 def _flip_one_bit(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1

@@ -99,12 +99,12 @@ class Inputs:
         named = len(found["classes"]) if "classes" in found else 1 + max(int(y.max()) for y in labels)
         own = self._network(shape, named)[1]  # type: ignore[arg-type]
         if own == named:
-            return {"name": "arrays", "path": str(path)}
+            return {"name": "arrays", "path": str(path), "missing_classes": True}
         if own < named:
             raise UserError(f"{path}: labels go up to {named - 1}, and the network has {own} classes.")
         self.notes.append(f"{path.name} names no classes: the network's {own} are taken.")
         self._write({**found, "classes": np.array([str(c) for c in range(own)])})
-        return {"name": "arrays", "path": str(self.target)}
+        return {"name": "arrays", "path": str(self.target), "missing_classes": True}
 
     def _unlabelled(self, x: Tensor) -> dict[str, Any]:
         """The float network's own classes stand for the labels."""
@@ -115,7 +115,7 @@ class Inputs:
         self.agreement = True
         self.notes.append("no labels: the float network's own classes stand for them; accuracy is agreement with it.")
         self._write({"x": x.numpy(), "y": labels.numpy(), "classes": np.array([str(c) for c in range(count)])})
-        return {"name": "arrays", "path": str(self.target)}
+        return {"name": "arrays", "path": str(self.target), "missing_classes": True}
 
     def _write(self, found: dict[str, Any]) -> None:
         self.target.parent.mkdir(parents=True, exist_ok=True)

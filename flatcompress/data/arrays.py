@@ -19,7 +19,13 @@ _TEST, _VAL = 0.3, 0.1
 
 
 def arrays(
-    seed: int, *, path: Any = None, test_fraction: float = _TEST, val_fraction: float = _VAL, task: Any = None
+    seed: int,
+    *,
+    path: Any = None,
+    test_fraction: float = _TEST,
+    val_fraction: float = _VAL,
+    missing_classes: bool = False,
+    task: Any = None,
 ) -> DataBundle:
     """Inputs [N, C, H, W] and labels [N] of an ``.npz`` file, as they are: whoever wrote it has normalised them.
 
@@ -27,7 +33,8 @@ def arrays(
 
     Keys ``x`` and ``y`` (or images, inputs, data; labels, targets) are split at random by ``seed``; ``x_train``,
     ``y_train``, ``x_test``, ``y_test`` are taken as the split. ``classes``: names. Whole numbers 0..255 are divided by
-    255 and [N, H, W, C] is turned into [N, C, H, W]. UserError names what is missing.
+    255 and [N, H, W, C] is turned into [N, C, H, W]. ``missing_classes``: the training part may lack classes, as where
+    nothing is trained. UserError names what is missing.
     """
     if path is None:
         raise UserError("data set 'arrays': give its file as path: FILE.npz")
@@ -39,7 +46,7 @@ def arrays(
         for part in ("train", "val", "test"):
             if f"x_{part}" in found:
                 parts[part] = as_inputs(found[f"x_{part}"], path, learned), _told(found, f"y_{part}", path, learned)
-        return bundle(parts, learned, learnable=False)
+        return bundle(parts, learned, learnable=not missing_classes)
     x, key = as_inputs(first(found, INPUTS, "inputs", path), path, learned), next((n for n in LABELS if n in found), "")
     y = _told(found, key, path, learned)
     if y is None and learned.name != "reconstruction":
@@ -53,7 +60,7 @@ def arrays(
     cuts = [test, test + val]
     for part, chosen in zip(("test", "val", "train"), order.tensor_split(cuts)):
         parts[part] = x[chosen], None if y is None else y[chosen]
-    return bundle(parts, learned, learnable=False)
+    return bundle(parts, learned, learnable=not missing_classes)
 
 
 def _told(found: dict[str, np.ndarray], name: str, path: Any, task: Task) -> Any:

@@ -28,7 +28,7 @@ _INSTANCE_NORM = {1: nn.InstanceNorm1d, 2: nn.InstanceNorm2d, 3: nn.InstanceNorm
 
 def _set(parameter: Any, values: Any) -> None:
     with torch.no_grad():
-        parameter.copy_(torch.from_numpy(np.ascontiguousarray(values, np.float32)).reshape(parameter.shape))
+        parameter.copy_(torch.from_numpy(np.array(values, np.float32)).reshape(parameter.shape))
 
 
 def _weights(layer: nn.Module, weight: Any, bias: Any) -> nn.Module:
