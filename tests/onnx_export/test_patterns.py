@@ -93,7 +93,7 @@ PATTERNS: dict[str, Callable[[], Body]] = {
     "functional dropout": lambda: Body(lambda m, x: F.dropout(F.relu(m.conv(x)), 0.2, m.training), conv=conv()),
     "spatial gate": lambda: Body(spatial_gate, conv=conv(), gate=nn.Conv2d(2, 1, 7, padding=3)),
     "gate by a maximum": lambda: Body(lambda m, x: x * torch.sigmoid(m.conv(x).max(1, keepdim=True)[0]), conv=conv()),
-    "normalised features": lambda: Body(lambda m, x: F.normalize(F.relu(m.conv(x)), dim=1), conv=conv()),
+    "normalised features": lambda: Body(lambda m, x: F.normalize(F.relu(m.conv(x)) + 0.1, dim=1), conv=conv()),
     "norm of the batch at hand": lambda: Body(
         lambda m, x: F.relu(m.b(F.relu(m.norm(m.a(x))))),
         a=conv(), norm=nn.BatchNorm2d(W, track_running_stats=False), b=conv()),
