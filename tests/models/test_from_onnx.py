@@ -107,9 +107,8 @@ def made(nodes, constants, shape=("n", 4), outputs=("y",)) -> onnx.ModelProto:
     tensors = [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()]
     ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs]
     start = helper.make_tensor_value_info("x", TensorProto.FLOAT, list(shape))
-    return helper.make_model(
-        helper.make_graph(nodes, "g", [start], ends, tensors), opset_imports=[helper.make_opsetid("", 17)]
-    )
+    graph = helper.make_graph(nodes, "g", [start], ends, tensors)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
 
 
 def test_a_perceptron_as_scikit_learn_writes_one(tmp_path):
