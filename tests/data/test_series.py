@@ -139,3 +139,13 @@ def test_the_test_part_is_corrupted_and_the_normalisation_is_told(folders):
     assert {name.split("/")[0] for name in found.corrupted} == {"noise", "gain", "drift", "clipping", "missing"}
     assert len(found.mean) == len(found.std) == 2 and any(found.mean)
     assert not data.load("series", path=str(folders), window=16, corruptions="none").corrupted
+
+
+def test_a_class_that_the_training_part_of_arrays_lacks_is_refused_unless_nothing_is_learned(tmp_path):
+    x = np.zeros((8, 1, 4, 4), np.float32)
+    parts = {"x_train": x, "y_train": np.arange(8) % 2, "x_test": x, "y_test": np.arange(8) % 3}
+    np.savez(tmp_path / "parts.npz", **parts)
+    with pytest.raises(UserError, match="has samples of 2, of which"):
+        data.load("arrays", path=str(tmp_path / "parts.npz"))
+    found = data.load("arrays", path=str(tmp_path / "parts.npz"), missing_classes=True)
+    assert len(found.classes) == 3
