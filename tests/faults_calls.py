@@ -86,7 +86,7 @@ def prepared() -> Callable[[Path], None]:
     from flatcompress.data import preview
 
     preload()
-    pipeline.measure = lambda work, stage, method, seconds, passes: {  # type: ignore[assignment]
+    pipeline.measure = lambda work, stage, method, seconds, passes, flatness=True: {  # type: ignore[assignment]
         "stage": stage, "method": method, "accuracy": {}, "passes": passes, "seconds": seconds,
     }  # fmt: skip
     pipeline.dry_run = lambda work, stages: None  # type: ignore[assignment]
