@@ -72,6 +72,7 @@ class Row:
     bytes: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
     raw: list[str] = field(default_factory=list)
+    biases_rounded: bool = True  # in the torch network that ``trained`` compares with; rows of before did without
 
     @property
     def certified(self) -> bool:
@@ -216,7 +217,8 @@ def page(rows: list[Row], timed: list[dict[str, Any]]) -> str:
         "of the multiply-accumulates that onnxruntime computes on integers in the W8A8 file. *steps*: the largest "
         "distance of a file from its reference, in output steps (a 255th of the outputs' range; more than 1 is allowed "
         "only where every step of the file is proved by itself). *from quantized*: of the W8A8 and the W4A4 file from "
-        "the quantized torch network, `trained` in the certificate. *from float*: of what they compute from the float "
+        "the quantized torch network, `trained` in the certificate; rows with a + are of an earlier version, whose "
+        "torch network did not round its biases as the file does, so the rounding is part of their figure. *from float*: of what they compute from the float "
         "network, untrained weights and all: what quantizing does. "
         "*s*: seconds of processor time for the whole row. The last column says what stopped a network.",
         "",
@@ -232,6 +234,7 @@ def _line(row: Row) -> str:
     integer = "" if row.integer_macs is None else f"{row.integer_macs:.1%}"
     far = [", ".join(f"{v[key]:.3g}" for key in ("w8a8", "w4a4") if key in v) for v in (row.trained, row.floats)]
     size = ", ".join(f"{row.bytes[key] / 1000:.0f}" for key in ("w8a8", "w4a4") if key in row.bytes)
+    far[0] += "" if row.biases_rounded or not far[0] else " +"
     steps = "" if row.steps is None else f"{row.steps:g}"
     told = row.told.replace("|", "/")[:200]
     cells = [row.name, *marks, row.float_layers, integer, steps, *far, size, f"{row.seconds:g}", told]
