@@ -218,8 +218,8 @@ def page(rows: list[Row], timed: list[dict[str, Any]]) -> str:
         "distance of a file from its reference, in output steps (a 255th of the outputs' range; more than 1 is allowed "
         "only where every step of the file is proved by itself). *from quantized*: of the W8A8 and the W4A4 file from "
         "the quantized torch network, `trained` in the certificate; rows with a + are of an earlier version, whose "
-        "torch network did not round its biases as the file does, so the rounding is part of their figure. *from float*: of what they compute from the float "
-        "network, untrained weights and all: what quantizing does. "
+        "torch network did not round its biases as the file does, so the rounding is part of their figure. "
+        "*from float*: of what they compute from the float network, untrained weights and all: what quantizing does. "
         "*s*: seconds of processor time for the whole row. The last column says what stopped a network.",
         "",
         "| network | W8A8 | W4A4 | pruned | float | on integers | steps | from quantized | from float | kB | s | |",
@@ -279,6 +279,9 @@ def main() -> int:
     rows = [Row(**kept["rows"][name]) for name in names or kept["rows"]]
     print(f"{sum(r.certified for r in rows)} of {len(rows)} networks reach a certified file")
     problems = missed(rows) if given.check else []
+    unseen = [name for name in everything() if name not in kept["rows"]]
+    if given.check and unseen and not (given.quick or given.only):
+        problems.append(f"{len(unseen)} of {len(everything())} networks were not run, so nothing is known of them")
     for problem in problems:
         print("missed:", problem)
     return int(bool(problems))
