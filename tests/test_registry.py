@@ -56,7 +56,10 @@ def test_gradient_importances_are_those_that_fail_without_gradients():
 def test_profiles_say_what_they_need():
     profiles = {name: entry() for name, entry in onnx_export.PROFILES.items()}
     assert {name for name, profile in profiles.items() if not profile.integer} == {"float32", "float16"}
-    assert {name for name, profile in profiles.items() if profile.modules} == {"qonnx"}
+    plain = {"qdq", "qdq_int8", "qdq_symmetric"}
+    assert {name for name, profile in profiles.items() if profile.modules} == {"qonnx", "openvino", *plain}
+    assert {name for name, profile in profiles.items() if profile.form} == plain
+    assert {name for name, profile in profiles.items() if not profile.integer_kernels} >= {"qonnx"}
 
 
 def test_the_schema_gives_one_default_only_where_the_methods_agree():
