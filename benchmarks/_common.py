@@ -101,6 +101,20 @@ class PeakMemory(TorchDispatchMode):
         self.now -= size
 
 
+def calibration_reader(name: str, batches: Sequence[torch.Tensor]) -> Any:
+    """``batches`` of the one input ``name`` as onnxruntime's quantization tool reads them."""
+    from onnxruntime.quantization import CalibrationDataReader
+
+    class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.feeds = iter([{name: batch.numpy()} for batch in batches])
+
+        def get_next(self) -> dict[str, Any] | None:
+            return next(self.feeds, None)
+
+    return Reader()
+
+
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows as an aligned text table; a missing figure is a dash."""
     columns = list(dict.fromkeys(key for row in rows for key in row))

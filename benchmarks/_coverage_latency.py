@@ -7,11 +7,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
+from onnxruntime.quantization import QuantFormat, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
+from benchmarks._common import calibration_reader
 from benchmarks._coverage_networks import built
 from flatcompress import quant
 from flatcompress.onnx_export import export
@@ -20,15 +20,6 @@ from flatcompress.onnx_export.runtime import latency
 NETWORKS = ["timm:mobilenetv3_small_100", "timm:efficientnet_lite0", "timm:ghostnet_100"]
 RUNS = 30
 SIZE = 224
-
-
-class _Reader(CalibrationDataReader):
-    def __init__(self, name: str, batches: list[torch.Tensor]) -> None:
-        self.feeds = iter([{name: batch.numpy()} for batch in batches])
-
-    def get_next(self) -> dict[str, np.ndarray] | None:
-        """The next batch."""
-        return next(self.feeds, None)
 
 
 def measured() -> list[dict[str, Any]]:
@@ -51,7 +42,7 @@ def _files(name: str, folder: Path) -> dict[str, Path]:
     export(model.eval(), x[:1], files["float"], profile="float32")
     prepared = folder / "prepared.onnx"
     quant_pre_process(str(files["float"]), str(prepared), skip_symbolic_shape=True)
-    reader = _Reader("input", list(x.split(1)))
+    reader = calibration_reader("input", x.split(1))
     quantize_static(prepared, files["quantize_static"], reader, quant_format=QuantFormat.QDQ, per_channel=True)
     quant.quantize(model, 8, 8, example_input=x[:1])
     quant.calibrate(model, [x])

@@ -38,7 +38,7 @@ import torch
 from torch import nn
 
 from benchmarks import export_size
-from benchmarks._common import arguments, finish
+from benchmarks._common import arguments, calibration_reader, finish
 from flatcompress import models, prune, quant
 from flatcompress.onnx_export import export
 from flatcompress.onnx_export.runtime import latency
@@ -86,19 +86,12 @@ def contenders(name: str, folder: Path) -> dict[str, Path]:
 
 def peer(source: Path, target: Path, name: str) -> Path:
     """onnxruntime.quantization.quantize_static, set up as its documentation advises for x86."""
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
-
-    class Reader(CalibrationDataReader):
-        def __init__(self) -> None:
-            self.batches = iter([{"input": example(name, 4).numpy()}])
-
-        def get_next(self) -> Any:
-            return next(self.batches, None)
+    from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
 
     quantize_static(
         source,
         target,
-        Reader(),
+        calibration_reader("input", [example(name, 4)]),
         quant_format=QuantFormat.QDQ,
         activation_type=QuantType.QUInt8,
         weight_type=QuantType.QInt8,

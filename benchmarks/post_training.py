@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import _peer_envs
-from benchmarks._common import RESULTS, finish, table
+from benchmarks._common import RESULTS, calibration_reader, finish, table
 from flatcompress import data, flat, models, onnx_export, quant
 from flatcompress.compressing import steps_for
 from flatcompress.graph import install, trace
@@ -196,27 +196,14 @@ def onnxruntime_static(one: Case, bits: tuple[int, int], draw: int) -> dict[str,
         onnx_export.export(one.model, one.pool[:2], source, "float32")
         start = time.monotonic()
         quant_pre_process(source, ready)
-        quantize_static(ready, target, _reader(one.draw(draw)), quant_format=QuantFormat.QDQ, per_channel=True,
+        reader = calibration_reader("input", one.draw(draw).split(32))
+        quantize_static(ready, target, reader, quant_format=QuantFormat.QDQ, per_channel=True,
                         activation_type=QuantType.QUInt8,
                         weight_type=QuantType.QInt8 if bits[0] == 8 else QuantType.QInt4)  # fmt: skip
         seconds = time.monotonic() - start
         session = InferenceSession(target, providers=["CPUExecutionProvider"])
         found = [session.run(None, {"input": batch.numpy()})[0] for batch in one.test[0].split(64)]
     return {**one.score(torch.from_numpy(np.concatenate(found))), "seconds": seconds}
-
-
-def _reader(images: Tensor) -> Any:
-    from onnxruntime.quantization import CalibrationDataReader
-
-    class Reader(CalibrationDataReader):
-        def __init__(self) -> None:
-            self.batches: Iterator[Tensor] = iter(images.split(32))
-
-        def get_next(self) -> dict[str, Any] | None:
-            batch = next(self.batches, None)
-            return None if batch is None else {"input": batch.numpy()}
-
-    return Reader()
 
 
 def nncf_quantize(one: Case, bits: tuple[int, int], draw: int) -> dict[str, float] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -56,3 +57,19 @@ def context(build: Callable[[], nn.Module] | None = None, **options: Any) -> Run
 
 def config(kind: str, **keys: Any) -> Any:
     return stage_of(kind).config.model_validate({"epochs": 2, "optimizer": {"lr": 1e-3}, **keys})
+
+
+class StopAt:
+    """A progress that is asked to stop after ``step`` and keeps what is saved then."""
+
+    on_divergence, on_out_of_memory, max_rollbacks = "stop", "stop", 0
+
+    def __init__(self, step: int) -> None:
+        self.step, self.stop_requested, self.state = step, False, None
+
+    def due(self, step: int) -> bool:
+        self.stop_requested = step >= self.step
+        return self.stop_requested
+
+    def save(self, step: int, state: dict) -> None:
+        self.state = copy.deepcopy(state)

@@ -105,15 +105,18 @@ def _plain(defaults: dict[str, Any]) -> dict[str, Any]:
 
 def verify_target(target: Path, key: Path | None = None) -> dict[str, Any]:
     """Repeat the certificate of a run folder or of an ONNX file on this machine; with ``key`` its signature too."""
+    _require_target(target)
+    return onnx_export.verify(target, key).to_dict()
+
+
+def _require_target(target: Path) -> None:
     if not target.exists():
         raise UserError(f"{target}: not found. Give a run folder or an ONNX file that has its certificate beside it.")
-    return onnx_export.verify(target, key).to_dict()
 
 
 def sign_target(target: Path, key: Path, password: str | None) -> Path:
     """Sign what a certificate is about; the signature's path."""
-    if not target.exists():
-        raise UserError(f"{target}: not found. Give a run folder or an ONNX file that has its certificate beside it.")
+    _require_target(target)
     return onnx_export.sign(target, key, password)
 
 

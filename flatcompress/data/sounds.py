@@ -19,8 +19,16 @@ from flatcompress.data.images.layout import one_name
 from flatcompress.data.in_memory import bundle
 from flatcompress.data.raw_data import held_out_name
 from flatcompress.data.spectra import Spectra
-from flatcompress.data.tables import Table, read_table
-from flatcompress.data.targeted import check_learnable, file_column, parts_told, split, targets
+from flatcompress.data.tables import found_table, read_table
+from flatcompress.data.targeted import (
+    check_learnable,
+    domains_told,
+    file_column,
+    files_told,
+    parts_told,
+    split,
+    targets,
+)
 from flatcompress.data.wav import read_wav
 from flatcompress.errors import UserError
 from flatcompress.randomness import generator
@@ -173,25 +181,11 @@ def _listed(root: Path, files: Sequence[Path]) -> list[str] | None:
 
 
 def _tabled(root: Path, table: Any, file: Any, target: Any, split: Any, domain: Any, task: Task) -> Listing:
-    given = Path(str(table)).expanduser()
-    rows = read_table(given if given.is_file() else root / str(table))
-    files = _files(rows, file_column(rows, file), root)
+    rows = read_table(found_table(root, table, NAME))
+    files = files_told(rows, file_column(rows, file), root)
     learned, names = targets(rows, target, task, NAME)
-    domains = None if domain is None else [rows.text(i, rows.position(domain, "domain")) for i in range(len(files))]
+    domains = domains_told(rows, domain)
     return Listing(files, learned, names, domains, parts_told(rows, split))
-
-
-def _files(rows: Table, column: int, root: Path) -> list[Path]:
-    found: dict[Path, int] = {}
-    for i in range(len(rows.rows)):
-        path = root / rows.text(i, column)
-        if not path.is_file():
-            raise UserError(f"{rows.where(i)}: {rows.text(i, column)!r} is not in {root}; names are from there.")
-        inside(path, root)
-        if path in found:
-            raise UserError(f"{rows.where(i)}: {path.name!r} is there twice, first at {rows.where(found[path])}.")
-        found[path] = i
-    return list(found)
 
 
 def _waves(files: Sequence[Path], rate: int, length: int) -> tuple[NDArray[np.float32], list[str]]:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from flatcompress.data.images.layout import PARTS, one_name
+from flatcompress.data.images.files import inside
+from flatcompress.data.images.layout import PART_OF, PARTS, one_name
 from flatcompress.data.split import split_identities
 from flatcompress.data.tables import Table, classes_in, names_of
 from flatcompress.errors import UserError
 from flatcompress.tasks import Task
 
-_PART_OF = {name: part for part, names in PARTS.items() for name in names}
 FILE_COLUMNS = ("file", "filename", "file_name", "image", "path", "name")
 
 
@@ -29,6 +30,41 @@ def file_column(table: Table, given: Any) -> int:
             f"{table.path}: say which column names the files, with 'file'; it has {', '.join(table.columns)}."
         )
     return found[0]
+
+
+def files_told(table: Table, column: int, root: Path) -> list[Path]:
+    """The file of each row, whichever Unicode form its name has.
+
+    UserError for one that is not there, is named twice, or lies outside.
+    """
+    found: list[Path] = []
+    seen: dict[str, int] = {}
+    by_form: dict[str, Path] | None = None
+    for i in range(len(table.rows)):
+        name = table.text(i, column)
+        path = root / name
+        if not path.is_file():
+            if by_form is None:  # a name may be in another Unicode form than on disk
+                by_form = {one_name(p.relative_to(root).as_posix()): p for p in root.rglob("*") if p.is_file()}
+            other = by_form.get(one_name(name))
+            if other is None:
+                raise UserError(f"{table.where(i)}: {name!r} is not in {root}; names are from there, with suffix.")
+            path = other
+        inside(path, root)
+        key = one_name(path.relative_to(root).as_posix()) if path.is_relative_to(root) else str(path)
+        if key in seen:
+            raise UserError(f"{table.where(i)}: {name!r} is there twice, first at {table.where(seen[key])}.")
+        seen[key] = i
+        found.append(path)
+    return found
+
+
+def domains_told(table: Table, column: Any) -> list[str] | None:
+    """The domain of each row, where a column says it."""
+    if column is None:
+        return None
+    at = table.position(column, "domain")
+    return [table.text(i, at) for i in range(len(table.rows))]
 
 
 def targets(table: Table, target: Any, task: Task, data_set: str) -> tuple[Any, tuple[str, ...]]:
@@ -79,9 +115,9 @@ def parts_told(table: Table, column: Any) -> list[str] | None:
     at, found = table.position(column, "split"), []
     for i in range(len(table.rows)):
         said = table.text(i, at).lower()
-        if said not in _PART_OF:
+        if said not in PART_OF:
             raise UserError(f"{table.where(i)}: the part {said!r} is none of train, val and test.")
-        found.append(_PART_OF[said])
+        found.append(PART_OF[said])
     return found
 
 

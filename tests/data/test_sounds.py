@@ -141,3 +141,13 @@ def test_corruptions_are_seeded_and_harder_ones_change_more(words):
     found = load(words, corruptions="default", corrupted_count=2)
     assert set(found.corrupted) == set(first) and len(found.corrupted["noise/1"]) == 2
     assert not torch.equal(found.corrupted["noise/5"].images, found.corrupted["noise/1"].images)
+
+
+def test_a_table_may_name_a_file_in_another_unicode_form(tmp_path):
+    for name in ("cafe\u0301.wav", "tea.wav", "milk.wav", "juice.wav", "rum.wav", "gin.wav"):  # decomposed on disk
+        write(tmp_path / name, tone(300))
+    rows = ["file,price", "caf\u00e9.wav,3", "tea.wav,2", "milk.wav,1", "juice.wav,4", "rum.wav,5", "gin.wav,6"]
+    (tmp_path / "prices.csv").write_text("\n".join(rows), encoding="utf-8")
+    options = {"table": "prices.csv", "target": "price", "task": "regression", "corruptions": "none"}
+    found = load(tmp_path, val_fraction=0.2, test_fraction=0.2, **options)
+    assert len(found.train) + len(found.val) + len(found.test) == 6

@@ -215,6 +215,12 @@ CASES = {
         "2 classes are named, but .* class 2",
     ),
     "no masks": (table, MASKS, SEGMENT, "there is no folder"),
+    "two folders that are the same part": (
+        both(text("train/images/a.png", ""), text("training/images/a.png", ""), text("test/images/a.png", "")),
+        MASKS,
+        SEGMENT,
+        "are both the train part",
+    ),
     "a WAV of another rate": (
         both(sounds, lambda f: tone(f / "a/0.wav", 8000)),
         SOUNDS,

@@ -2,32 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
-from stage_pieces import config, context
+from stage_pieces import StopAt, config, context
 
 from flatcompress.errors import Interrupted
 from flatcompress.stages import run_stage
 from flatcompress.training.devices import seed_everything
-
-
-class StopAt:
-    """A progress that is asked to stop after ``step`` and keeps what is saved then."""
-
-    on_divergence, on_out_of_memory, max_rollbacks = "stop", "stop", 0
-
-    def __init__(self, step: int) -> None:
-        self.step, self.stop_requested, self.state = step, False, None
-
-    def due(self, step: int) -> bool:
-        self.stop_requested = step >= self.step
-        return self.stop_requested
-
-    def save(self, step: int, state: dict) -> None:
-        self.state = copy.deepcopy(state)
-
 
 STAGES = [
     ("prune", {"method": "adasap", "epochs": 4}, 3),

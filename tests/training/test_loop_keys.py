@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
-from stage_pieces import config, context
+from stage_pieces import StopAt, config, context
 from torch import nn
 from torch.optim import lr_scheduler
 
@@ -50,22 +48,6 @@ def test_accumulating_k_batches_is_a_batch_k_times_the_size(method):
         torch.testing.assert_close(parts[name], value, rtol=1e-5, atol=1e-6)
     assert any(not torch.equal(value, plain().state_dict()[name]) for name, value in whole.items())
     assert events[-1]["passes"] > 0
-
-
-class StopAt:
-    """A progress that is asked to stop after ``step`` and keeps what is saved then."""
-
-    on_divergence, on_out_of_memory, max_rollbacks = "stop", "stop", 0
-
-    def __init__(self, step: int) -> None:
-        self.step, self.stop_requested, self.state = step, False, None
-
-    def due(self, step: int) -> bool:
-        self.stop_requested = step >= self.step
-        return self.stop_requested
-
-    def save(self, step: int, state: dict) -> None:
-        self.state = copy.deepcopy(state)
 
 
 def one_cycle(optimizer):

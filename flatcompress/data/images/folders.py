@@ -18,7 +18,7 @@ from flatcompress.data.images.grouping import HELD_OUT, identities, split_groupe
 from flatcompress.data.images.layout import class_folders, parts_of, same_classes
 from flatcompress.data.images.pixels import Pixels
 from flatcompress.data.images.published_tests import classes_below, corrupted_folders
-from flatcompress.data.images.reading import Reader
+from flatcompress.data.images.reading import Reader, skips
 from flatcompress.data.raw_data import RawData, held_out_name
 from flatcompress.data.split import split_identities
 from flatcompress.errors import UserError, unknown
@@ -77,7 +77,7 @@ def folder(
     images of a class in each.
     """
     root = data_root(path, "folder")
-    reader = Reader(output_shape(size, channels), _skips(on_bad_sample), intensity)
+    reader = Reader(output_shape(size, channels), skips(on_bad_sample), intensity)
     finder = Finder(root)
     raw = _folder(seed, finder, reader, val_fraction, test_fraction, limit)
     if held_out_path is not None:
@@ -144,7 +144,7 @@ def domains(
     unseen, or all).
     """
     root = data_root(path, "domains")
-    reader, finder = Reader(output_shape(size, channels), _skips(on_bad_sample), intensity), Finder(root)
+    reader, finder = Reader(output_shape(size, channels), skips(on_bad_sample), intensity), Finder(root)
     names = _domain_names(root, finder)
     unseen = held_out_name(held_out, names)
     if held_out_identities not in HELD_OUT:
@@ -209,12 +209,6 @@ def _measured_rows(outside: Tensor, unseen: Tensor | None, identities: str, doma
         "on, and are measured"
     )
     return unseen
-
-
-def _skips(on_bad_sample: str) -> bool:
-    if on_bad_sample not in ("error", "skip"):
-        raise UserError(f"data option 'on_bad_sample' must be error or skip, found {on_bad_sample!r}")
-    return on_bad_sample == "skip"
 
 
 def _class_listing(folder: Path, finder: Finder, limit: int, seed: int) -> Listing:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ PARTS = {
     "val": ("val", "valid", "validation"),
     "test": ("test", "testing"),
 }
-_PART_OF = {name: part for part, names in PARTS.items() for name in names}
+PART_OF = {name: part for part, names in PARTS.items() for name in names}
 _ALLOWED = "; ".join(f"{part}: {' or '.join(names)}" for part, names in PARTS.items())
 
 
@@ -51,19 +51,13 @@ def parts_of(root: Path, finder: Finder) -> dict[str, Path]:
     The names are those of `PARTS` in any case. UserError, with the reason, where it could be read in two ways.
     """
     entries = finder.subfolders(root)
-    named = {path: _PART_OF[path.name.lower()] for path in entries if path.name.lower() in _PART_OF}
+    named = {path: PART_OF[path.name.lower()] for path in entries if path.name.lower() in PART_OF}
     holders = {path: part for path, part in named.items() if finder.holds_folders(path)}
     if not holders:
         _refuse_parts_without_classes(root, named)
         _refuse_nested(root, entries, finder)
         return {}
-    parts: dict[str, Path] = {}
-    for path, part in holders.items():
-        if part in parts:
-            raise UserError(
-                f"{root}: {parts[part].name!r} and {path.name!r} are both the {part} part. Keep one of them."
-            )
-        parts[part] = path
+    parts = one_each(holders, root)
     if "train" not in parts or len(parts) < 2:
         raise UserError(
             f"{root}: {_listed(holders)} holds class folders, but there is no {_missing(parts)} beside it. Name the "
@@ -72,6 +66,18 @@ def parts_of(root: Path, finder: Finder) -> dict[str, Path]:
     others = [path for path in entries if path not in holders]
     if others:
         finder.note(f"{root}: not one of the parts {', '.join(sorted(parts))} and not read: {_listed(others)}")
+    return parts
+
+
+def one_each(folders: Mapping[Path, str], root: Path) -> dict[str, Path]:
+    """The folder of each part. UserError where two are the same one."""
+    parts: dict[str, Path] = {}
+    for path, part in folders.items():
+        if part in parts:
+            raise UserError(
+                f"{root}: {parts[part].name!r} and {path.name!r} are both the {part} part. Keep one of them."
+            )
+        parts[part] = path
     return parts
 
 
@@ -105,7 +111,7 @@ def _refuse_nested(root: Path, entries: Sequence[Path], finder: Finder) -> None:
 
 
 def _sounds_like_a_part(name: str) -> bool:
-    return any(word in _PART_OF for word in re.split(r"[^a-z]+", name.lower()))
+    return any(word in PART_OF for word in re.split(r"[^a-z]+", name.lower()))
 
 
 def same_classes(found: dict[str, Sequence[str]], root: Path) -> None:

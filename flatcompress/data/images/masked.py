@@ -16,7 +16,7 @@ from torch import Tensor
 from flatcompress.data.bundle import Part
 from flatcompress.data.images.decoding import DAMAGED, opened, output_shape
 from flatcompress.data.images.files import Finder, data_root
-from flatcompress.data.images.layout import PARTS, one_name
+from flatcompress.data.images.layout import PART_OF, one_each, one_name
 from flatcompress.data.images.pixels import Shape
 from flatcompress.data.images.reading import Reader
 from flatcompress.data.raw_data import RawData
@@ -25,7 +25,6 @@ from flatcompress.errors import UserError
 from flatcompress.tasks import Task, build, built_in
 
 NAME = "image-masks"
-_PART_OF = {name: part for part, names in PARTS.items() for name in names}
 _ENDINGS = ("_mask", "_masks", "_gt", "_seg", "_label", "_labels", "-mask")
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 Pair = tuple[Path, Path]
@@ -86,7 +85,7 @@ def image_masks(
 
 def _pairs(root: Path, finder: Finder, images: str, masks: str) -> dict[str, list[Pair]]:
     """Image and mask of each part; "" where nobody has split them."""
-    parts = {_PART_OF[p.name.lower()]: p for p in finder.subfolders(root) if p.name.lower() in _PART_OF}
+    parts = one_each({p: PART_OF[p.name.lower()] for p in finder.subfolders(root) if p.name.lower() in PART_OF}, root)
     if "train" in parts and len(parts) > 1:
         return {part: _matched(folder / images, folder / masks, finder) for part, folder in parts.items()}
     return {"": _matched(root / images, root / masks, finder)}

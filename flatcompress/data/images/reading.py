@@ -163,3 +163,10 @@ def _check_header(path: Path) -> None:
     if not 0 < size <= MOST_PIXELS:
         decode(path, (3, 8, 8))  # says what is wrong
         raise UserError(f"{path}: not an image that can be used.")
+
+
+def skips(on_bad_sample: str) -> bool:
+    """Whether images that cannot be read are left out. UserError: neither error nor skip."""
+    if on_bad_sample not in ("error", "skip"):
+        raise UserError(f"data option 'on_bad_sample' must be error or skip, found {on_bad_sample!r}")
+    return on_bad_sample == "skip"

@@ -10,12 +10,19 @@ from torch import Tensor
 
 from flatcompress.data.bundle import Part
 from flatcompress.data.images.decoding import output_shape
-from flatcompress.data.images.files import Finder, data_root, inside
-from flatcompress.data.images.layout import one_name
-from flatcompress.data.images.reading import Reader
+from flatcompress.data.images.files import Finder, data_root
+from flatcompress.data.images.reading import Reader, skips
 from flatcompress.data.raw_data import RawData, held_out_name
-from flatcompress.data.tables import Table, found_table, read_table
-from flatcompress.data.targeted import check_learnable, file_column, parts_told, split, targets
+from flatcompress.data.tables import found_table, read_table
+from flatcompress.data.targeted import (
+    check_learnable,
+    domains_told,
+    file_column,
+    files_told,
+    parts_told,
+    split,
+    targets,
+)
 from flatcompress.errors import UserError
 from flatcompress.tasks import build
 
@@ -50,13 +57,11 @@ def image_table(
     """
     root, learned = data_root(path, NAME), build(task)
     rows = read_table(found_table(root, table, NAME))
-    files = _files(rows, file_column(rows, file), root)
+    files = files_told(rows, file_column(rows, file), root)
     given, names = targets(rows, target, learned, NAME)
     told = parts_told(rows, split)
-    domains = None if domain is None else [rows.text(i, rows.position(domain, "domain")) for i in range(len(files))]
-    if on_bad_sample not in ("error", "skip"):
-        raise UserError(f"data option 'on_bad_sample' must be error or skip, found {on_bad_sample!r}")
-    reader, finder = Reader(output_shape(size, channels), on_bad_sample == "skip", intensity), Finder(root)
+    domains = domains_told(rows, domain)
+    reader, finder = Reader(output_shape(size, channels), skips(on_bad_sample), intensity), Finder(root)
     reader.look(files)
     pixels, good, reasons = reader.read(files)
     kept = torch.tensor(good, dtype=torch.int64)
@@ -121,30 +126,6 @@ def _parts(
         unseen,
         **said,
     )
-
-
-def _files(table: Table, column: int, root: Path) -> list[Path]:
-    """The file of each row. UserError for one that is not there, is named twice, or lies outside."""
-    found: list[Path] = []
-    seen: dict[str, int] = {}
-    by_form: dict[str, Path] | None = None
-    for i in range(len(table.rows)):
-        name = table.text(i, column)
-        path = root / name
-        if not path.is_file():
-            if by_form is None:  # a name may be in another Unicode form than on disk
-                by_form = {one_name(p.relative_to(root).as_posix()): p for p in root.rglob("*") if p.is_file()}
-            other = by_form.get(one_name(name))
-            if other is None:
-                raise UserError(f"{table.where(i)}: {name!r} is not in {root}; names are from there, with suffix.")
-            path = other
-        inside(path, root)
-        key = one_name(path.relative_to(root).as_posix()) if path.is_relative_to(root) else str(path)
-        if key in seen:
-            raise UserError(f"{table.where(i)}: {name!r} is there twice, first at {table.where(seen[key])}.")
-        seen[key] = i
-        found.append(path)
-    return found
 
 
 def _unlisted(finder: Finder, files: list[Path]) -> list[str]:

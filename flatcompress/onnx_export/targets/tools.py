@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,8 +60,7 @@ def qonnx(path: Path, names: list[str], batches: Batches, output: int) -> tuple[
         model.set_tensor_shape(name, [1, *model.get_tensor_shape(name)[1:]])
     model = cleanup_model(model)
     result, names = model.graph.output[output].name, [value.name for value in model.graph.input]  # cleaning renames
-    rows = [onnx_exec.execute_onnx(model, {n: v[i : i + 1] for n, v in zip(names, batch)})[result]
-            for batch in batches for i in range(len(batch[0]))]  # fmt: skip
+    rows = [onnx_exec.execute_onnx(model, sample)[result] for sample in _one_by_one(names, batches)]
     return np.concatenate(rows), "qonnx.core.onnx_exec, cleaned"
 
 
@@ -80,9 +79,15 @@ def qnn(path: Path, names: list[str], batches: Batches, output: int) -> tuple[ND
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     options.add_provider_for_devices(device, {"backend_path": provider.get_qnn_htp_path()})
     session = ort.InferenceSession(str(path), options)
-    rows = [session.run(None, {n: v[i : i + 1] for n, v in zip(names, batch)})[output]
-            for batch in batches for i in range(len(batch[0]))]  # fmt: skip
+    rows = [session.run(None, sample)[output] for sample in _one_by_one(names, batches)]
     return np.concatenate(rows), f"emulated HTP, {_assigned(session, name)}"
+
+
+def _one_by_one(names: list[str], batches: Batches) -> Iterator[dict[str, NDArray[Any]]]:
+    """Batches of one, by the inputs' names."""
+    for batch in batches:
+        for i in range(len(batch[0])):
+            yield {name: values[i : i + 1] for name, values in zip(names, batch)}
 
 
 def _assigned(session: Any, name: str) -> str:
