@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import hypothesis
+import pytest
 import torch
 
 torch.set_num_threads(1)
@@ -21,3 +23,10 @@ LONG = ("test_acceptance", "test_pipeline", "test_documents", "test_cli", "test_
 def pytest_collection_modifyitems(items):
     """Stable: inside a file the order stays."""
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _what_is_imported_is_not_searched_for_garbage():
+    """A collection walks every object there is, and each training stage asks for one: it took half of some tests."""
+    gc.collect()
+    gc.freeze()
