@@ -30,11 +30,12 @@ from flatcompress.recipe import identity
 
 ROOT = Path(__file__).parent.parent
 CONFIGS, PAGE = ROOT / "configs", ROOT / "docs" / "results" / "tasks.md"
-RECIPES = ("task-regression", "task-heartbeats", "task-unet", "task-autoencoder")
+RECIPES = ("task-regression", "task-heartbeats", "task-unet", "task-detector", "task-autoencoder")
 BITS = ((8, 8), (4, 8))
 QUICK = ["stages.0.train.epochs=4", "stages.1.prune.epochs=3", "stages.2.quantize.epochs=2"]
 SMALL = {
     "task-regression": ["data.train_count=400", "data.test_count=100"],
+    "task-detector": ["data.train_count=240", "data.test_count=60", "data.val_count=40", "data.size=32"],
     "task-unet": ["data.train_count=160", "data.test_count=60", "data.size=24"],
 }
 PARTS = {"test": "test", "held_out": "held-out", "corrupted": "corrupted"}

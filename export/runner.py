@@ -96,13 +96,17 @@ class Model:
         """What the file says of one input, by its task.
 
         classification: probabilities by class. multilabel: the labels that are there, probabilities by label. Maps and
-        sequences: the class of every position, and the share of each. reconstruction: the anomaly score. Else: numbers.
+        sequences: the class of every position, and the share of each. reconstruction: the anomaly score.
+        detection: boxes. Else: numbers.
         """
         x = self.preprocess(image, bgr)
         out = self.logits(x[None])[0]
         kind = self.task.get("output")
         if self.task["name"] == "reconstruction":
             return {"anomaly_score": float(np.mean((out.reshape(-1).astype(np.float64) - x.reshape(-1)) ** 2))}
+        if "boxes" in self.task:
+            height, width = np.asarray(image).shape[:2]
+            return {"boxes": self.boxes(out, width, height)}
         if kind == "threshold":
             shares = 1 / (1 + np.exp(-out.astype(np.float64)))
             found = {self.name(i): float(share) for i, share in enumerate(shares)}
@@ -114,6 +118,18 @@ class Model:
             shares = {self.name(int(i)): float((classes == i).mean()) for i in np.unique(classes)}
             return {"shares": shares, "classes": classes.tolist()}
         return {"values": {self.name(i): float(v) for i, v in enumerate(out.reshape(-1)[:64])}}
+
+    def boxes(self, out: np.ndarray, width: int = 1, height: int = 1) -> list[dict[str, object]]:
+        """The objects in an output [classes + 5, h, w]: class, score, and x0, y0, x1, y1 in pixels of the image."""
+        keys: dict[str, float] = self.task["boxes"]  # type: ignore[assignment]
+        if keys.get("format") != "fcos":
+            raise SystemExit(f"boxes in the form {keys.get('format')!r} are not decoded here: use logits().")
+        found = decode(out, keys["score_threshold"], keys["nms"], int(keys["most"]))
+        sides = np.array([width, height, width, height])
+        return [
+            {"class": self.name(int(row[0])), "score": float(row[5]), "box": [float(v) for v in row[1:5] * sides]}
+            for row in found
+        ]
 
     def name(self, index: int) -> str:
         """What output ``index`` stands for."""
@@ -134,6 +150,34 @@ class Model:
             timings.append(1e3 * (time.perf_counter() - start) / calls)
         low, high = np.percentile(timings, [10, 90])
         return {"median_ms": statistics.median(timings), "p10_ms": float(low), "p90_ms": float(high)}
+
+
+def decode(out: np.ndarray, score_threshold: float, nms: float, most: int) -> np.ndarray:
+    """[D, 6] of an output [classes + 5, h, w]: class, x0, y0, x1, y1 as shares of the sides, score; the best first.
+
+    Channels: class logits, logarithms of the distances (in cells) from a cell's centre to the left, upper, right and
+    lower side, the logit of centre-ness (FCOS, arXiv 1904.01355). Overlapping boxes of a class give way to the best.
+    """
+    out = out.astype(np.float64)
+    height, width = out.shape[1:]
+    scores = (1 / (1 + np.exp(-out[:-5]))) * (1 / (1 + np.exp(-out[-1])))
+    order = np.argsort(-scores.reshape(-1), kind="stable")[:most]
+    order = order[scores.reshape(-1)[order] > score_threshold]
+    label, row, column = np.unravel_index(order, scores.shape)
+    left, up, right, down = np.exp(np.minimum(out[-5:-1], 7.0))[:, row, column]
+    x, y = column + 0.5, row + 0.5
+    boxes = np.stack([(x - left) / width, (y - up) / height, (x + right) / width, (y + down) / height], 1).clip(0, 1)
+    kept: list[int] = []
+    for i in range(len(order)):
+        if all(label[i] != label[j] or overlap(boxes[i], boxes[j]) <= nms for j in kept):
+            kept.append(i)
+    return np.concatenate([label[kept, None], boxes[kept], scores.reshape(-1)[order[kept], None]], 1)
+
+
+def overlap(a: np.ndarray, b: np.ndarray) -> float:
+    """Intersection over union of two boxes."""
+    shared = np.prod(np.clip(np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2]), 0, None))
+    return float(shared / max(1e-12, np.prod(a[2:] - a[:2]) + np.prod(b[2:] - b[:2]) - shared))
 
 
 def luma(pixels: np.ndarray) -> np.ndarray:

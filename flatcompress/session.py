@@ -275,6 +275,8 @@ class Session:
             return
         wanted = report.examples.wanted(report.gather(self.folder.path))
         drawn = [(w, preview.thumbnail(run.data, w.part, w.index)) for w in wanted]
+        told = preview.drawn(run.data, run.model, run.device)  # of tasks that know how a sample is shown
+        drawn += [(report.examples.Wanted(part, index), picture) for part, index, picture in told]
         write_json_atomic(self.folder.examples, report.examples.file_of(drawn))
 
     def report(self) -> Path | None:

@@ -76,18 +76,25 @@ class Augment:
 
     def __call__(self, images: Tensor, indices: Tensor, total: int, epoch: int) -> Tensor:
         """Augment the samples ``indices`` of a set of ``total`` for ``epoch``."""
-        if self._drawn is None or self._drawn[0] != (total, epoch):
-            table = torch.rand(total, _COLUMNS, generator=generator(self.seed, "augment", epoch))
-            self._drawn = ((total, epoch), table)
-        draws = self._drawn[1][indices]
-        s = self.settings
+        draws, s = self._draws(total, epoch)[indices], self.settings
         if s.crop or s.shift or s.flip:
-            images = _geometry(images, draws, s)
+            images = _geometry(images, _theta(draws, s), s)
         if s.jitter:
             images = _jitter(images, draws, s.jitter)
         if s.grayscale and images.shape[1] == 3:
             images = torch.where((draws[:, 11] < s.grayscale).view(-1, 1, 1, 1), _luma(images), images)
         return _erased(images, self._erasing(total, epoch)[indices], s.erase) if s.erase else images
+
+    def theta(self, indices: Tensor, total: int, epoch: int) -> Tensor | None:
+        """[B, 2, 3]: where in its source a point of each image lies, both in -1..1; None where nothing is moved."""
+        s = self.settings
+        return _theta(self._draws(total, epoch)[indices], s) if s.crop or s.shift or s.flip else None
+
+    def _draws(self, total: int, epoch: int) -> Tensor:
+        if self._drawn is None or self._drawn[0] != (total, epoch):
+            table = torch.rand(total, _COLUMNS, generator=generator(self.seed, "augment", epoch))
+            self._drawn = ((total, epoch), table)
+        return self._drawn[1]
 
     def _erasing(self, total: int, epoch: int) -> Tensor:
         """A table of its own: what the older changes draw stays what it was."""
@@ -109,8 +116,8 @@ def _erased(images: Tensor, draws: Tensor, probability: float) -> Tensor:
     return torch.where((down & across)[:, None], images.mean((2, 3), keepdim=True), images)
 
 
-def _geometry(images: Tensor, draws: Tensor, s: Settings) -> Tensor:
-    """Crop, shift and flip as one affine sampling of each image."""
+def _theta(draws: Tensor, s: Settings) -> Tensor:
+    """Crop, shift and flip as one affine map of each image."""
     area = 1 - draws[:, 0] * (1 - s.crop) if s.crop else torch.ones(len(draws))
     aspect = torch.exp((2 * draws[:, 1] - 1) * math.log(4 / 3) / 2) if s.crop else torch.ones(len(draws))
     width, height = (area.sqrt() * aspect).clamp(max=1), (area.sqrt() / aspect).clamp(max=1)
@@ -120,6 +127,11 @@ def _geometry(images: Tensor, draws: Tensor, s: Settings) -> Tensor:
     theta = torch.zeros(len(draws), 2, 3)
     theta[:, 0, 0], theta[:, 0, 2] = width * mirror, across
     theta[:, 1, 1], theta[:, 1, 2] = height, down
+    return theta
+
+
+def _geometry(images: Tensor, theta: Tensor, s: Settings) -> Tensor:
+    """Each image sampled at ``theta``."""
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     padding = "zeros" if s.shift else "border"
     return F.grid_sample(images, grid, mode="bilinear", padding_mode=padding, align_corners=False)

@@ -71,7 +71,7 @@ class ImageSet(Dataset[Batch]):
         self.part, self.augment = part, augment
         self.labels, self.domain_ids, self.identities = part.labels, part.domain_ids, part.identities
         self.targets = part.labels if part.targets is None else part.targets
-        self._target = build(task).target
+        self._task = build(task)
         self._mean = torch.tensor(mean or [0.0] * channels).view(-1, 1, 1)
         self._std = torch.tensor(std or [1.0] * channels).view(-1, 1, 1)
         # In shared memory: persistent loader workers must see the epoch change.
@@ -87,10 +87,13 @@ class ImageSet(Dataset[Batch]):
     def __getitems__(self, indices: list[int]) -> Batch:
         where = torch.as_tensor(indices, dtype=torch.int64)
         images = self.part.pixels.gather(self.part.rows[where]).float().div_(255)
+        targets = self.targets[where]
         if self.augment is not None:
             images = self.augment(images, where, len(self), int(self._epoch))
+            theta = None if self._task.moved is None else self.augment.theta(where, len(self), int(self._epoch))
+            targets = targets if theta is None else self._task.moved(targets, theta)  # type: ignore[misc]
         images = images.sub_(self._mean).div_(self._std)
-        return images, self._target(images, self.targets[where])
+        return images, self._task.target(images, targets)
 
     def pixels(self, indices: Sequence[int]) -> Tensor:
         """uint8 [B, C, H, W]: the stored images, neither augmented nor normalised, in eight bits."""

@@ -238,9 +238,9 @@ def _targets(source: Any, where: str, task: Task) -> Tensor:
     if shapes and not len(next(iter(shapes))):
         raise UserError(f"data[{where!r}]: an input is [C, H, W], [C, T] or [F], found one number.")
     maps = {label.shape: None for label in labels if isinstance(label, np.ndarray)}
-    if len(maps) > 1:
+    if len(maps) > 1 and not task.ragged:
         raise UserError(f"data[{where!r}]: targets of several sizes ({_sizes(maps)}); resize them to one.")
-    if maps:
+    if maps and not task.ragged:
         labels = np.stack(labels)  # type: ignore[assignment]
     return task.targets(labels, where) if len(labels) else torch.zeros(0, dtype=torch.int64)
 
@@ -327,12 +327,13 @@ def _corrupted(data: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _check_shapes(parts: Mapping[str, OwnSet], task: Task) -> None:
-    first, targets = tuple(parts["train"][0][0].shape), parts["train"].targets.shape[1:]
+    skipped = 1 + task.ragged
+    first, targets = tuple(parts["train"][0][0].shape), parts["train"].targets.shape[skipped:]
     for name, part in parts.items():
         shape = tuple(part[0][0].shape)
         if shape != first:
             raise UserError(f"data[{name!r}]: images are {shape}, those of 'train' are {first}.")
-        if part.targets.shape[1:] != targets:
+        if part.targets.shape[skipped:] != targets:
             raise UserError(
                 f"data[{name!r}]: a target is {tuple(part.targets.shape[1:])}, those of 'train' are {tuple(targets)}."
             )
@@ -373,6 +374,8 @@ def _unlearnable(given: Mapping[str, OwnSet], classes: Sequence[str], task: Task
 
 def _occurring(part: OwnSet, task: Task) -> set[int]:
     """The classes or labels that a part has; nothing where targets are numbers."""
+    if task.occurring is not None:
+        return task.occurring(part.targets)
     if task.agreement == "threshold":
         return set(part.targets.any(0).nonzero().flatten().tolist())
     if not task.of_classes:

@@ -15,14 +15,17 @@ from flatcompress.data.arrays import arrays
 from flatcompress.data.bundle import DataBundle, ImageSet, Part
 from flatcompress.data.corruptions import corrupted_parts
 from flatcompress.data.embedded.gauges import drawn_gauges
+from flatcompress.data.embedded.objects import drawn_objects
 from flatcompress.data.embedded.rotated_digits import rotated_digits
 from flatcompress.data.embedded.scenes import drawn_scenes
 from flatcompress.data.embedded.signals import drawn_heartbeats, drawn_machines
 from flatcompress.data.embedded.styled_shapes import styled_shapes
 from flatcompress.data.images.cifar_mnist import cifar10, mnist
+from flatcompress.data.images.coco import coco
 from flatcompress.data.images.folders import domains, folder
 from flatcompress.data.images.masked import image_masks
 from flatcompress.data.images.tabled import image_table
+from flatcompress.data.images.yolo import yolo
 from flatcompress.data.in_memory import bundle
 from flatcompress.data.raw_data import RawData
 from flatcompress.data.series import series
@@ -40,11 +43,14 @@ DATASETS.add(
 )
 DATASETS.add("drawn-gauges", drawn_gauges, "drawn dials with their readings, for regression; embedded")
 DATASETS.add("drawn-scenes", drawn_scenes, "drawn shapes with their masks, for segmentation; embedded")
+DATASETS.add("drawn-objects", drawn_objects, "drawn shapes with their boxes, for detection; embedded")
 DATASETS.add("drawn-heartbeats", drawn_heartbeats, "synthesised heartbeats [2, 128], three kinds of beat; embedded")
 DATASETS.add("drawn-machines", drawn_machines, "spectra [64] of a synthesised machine, for reconstruction; embedded")
 DATASETS.add("folder", folder, "your images: PATH/CLASS/image, or PATH/train and PATH/val")
 DATASETS.add("image-table", image_table, "your images, and a CSV or JSON table of classes, labels or numbers")
 DATASETS.add("image-masks", image_masks, "your images and mask images: PATH/images and PATH/masks, for segmentation")
+DATASETS.add("coco", coco, "your images with boxes in COCO's JSON files, for detection")
+DATASETS.add("yolo", yolo, "your images with boxes in YOLO's text files: PATH/images and PATH/labels, for detection")
 DATASETS.add("domains", domains, "your images in domains: PATH/DOMAIN/CLASS/image, one domain held out")
 DATASETS.add("arrays", arrays, "an .npz file: x [N, C, H, W] and y [N], normalised already")
 DATASETS.add("series", series, "CSV, NPY or Parquet files of sensor series, cut into windows [C, T]")
@@ -162,11 +168,21 @@ def _task(name: str, raw: RawData, given: Any) -> Task:
 
 
 def _augmented(option: Any, seed: int, task: Task) -> augmentation.Augment | None:
-    """The augmentation; UserError where it would move pixels and not their masks."""
+    """The augmentation; UserError where it would move pixels and not what their masks say."""
     found = augmentation.parse(option, seed)
-    moves = found is not None and (found.settings.crop or found.settings.shift or found.settings.flip)
-    if moves and task.agreement == "argmax_channels":
-        raise UserError("data option 'augment': crop, shift and flip move pixels and not their masks; leave them out.")
+    if found is None or task.agreement != "argmax_channels":
+        return found
+    moves = found.settings.crop or found.settings.shift or found.settings.flip
+    if moves and task.moved is None:
+        raise UserError(
+            f"data option 'augment': crop, shift and flip move pixels, and task {task.name!r} does not say how its "
+            "targets move with them: leave them out."
+        )
+    if found.settings.shift and task.options.get("ignore_index") is None:
+        raise UserError(
+            "data option 'augment': shift lets images begin beyond their border, where a mask says nothing: name an "
+            "ignore_index of the task, or leave shift out."
+        )
     return found
 
 

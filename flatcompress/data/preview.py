@@ -7,10 +7,12 @@ import io
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from torch import nn
 
 from flatcompress.data.bundle import DataBundle, ImageSet
 
 _LABEL, _GAP, _TILE, _THUMBNAIL = 190, 2, 48, 64
+_DRAWN, _LARGE = 12, 192  # samples of a part that are drawn, pixels of their longer side
 
 
 def sheet(bundle: DataBundle, columns: int = 12) -> Image.Image:
@@ -43,6 +45,34 @@ def thumbnail(bundle: DataBundle, part: str, index: int) -> str:
     images = {"test": bundle.test, "held_out": bundle.held_out}.get(part) or bundle.corrupted[part]
     picture = _picture(images.pixels([index])[0])
     picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    return _uri(picture)
+
+
+def drawn(bundle: DataBundle, model: nn.Module, device: torch.device | str = "cpu") -> list[tuple[str, int, str]]:
+    """(part, index, data URI of a PNG): samples of the test and the held-out part with what ``model`` gives for them.
+
+    Nothing where the task does not say how a sample is drawn.
+    """
+    if bundle.task.drawn is None:
+        return []
+    found = []
+    for part, images in (("test", bundle.test), ("held_out", bundle.held_out)):
+        rows = list(range(min(_DRAWN, len(images)))) if images is not None else []
+        if images is None or not rows:
+            continue
+        x, y = images.__getitems__(rows)
+        with torch.no_grad():
+            outputs = model.eval()(x.to(device)).cpu()
+        for row, pixels in zip(rows, images.pixels(rows)):
+            picture = _picture(pixels)
+            scale = max(1, round(_LARGE / max(picture.size)))
+            picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+            picture.thumbnail((_LARGE, _LARGE))
+            found.append((part, row, _uri(bundle.task.drawn(picture, outputs[row], y[row], bundle.classes))))
+    return found
+
+
+def _uri(picture: Image.Image) -> str:
     file = io.BytesIO()
     picture.save(file, format="PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

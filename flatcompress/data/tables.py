@@ -101,7 +101,7 @@ def _json(path: Path, by_line: bool) -> Table:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: no JSON ({str(error)[:120]}).") from None
     if isinstance(raw, dict) and "annotations" in raw and "images" in raw:
-        raise UserError(f"{path}: a COCO file; boxes are for detection, which is not supported.")
+        raise UserError(f"{path}: a COCO file; its boxes are read by the data set 'coco'.")
     if isinstance(raw, dict):
         raw = [
             {"file": name, **(value if isinstance(value, dict) else {"target": value})} for name, value in raw.items()

@@ -85,7 +85,7 @@ def targets(table: Table, target: Any, task: Task, data_set: str) -> tuple[Any, 
         return torch.tensor([classes.index(value) for value in told]), classes
     if task.name == "multilabel" and len(columns) == 1:
         return _listed(table, columns[0])
-    if task.name in ("segmentation", "sequence"):
+    if task.name in ("segmentation", "sequence", "detection"):
         raise UserError(
             f"data set {data_set!r} has no targets for task {task.name!r}: a column holds one value a file."
         )

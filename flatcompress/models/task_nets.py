@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from flatcompress.errors import UserError
+from flatcompress.tasks.detection import EXTRA
+
+_PRIOR = 0.01  # of a cell holding a box of a class, before anything is learned
 
 
 def _block(inputs: int, outputs: int) -> nn.Sequential:
@@ -44,6 +48,32 @@ def unet(num_classes: int, input_shape: tuple[int, ...], width: int = 12) -> nn.
     if len(input_shape) != 3 or input_shape[1] % 4 or input_shape[2] % 4:
         raise UserError(f"unet takes images whose sides are multiples of 4, found {tuple(input_shape)}.")
     return UNet(num_classes, input_shape[0], width)
+
+
+class Detector(nn.Module):
+    """[B, C, H, W] -> [B, classes + 5, H / 4, W / 4]: strided convolutions, then the head of `tasks.detection`."""
+
+    def __init__(self, num_classes: int, channels: int, width: int, depth: int) -> None:
+        super().__init__()
+        sides = [channels, width, 2 * width, *[4 * width] * depth]
+        layers: list[nn.Module] = []
+        for level, (before, after) in enumerate(pairwise(sides)):
+            layers += [nn.Conv2d(before, after, 3, stride=2 if level < 2 else 1, padding=1, bias=False)]
+            layers += [nn.BatchNorm2d(after), nn.ReLU()]
+        self.features = nn.Sequential(*layers)
+        self.head = nn.Conv2d(sides[-1], num_classes + EXTRA, 1)
+        with torch.no_grad():  # few cells hold anything: as in arXiv 1708.02002, section 4.1
+            self.head.bias[:num_classes] = -math.log((1 - _PRIOR) / _PRIOR)  # type: ignore[index]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x))
+
+
+def detector(num_classes: int, input_shape: tuple[int, ...], width: int = 12, depth: int = 3) -> nn.Module:
+    """An anchor-free detector on one map of a quarter of the image's sides. UserError for what is no image of 16 up."""
+    if len(input_shape) != 3 or min(input_shape[1:]) < 16:
+        raise UserError(f"detector takes images of 16 pixels a side and more, found {tuple(input_shape)}.")
+    return Detector(num_classes, input_shape[0], width, depth)
 
 
 def cnn1d(num_classes: int, input_shape: tuple[int, ...], width: int = 16, depth: int = 3) -> nn.Module:

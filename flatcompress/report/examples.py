@@ -68,10 +68,13 @@ def _images(run: Run) -> dict[tuple[str, int], str]:
 
 
 def shown(run: Run) -> dict[str, Any]:
-    """``worst``: per part the mistakes with what float and file said; ``corruptions``: per kind its pictures."""
+    """``worst``: per part the mistakes with what float and file said; ``corruptions``: per kind its pictures.
+
+    ``drawn``: per part the pictures that the task has drawn its outputs into, where it has no classes of whole samples.
+    """
     images, final, before = _images(run), said.last(run), said.float_network(run)
     if not images or final is None:
-        return {"worst": [], "corruptions": []}
+        return {"worst": [], "corruptions": [], "drawn": _drawn(images)}
     names = said.class_names(run)
     worst = []
     for part, title in said.PARTS.items():
@@ -95,7 +98,12 @@ def shown(run: Run) -> dict[str, Any]:
         ]
         if rows:
             corruptions.append({"kind": text(part, 60), "rows": rows})
-    return {"worst": worst, "corruptions": corruptions}
+    return {"worst": worst, "corruptions": corruptions, "drawn": []}
+
+
+def _drawn(images: dict[tuple[str, int], str]) -> list[dict[str, Any]]:
+    parts = {title: [image for (of, _), image in images.items() if of == part] for part, title in said.PARTS.items()}
+    return [{"part": title, "images": found} for title, found in parts.items() if found]
 
 
 def _row(now: said.Said, base: said.Said | None, i: int, names: list[str]) -> dict[str, Any]:

@@ -99,6 +99,7 @@ def contents(values: dict[str, Any]) -> list[tuple[str, str]]:
         ("stages", "Stage to stage", values["ledger"]["rows"]),
         ("classes", "Classes", values["said"]),
         ("mistakes", "Mistakes", values["examples"]["worst"]),
+        ("examples", "Examples", values["examples"]["drawn"]),
         ("training", "Training", values["training"] or values["pruning"]),
         ("conflict", "Conflict", values["conflict"]),
         ("bits", "Bits", values["bits"]),

@@ -101,5 +101,5 @@ def _check_loop(run: RunContext, config: TrainingKeys) -> None:
     wanted = config.accumulate * run.batch_size * run.accelerator.num_processes
     if config.accumulate > 1 and wanted > n:
         raise UserError(f"accumulate {config.accumulate}: a step would take {wanted} samples, and there are {n}.")
-    if run.mixing is not None and run.task.name in ("segmentation", "sequence", "reconstruction"):
+    if run.mixing is not None and run.task.name in ("segmentation", "sequence", "reconstruction", "detection"):
         raise UserError(f"mixup and cutmix (data.augment) mix whole targets; task {run.task.name!r} has other ones.")

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageColor
 from torch import Tensor
 
 from flatcompress.errors import UserError, unknown
@@ -42,6 +45,8 @@ def segmentation(
         fitted=lambda task, masks, classes: weighted(task, loss, weights, masks, classes),
         fits=same_size,
         of_classes=True,
+        moved=lambda masks, theta: moved(masks, theta, ignore),
+        drawn=lambda picture, output, y, names: drawn(picture, output.argmax(0), y, ignore),
         options=given(ignore_index=ignore_index, class_weights=class_weights, focal=focal,
                       **({} if select == "mean_iou" else {"select": select})),
     )  # fmt: skip
@@ -52,6 +57,29 @@ def same_size(inputs: tuple[int, ...], targets: tuple[int, ...]) -> str | None:
     if inputs[1:] == targets:
         return None
     return f"masks are {targets} and images {inputs}: a mask has one class for every pixel of its image."
+
+
+def moved(masks: Tensor, theta: Tensor, ignore: int | None) -> Tensor:
+    """Masks [B, H, W] of images sampled at ``theta``, by the nearest pixel; outside of the image they are ignored."""
+    grid = F.affine_grid(theta, [len(masks), 1, *masks.shape[1:]], align_corners=False)
+    found = F.grid_sample(masks[:, None].float(), grid, mode="nearest", padding_mode="border", align_corners=False)
+    found = found[:, 0].to(masks.dtype)
+    outside = (grid.abs() > 1).any(-1)
+    return found if ignore is None else torch.where(outside, torch.tensor(ignore, dtype=masks.dtype), found)
+
+
+def drawn(picture: Image.Image, found: Tensor, y: Tensor, ignore: int | None) -> Image.Image:
+    """The picture, its true mask and the one found, side by side; what is ignored is grey."""
+    wide = Image.new("RGB", (3 * picture.width + 4, picture.height), "white")
+    wide.paste(picture, (0, 0))
+    for place, mask in enumerate((y, found), 1):
+        flat = mask.flatten().tolist()
+        rgb = {label: ImageColor.getrgb(f"hsl({label * 137 % 360}, 75%, 50%)") for label in set(flat)}
+        rgb |= {0: (32, 32, 32), ignore: (136, 136, 136)}  # type: ignore[dict-item]
+        shown = Image.new("RGB", (mask.shape[1], mask.shape[0]))
+        shown.putdata([rgb[label] for label in flat])
+        wide.paste(shown.resize(picture.size, Image.Resampling.NEAREST), (place * (picture.width + 2), 0))
+    return wide
 
 
 def counted_classes(targets: Tensor, ignore: int | None) -> tuple[str, ...]:

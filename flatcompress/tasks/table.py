@@ -9,6 +9,7 @@ from flatcompress.errors import UserError, unknown
 from flatcompress.extensions import GROUP
 from flatcompress.registry import Registry
 from flatcompress.tasks.classification import classification
+from flatcompress.tasks.detection import detection
 from flatcompress.tasks.multilabel import multilabel
 from flatcompress.tasks.reconstruction import reconstruction
 from flatcompress.tasks.regression import regression
@@ -22,12 +23,8 @@ TASKS.add("regression", regression, "numbers, one or several a sample, or maps o
 TASKS.add("multilabel", multilabel, "any number of labels a sample")
 TASKS.add("segmentation", segmentation, "one class a pixel")
 TASKS.add("sequence", sequence, "one class a step")
+TASKS.add("detection", detection, "boxes of classes, by an anchor-free detector on one feature map", "1904.01355")
 TASKS.add("reconstruction", reconstruction, "the input again; its error is the anomaly score")
-
-_ABSENT = {
-    "detection": "object detection is not supported: boxes have no training loss, decoding or certificate here yet. "
-    "flatcompress.prune, quant and onnx_export work on detectors in a loop of your own."
-}
 
 
 def built_in(name: str) -> bool:
@@ -46,8 +43,6 @@ def build(given: Any = None) -> Task:
         raise UserError(f"task: a name, or a mapping with 'name' and its keys, found {given!r}.")
     options = {key: value for key, value in section.items() if key != "name"}
     name = section["name"]
-    if name in _ABSENT:
-        raise UserError(f"task {name!r}: {_ABSENT[name]}")
     entry = TASKS[name]
     for key in options:
         if key not in entry.defaults:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,8 @@ from flatcompress.errors import UserError
 
 _MOST_CLASSES = 1_000_000
 _MOST_MAP_CLASSES = 1_000
+_OUTSIDE = 1e-3  # of a side: what rounding puts a box beyond its image
+_BOXES = "targets of task detection are boxes, class x0 y0 x1 y1 a row, [m, 5] for every image"
 
 
 def class_numbers(targets: Any, where: str) -> Tensor:
@@ -114,6 +117,43 @@ def class_maps(dims: int, task: str, ignore: int | None) -> Any:
         return numbers
 
     return read
+
+
+def box_lists(targets: Any, where: str) -> Tensor:
+    """float32 [N, M, 6] of boxes: class (-1 for none), x0, y0, x1, y1 as shares of the sides, 1 where to be ignored.
+
+    Given: a tensor of that shape (or [N, M, 5]), or a list with [m, 5] or [m, 6] for every image. UserError for
+    boxes that lie outside of their image or have no area, naming the image and the box.
+    """
+    try:
+        every = [torch.as_tensor(one, dtype=torch.float32) for one in targets]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"data[{where!r}]: {_BOXES} ({str(error).splitlines()[0][:100]}).") from None
+    found = torch.zeros(len(every), max([1, *(len(one) for one in every if one.ndim)]), 6)
+    found[..., 0] = -1
+    for i, one in enumerate(every):
+        one = one.reshape(0, 5) if one.numel() == 0 else one
+        if one.ndim != 2 or one.shape[1] not in (5, 6):
+            raise UserError(f"data[{where!r}]: {_BOXES}; that of image {i} is {tuple(one.shape)}.")
+        _check_boxes(one, f"data[{where!r}], image {i}")
+        found[i, : len(one), : one.shape[1]] = one
+    found[..., 1:5] = found[..., 1:5].clamp(0, 1)
+    return found
+
+
+def _check_boxes(rows: Tensor, where: str) -> None:
+    """UserError for the first of [m, 5] that is no box."""
+    for j, row in enumerate(rows[rows[:, 0] != -1].tolist()):
+        label, x0, y0, x1, y1 = row[:5]
+        if not all(map(math.isfinite, row)) or label < 0 or label != int(label) or label >= _MOST_MAP_CLASSES:
+            raise UserError(f"{where}: box {j} is of class {label:g}; classes are whole numbers from 0 on.")
+        if x1 <= x0 or y1 <= y0:
+            raise UserError(f"{where}: box {j} has no area: {x0:g}, {y0:g} to {x1:g}, {y1:g}.")
+        if min(x0, y0) < -_OUTSIDE or max(x1, y1) > 1 + _OUTSIDE:
+            raise UserError(
+                f"{where}: box {j} lies outside of its image: {x0:g}, {y0:g} to {x1:g}, {y1:g}. Coordinates are shares "
+                "of the image's width and height, 0 to 1: divide pixels by them."
+            )
 
 
 def any_targets(targets: Any, where: str) -> Tensor:

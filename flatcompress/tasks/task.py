@@ -59,6 +59,12 @@ class Task:
     fitted: ``fitted(task, targets, names)`` -> the task for these training targets (class weights).
     fits: ``fits(input shape, target shape)`` of one sample -> what is wrong with the two together, or None.
     of_classes: are targets class numbers that must all be seen in training?
+    occurring: ``occurring(targets)`` -> the class numbers in them, where that is not what they hold.
+    ragged: has a sample any number of targets [N, M, ...], so that parts may differ in M?
+    moved: ``moved(targets, theta)`` -> the targets of images that augmentation sampled at theta [B, 2, 3], see
+        `torch.nn.functional.affine_grid`; None: targets stay what they are.
+    drawn: ``drawn(picture, output, y, names)`` -> a sample for the report: a PIL image, what the network gave for it,
+        its target.
     decode: what the device runner must know beside ``agreement``, as plain data. options: keys it was built with.
     """
 
@@ -75,6 +81,10 @@ class Task:
     fitted: Callable[[Task, Tensor, Sequence[str]], Task] = _as_it_is
     fits: Callable[[tuple[int, ...], tuple[int, ...]], str | None] = _fit_together
     of_classes: bool = False
+    occurring: Callable[[Tensor], set[int]] | None = None
+    ragged: bool = False
+    moved: Callable[[Tensor, Tensor], Tensor] | None = None
+    drawn: Callable[[Any, Tensor, Tensor, Sequence[str]], Any] | None = None
     decode: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
 

@@ -102,6 +102,45 @@ def both(*steps):
     return write
 
 
+def coco(change=None):
+    """Twelve images with a box each, and one change to the annotations."""
+
+    def write(folder: Path) -> None:
+        table(folder)
+        (folder / "t.csv").unlink()
+        raw = {
+            "images": [{"id": i, "file_name": f"{i}.png", "width": SIZE, "height": SIZE} for i in range(COUNT)],
+            "annotations": [
+                {"id": i, "image_id": i, "category_id": 1 + i % 2, "bbox": [1, 1, 4, 5]} for i in range(COUNT)
+            ],
+            "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}],
+        }
+        if change is not None:
+            change(raw)
+        (folder / "boxes.json").write_text(json.dumps(raw))
+
+    return write
+
+
+def box(**given):
+    return coco(lambda raw: raw["annotations"][3].update(given))
+
+
+def yolo(row: str = "0 0.5 0.5 0.4 0.4", name: str = "3", yaml_file: str = "names: [cat, dog]"):
+    """Twelve images with a box each, and one row that is another."""
+
+    def write(folder: Path) -> None:
+        for i in range(COUNT):
+            picture(folder / "images" / f"{i}.png", 20 * i)
+            text(f"labels/{i}.txt", f"{i % 2} 0.5 0.5 0.4 0.4\n")(folder)
+        text(f"labels/{name}.txt", row)(folder)
+        text("data.yaml", yaml_file)(folder)
+
+    return write
+
+
+COCO = {"name": "coco", "size": SIZE, "corruptions": "none"}
+YOLO = {"name": "yolo", "size": SIZE, "corruptions": "none"}
 TABLE = {"name": "image-table", "target": "kind", "size": SIZE, "channels": 3, "corruptions": "none"}
 MASKS = {"name": "image-masks", "size": SIZE, "channels": 3, "corruptions": "none"}
 SOUNDS = {"name": "sounds", "rate": 4000, "seconds": 0.25, "bands": 16, "corruptions": "none"}
@@ -162,7 +201,7 @@ CASES = {
         both(table, text("t.csv", ""), text("boxes.json", json.dumps({"images": [], "annotations": []}))),
         {**TABLE, "table": "boxes.json"},
         {},
-        "boxes are for detection, which is not supported",
+        "its boxes are read by the data set 'coco'",
     ),
     "JSON that is none": (both(table, text("t.json", "{")), {**TABLE, "table": "t.json"}, {}, r"t\.json: no JSON"),
     "JSON with a missing key": (
@@ -261,6 +300,55 @@ CASES = {
     "NaN in an array": (arrays(x=NAN), {"name": "arrays"}, {}, "NaN or infinity"),
     "classes as floats": (arrays(y=np.arange(COUNT) / 7), {"name": "arrays"}, {}, "class numbers"),
     "mask 8 x 6 for images 8 x 8": (arrays(y=np.zeros((COUNT, 8, 6), np.int64)), {"name": "arrays"}, SEGMENT, "8, 6"),
+    "a box outside the image": (box(bbox=[6, 1, 4, 5]), COCO, {}, r"annotation 3: the box .* lies outside .* 8 x 8"),
+    "a box before the image": (box(bbox=[-3, 1, 4, 5]), COCO, {}, "lies outside of its image"),
+    "a box without area": (box(bbox=[1, 1, 0, 5]), COCO, {}, "annotation 3: the box .* has no area"),
+    "a box of three numbers": (box(bbox=[1, 1, 4]), COCO, {}, r"bbox is \[x, y, width, height\]"),
+    "a box of NaN": (box(bbox=[1, 1, float("nan"), 4]), COCO, {}, r"bbox is \[x, y, width, height\]"),
+    "a box of no category": (box(category_id=9), COCO, {}, "annotation 3: category_id 9 is none of the file's"),
+    "a box of no image": (box(image_id=99), COCO, {}, "annotation 3: image_id 99 is none of the file's"),
+    "two boxes with one id": (box(id=4), COCO, {}, "two annotations have the id 4"),
+    "two images with one id": (coco(lambda r: r["images"][1].update(id=0)), COCO, {}, "two images have the id 0"),
+    "two categories with one name": (
+        coco(lambda r: r["categories"][1].update(name="cat")),
+        COCO,
+        {},
+        "two categories are called 'cat'",
+    ),
+    "an image that is not there": (
+        both(coco(), lambda f: (f / "5.png").unlink()),
+        COCO,
+        {},
+        r"5\.png: there is no such image",
+    ),
+    "an image in two records": (
+        coco(lambda r: r["images"][1].update(file_name="0.png")),
+        COCO,
+        {},
+        r"0\.png is in the annotations twice",
+    ),
+    "an image of another size": (
+        both(coco(), lambda f: picture(f / "5.png", size=(SIZE, SIZE + 1))),
+        COCO,
+        {},
+        r"image 5 is 8 x 8 by the annotations, and 5\.png is 8 x 9",
+    ),
+    "no box at all": (coco(lambda r: r["annotations"].clear()), COCO, {}, "no box in 12 images"),
+    "a COCO file without images": (coco(lambda r: r["images"].clear()), COCO, {}, "no image in it"),
+    "a COCO file without categories": (coco(lambda r: r.pop("categories")), COCO, {}, "no list 'categories'"),
+    "a category that is not there": (coco(), {**COCO, "classes": ["cow"]}, {}, "category of boxes.json 'cow'"),
+    "a held-out domain of nothing": (coco(), {**COCO, "held_out": "a"}, {}, "say with 'domain'"),
+    "boxes to be classified": (coco(), COCO, {"task": "classification"}, "targets for task 'detection'"),
+    "a class beyond the names": (yolo("2 0.5 0.5 0.1 0.1"), YOLO, {}, r"3\.txt:1: class 2; there are 2 names"),
+    "a class of -1": (yolo("-1 0.5 0.5 0.1 0.1"), YOLO, {}, r"3\.txt:1: class -1"),
+    "pixels as shares": (yolo("0 4 4 3 3"), YOLO, {}, r"3\.txt:1: .* looks like pixels"),
+    "a share beyond the image": (yolo("0 0.9 0.5 0.6 0.1"), YOLO, {}, r"3\.txt:1: the box .* lies outside"),
+    "an empty share": (yolo("0 0.5 0.5 0 0.1"), YOLO, {}, r"3\.txt:1: the box .* has no area"),
+    "a polygon": (yolo("0 0.1 0.1 0.2 0.2 0.3 0.1"), YOLO, {}, "7 values; .* Polygons .* are not read"),
+    "text in a row": (yolo("cat 0.1 0.1 0.2 0.2"), YOLO, {}, "are no numbers"),
+    "boxes of no image": (yolo(name="lost"), YOLO, {}, r"lost\.txt: it has no image"),
+    "no names of classes": (yolo(yaml_file="nc: 2"), YOLO, {}, r"data\.yaml: names is a list"),
+    "a name twice": (yolo(yaml_file="names: [cat, cat]"), YOLO, {}, r"data\.yaml: names is a list of different names"),
     "a path that is nowhere": (table, {**TABLE, "path": "nowhere"}, {}, "does not exist"),
     "an option of another set": (table, {**TABLE, "window": 3}, {}, "option of data set image-table 'window'"),
 }

@@ -10,7 +10,7 @@ import onnx
 import pytest
 import torch
 import torch.nn.functional as F
-from task_problems import IMAGES, PROBLEMS, N, images
+from task_problems import IMAGES, PROBLEMS, SERIES, N, images
 
 from flatcompress import Pipeline, data, onnx_export
 from flatcompress.errors import UserError
@@ -188,6 +188,7 @@ def test_distillation_is_zero_at_the_teacher_and_teaches_nobody_else(agreement):
 
 LATE_CLASS = (torch.arange(N) >= 64).long()[:, None, None].expand(N, 8, 8)
 LATE_LABEL = torch.stack([torch.ones(N), (torch.arange(N) > 70).float()], 1)
+LATE_BOXES = [[[int(i >= 64), 0.1, 0.1, 0.6, 0.6]] for i in range(N)]
 REFUSED = {
     "float targets": ("classification", IMAGES, torch.rand(N), "task: regression"),
     "masks": ("classification", IMAGES, PROBLEMS["segmentation"].y, "task: segmentation"),
@@ -210,6 +211,12 @@ REFUSED = {
     "kinds of anomaly": ("reconstruction", IMAGES, torch.arange(N) % 5, "0 normal, 1 anomalous"),
     "anomalies to learn": ("reconstruction", IMAGES, torch.arange(N) % 2, "leave them to the test part"),
     "class missing": ("segmentation", IMAGES, LATE_CLASS, "none to learn from"),
+    "boxes in pixels": ("detection", IMAGES, [[[0, 1, 1, 5, 7]]] * N, "image 0: box 0 lies outside of its image"),
+    "a box without area": ("detection", IMAGES, [[], [[0, 0.5, 0.5, 0.5, 1]]] * (N // 2), "image 1: box 0 has no area"),
+    "boxes of four numbers": ("detection", IMAGES, torch.rand(N, 2, 4), "class x0 y0 x1 y1 a row"),
+    "boxes for one class a sample": ("detection", IMAGES, torch.arange(N) % 2, "class x0 y0 x1 y1 a row"),
+    "boxes in series": ("detection", SERIES, [[]] * N, r"boxes belong to images \[C, H, W\]"),
+    "class of boxes missing": ("detection", IMAGES, LATE_BOXES, "none to learn from"),
     "label missing": ("multilabel", IMAGES, LATE_LABEL, "none to learn from"),
 }  # fmt: skip
 
@@ -224,7 +231,7 @@ def test_targets_of_another_kind_are_refused_in_one_sentence(case):
 
 
 WRONG = {
-    "detection": ("detection", "not supported"),
+    "an overlap of two": ({"name": "detection", "nms": 2}, "nms is a number from 0 to 1"),
     "a misspelt name": ("regresion", "Did you mean 'regression'"),
     "a key of another task": ({"name": "regression", "focal": 2}, "key of task regression 'focal'"),
     "class weights of text": ({"name": "classification", "class_weights": "even"}, "'balanced'"),
