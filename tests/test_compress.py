@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from flatcompress import compress, models, onnx_export
+from flatcompress import Pipeline, compress, models, onnx_export
+from flatcompress.compressing.options import stages
 from flatcompress.errors import UserError
 from flatcompress.recipe import load_recipe
 
@@ -42,6 +43,29 @@ def test_an_onnx_file_is_compressed(tmp_path):
     onnx_export.export(factory().eval(), torch.zeros(2, *SHAPE), source, "float32")
     made = compress(str(source), None, tmp_path / "out", input_shape=SHAPE)
     assert made.certificate["holds"] and made.rows[0]["accuracy"] == 1.0
+
+
+@pytest.mark.slow
+def test_the_recipe_of_compress_repeats_its_file_byte_for_byte(tmp_path):
+    np.savez(tmp_path / "d.npz", x=inputs())
+    made = compress("test_compress:factory", tmp_path / "d.npz", tmp_path / "out", bits="w4a8", input_shape=SHAPE)
+    again = Pipeline.from_yaml(made.recipe).run(tmp_path / "again", restart=True)
+    assert again.onnx is not None and again.onnx.read_bytes() == made.onnx.read_bytes()
+
+
+@pytest.mark.slow
+def test_a_budget_that_is_met_already_cuts_nothing_and_says_so(tmp_path):
+    np.savez(tmp_path / "d.npz", x=inputs())
+    options = {"epochs": 1, "budget": "500ms", "input_shape": SHAPE}
+    made = compress("test_compress:factory", tmp_path / "d.npz", tmp_path / "out", **options)
+    assert made.certificate["holds"] and any("nothing was cut" in note for note in made.notes)
+
+
+def test_a_target_narrows_weights_that_it_would_not_run_on_integers():
+    (quantize,) = (stage["quantize"] for stage in stages("8", target="openvino") if "quantize" in stage)
+    assert quantize["weight_bits"] == quantize["first_last_bits"] == 7 and quantize["quantizer"] == "lsq"
+    (quantize,) = (stage["quantize"] for stage in stages("8", target="qnn") if "quantize" in stage)
+    assert quantize["weight_bits"] == 8 and "first_last_bits" not in quantize
 
 
 @pytest.mark.parametrize(

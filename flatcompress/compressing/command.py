@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from flatcompress import onnx_export
 from flatcompress.compressing.inputs import Inputs
-from flatcompress.compressing.options import stages
+from flatcompress.compressing.options import BITS, stages
 from flatcompress.errors import UserError
 from flatcompress.pipeline import Pipeline, Result
+from flatcompress.prune import NothingPruned
 from flatcompress.training.batches import evaluate
 
 
@@ -72,12 +74,45 @@ def compress(
         section, folder.with_name(f"{folder.name}-inputs.npz"), classes, input_shape, mean, std, seed, notes
     )
     source = inputs.read(Path(data).expanduser() if data is not None else None)
-    pipeline = Pipeline(section, {**source, "batch_size": 32}, todo, name=folder.name, output_dir=str(folder.parent),
-                        seed=seed)  # fmt: skip
-    result = pipeline.run(folder, restart=True, display=display)
+    where: dict[str, Any] = {"name": folder.name, "output_dir": str(folder.parent), "seed": seed}
+    pipeline = Pipeline(section, {**source, "batch_size": 32}, todo, **where)
+    try:
+        result = pipeline.run(folder, restart=True, display=display)
+    except UserError as error:
+        if budget is None or not _met_already(error):
+            raise
+        notes.append(f"budget {budget}: the network is within it as it is, nothing was cut.")
+        todo = [stage for stage in todo if "prune" not in stage]
+        pipeline = Pipeline(section, {**source, "batch_size": 32}, todo, **where)
+        result = pipeline.run(folder, restart=True, display=display)
+    notes += _of_target(target, bits, result.certificate or {})
     assert result.onnx is not None and result.certificate is not None
     return Compressed(folder, result.onnx, folder / "recipe.yaml", result.report, result.certificate,
                       _rows(pipeline, result, inputs.agreement), notes)  # fmt: skip
+
+
+def _of_target(target: str | None, bits: str, certificate: dict[str, Any]) -> list[str]:
+    """What the target made of the request, and what of the table was not measured there."""
+    if target is None:
+        return []
+    widest, found = onnx_export.TARGETS[target]().weight_bits, certificate.get("target") or {}
+    notes = [
+        f"target {target}: weights have {widest} bits at most; wider ones saturate in its kernels on x86 processors "
+        "without VNNI, or run in floats."
+    ] if bits.lower() in BITS and BITS[bits.lower()][0] > widest else []  # fmt: skip
+    ran = found.get("run") or {}
+    if ran:
+        notes.append(f"target {target}: {ran['package']} {ran['version']}, {ran.get('how', 'did not load the file')}, "
+                     f"equal class on {ran.get('equal_argmax', 0.0):.2%} of {ran.get('samples', 0)}, "
+                     f"at most {ran.get('largest_error_steps') or float('nan'):.2g} output steps away.")  # fmt: skip
+    else:
+        notes.append(f"target {target}: {found.get('why_not')}.")
+    return [*notes, f"target {target}: {found.get('device')}; ms is onnxruntime's on this processor."]
+
+
+def _met_already(error: BaseException | None) -> bool:
+    """Whether pruning was refused because the network meets its budget as it is."""
+    return error is not None and (isinstance(error, NothingPruned) or _met_already(error.__context__))
 
 
 def _section(model: str, weights: str | None, pretrained: bool) -> tuple[dict[str, Any], list[str]]:
@@ -107,7 +142,11 @@ def _rows(pipeline: Pipeline, result: Result, agreement: bool) -> list[dict[str,
     timed = dense.get("latency") or {}
     before = {"network": "float", "accuracy": accuracy, "bytes": dense.get("bytes"), "ms": timed.get("median_ms"),
               "layers on integers": "0"}  # fmt: skip
-    integer = f"{kernels.get('integer_layers')} of {kernels.get('layers')}"
+    there = (certificate.get("target") or {}).get("run") or {}
+    counted = there if "layers" in there else kernels
+    integer = f"{counted.get('integer_layers')} of {counted.get('layers')}"
+    if "target" in certificate and not onnx_export.PROFILES[certificate["file"]["profile"]]().fused:
+        integer = "not run there"
     after = {"network": "compressed", "accuracy": last["accuracy"]["test"], "bytes": last["bytes"],
              "ms": last["latency_ms"], "layers on integers": integer}  # fmt: skip
     return [before, after]

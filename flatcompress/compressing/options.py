@@ -37,7 +37,7 @@ def stages(
         quantize |= {"bytes": size} if size is not None else {"effective_bits": _MEAN_BITS}
         quantize |= {} if epochs else steps_for(4)
     else:
-        weight, activation = BITS[kind]
+        weight, activation = narrowed(BITS[kind], target)
         quantize |= {"weight_bits": weight, "activation_bits": activation, **({} if epochs else steps_for(weight))}
     if max_drop is not None:
         quantize["max_drop"] = max_drop
@@ -51,13 +51,24 @@ def scheme_of(target: str | None) -> dict[str, Any]:
     """The keys of the quantize stage that ``target`` needs. UserError for a target that there is none of.
 
     >>> scheme_of("openvino"), scheme_of("tensorrt")
-    ({}, {'symmetric': True, 'quantizer': 'lsq'})
+    ({'quantizer': 'lsq', 'first_last_bits': 7}, {'symmetric': True, 'quantizer': 'lsq'})
     """
     wanted = TARGETS[target]() if target is not None else None
     if wanted is not None and wanted.instead:
         raise UserError(f"target {target!r}: {wanted.instead}")
-    keys = dict(wanted.quantize) if wanted is not None else {}
-    return keys | ({"quantizer": "lsq"} if keys.get("symmetric") else {})
+    if wanted is None:
+        return {}
+    keys = dict(wanted.quantize)
+    if keys.get("symmetric") or not wanted.offsets:
+        keys["quantizer"] = "lsq"
+    if wanted.weight_bits < 8:
+        keys["first_last_bits"] = wanted.weight_bits
+    return keys
+
+
+def narrowed(bits: tuple[int, int], target: str | None) -> tuple[int, int]:
+    """The bits of weights and activations, the weights as wide at most as ``target`` runs them on integers."""
+    return (bits[0] if target is None else min(bits[0], TARGETS[target]().weight_bits)), bits[1]
 
 
 def _check(keep: float | None, max_drop: float | None, epochs: int, milliseconds: float | None) -> None:

@@ -13,7 +13,7 @@ from flatcompress.prune.dependency.groups import Group, Member, Survey
 from flatcompress.prune.dependency.survey import find_groups, survey
 from flatcompress.prune.gradual import ChannelSchedule, WeightSchedule
 from flatcompress.prune.importance import IMPORTANCES, NEEDS_GRADIENTS, RunningScore, score
-from flatcompress.prune.oneshot import prune
+from flatcompress.prune.oneshot import NothingPruned, prune
 from flatcompress.prune.radius import adaptive_radius, relative_sizes
 from flatcompress.prune.ranking import RANKINGS, Limits
 from flatcompress.prune.schedule import SCHEDULES
@@ -30,6 +30,7 @@ __all__ = [
     "Group",
     "Limits",
     "Member",
+    "NothingPruned",
     "RunningScore",
     "SoftMask",
     "Survey",

@@ -17,7 +17,7 @@ from flatcompress.prune.dependency.survey import survey
 from flatcompress.prune.importance import IMPORTANCES, RunningScore, score
 from flatcompress.prune.inputs import Example
 from flatcompress.prune.masks import WeightMasks, enforce_, parse_pattern
-from flatcompress.prune.oneshot import nothing_pruned, require_groups
+from flatcompress.prune.oneshot import NothingPruned, nothing_pruned, require_groups
 from flatcompress.prune.radius import Radius, adaptive_radius
 from flatcompress.prune.ranking import Limits
 from flatcompress.prune.schedule import left_after
@@ -71,7 +71,7 @@ class ChannelSchedule:
         even = [torch.zeros(group.units) for group in self.groups]
         keep = choose(self.groups, even, self.budget, self.limits, costs=self.costs)
         if all(bool(units.all()) for units in keep):
-            raise UserError(nothing_pruned(self.budget))
+            raise NothingPruned(nothing_pruned(self.budget))
 
     @property
     def events(self) -> int:

@@ -71,8 +71,12 @@ def prune(
     costs = None if budget.kind == "ratio" else CostModel(model, example_input)
     keep = choose(found.groups, scores, budget, limits, costs=costs)
     if all(bool(k.all()) for k in keep):
-        raise UserError(nothing_pruned(budget))
+        raise NothingPruned(nothing_pruned(budget))
     return shrink(model, found.groups, keep, example_input)
+
+
+class NothingPruned(UserError):
+    """The dense model meets the budget already."""
 
 
 def require_groups(model: nn.Module, found: Survey) -> None:

@@ -228,9 +228,9 @@ def _float_predictions(run: RunContext) -> None:
             predictions.emit(run, {"test": watched}, of="float")
 
 
-def session_score(path: Path) -> Callable[[Any, Watched], dict[str, float]]:
+def session_score(path: Path, fused: bool = True) -> Callable[[Any, Watched], dict[str, float]]:
     """A function that gives a task's metrics of the exported file on a dataset, through onnxruntime."""
-    session = sessions.session(path)
+    session = sessions.session(path, fused=fused)
 
     def outputs(x: Tensor) -> Tensor:
         return torch.from_numpy(sessions.run(session, [x.numpy()]))
@@ -246,7 +246,7 @@ def ledger_row(
     return {
         "stage": "export",
         "method": config.profile,
-        **scores(run, session_score(path)),
+        **scores(run, session_score(path, onnx_export.PROFILES[config.profile]().fused)),
         "sharpness": None,
         "params": before.get("params"),
         "nonzero": before.get("nonzero"),

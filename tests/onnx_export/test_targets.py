@@ -15,10 +15,10 @@ from torch import nn
 
 from flatcompress import models, quant
 from flatcompress.errors import UserError
-from flatcompress.onnx_export import PROFILES, TARGETS, certify, check_target, export
+from flatcompress.onnx_export import PROFILES, TARGETS, certify, check_target, export, verify
 from flatcompress.onnx_export.proof import parity
 from flatcompress.onnx_export.runtime.sessions import INTEGER_KERNELS, kernels, run, session
-from flatcompress.onnx_export.targets import lint, table, tools
+from flatcompress.onnx_export.targets import judge, lint, table, tools
 
 WRITTEN = [name for name in TARGETS if not TARGETS[name]().instead]
 SHAPE = (1, 16, 16)
@@ -198,6 +198,34 @@ def test_openvino_computes_what_onnxruntime_does(name, tmp_path):
         assert "CPU plugin, 0 of" not in found["run"]["how"]
 
 
+@pytest.mark.parametrize("target", ["tensorrt", "qnn"])
+def test_weights_that_saturate_here_do_not_count_against_a_file_for_another_tool(target, tmp_path):
+    chosen = TARGETS[target]()
+    model = models.build("resnet8", num_classes=10, input_shape=SHAPE, seed=0)
+    randomize_norms(model)
+    x = torch.randn(32, *SHAPE, generator=torch.Generator().manual_seed(0))
+    quant.post_training(model, [x], 8, 8, method="lsq", correction="none", **chosen.quantize)
+    exported = export(model.eval(), x[:2], tmp_path / "m.onnx", chosen.profile)
+    certificate = certify(exported, [x], latency_runs=0, evaluations=16)
+    assert certificate["holds"] and not certificate["parity"]["fused"] and certificate["integer"]["holds"] is None
+    assert verify(tmp_path / "m.onnx").holds
+
+
+def test_layers_that_the_tool_computes_in_floats_are_a_warning(tmp_path, monkeypatch):
+    exported, x = written("onnxruntime-cpu", tmp_path / "m.onnx")
+
+    def half(path, names, batches, output):
+        result, told = tools.onnxruntime(path, names, batches, output)
+        return result, {**told, "integer_layers": 4, "layers": 10}
+
+    other = table.Target("openvino", "packed", tool=tools.Tool("onnxruntime", None, half))
+    monkeypatch.setattr("flatcompress.onnx_export.targets.checking._target", lambda name: other)
+    certificate = {"failures": [], "warnings": [], "holds": True}
+    judge(certificate, exported, [x], "openvino", "argmax")
+    assert certificate["holds"] and "6 of 10 layers compute in floats" in " ".join(certificate["warnings"])
+    assert "quantizer: lsq" in " ".join(certificate["warnings"])
+
+
 def test_qonnx_executes_its_profile(tmp_path):
     pytest.importorskip("qonnx")
     exported, x = written("hls4ml", tmp_path / "m.onnx", bits=4)
@@ -225,8 +253,6 @@ def test_the_docs_and_the_lists_name_the_same_profiles_and_targets():
 
 
 def test_a_certificate_keeps_the_target_s_row(tmp_path):
-    from flatcompress.onnx_export.targets import judge
-
     exported, x = written("tensorrt", tmp_path / "m.onnx")
     certificate = certify(exported, [x], latency_runs=0, evaluations=16)
     judge(certificate, exported, [x], "tensorrt", "argmax")

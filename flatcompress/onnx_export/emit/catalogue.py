@@ -46,12 +46,12 @@ def openvino() -> Profile:
 
 def qdq() -> Profile:
     """Plain QDQ with uint8 activations."""
-    return Profile("qdq", store_int8, modules=QDQ_MODULES, moved=moved, form=Form())
+    return Profile("qdq", store_int8, integer_kernels=False, modules=QDQ_MODULES, moved=moved, form=Form())
 
 
 def qdq_int8() -> Profile:
     """Plain QDQ with int8 activations."""
-    return Profile("qdq_int8", store_int8, modules=QDQ_MODULES, moved=moved, form=Form(np.int8))
+    return Profile("qdq_int8", store_int8, integer_kernels=False, modules=QDQ_MODULES, moved=moved, form=Form(np.int8))
 
 
 def qdq_symmetric() -> Profile:
@@ -59,6 +59,7 @@ def qdq_symmetric() -> Profile:
     return Profile(
         "qdq_symmetric",
         store_int8,
+        integer_kernels=False,
         modules=QDQ_MODULES,
         moved=moved,
         form=Form(np.int8, symmetric=True, real_bias=True),

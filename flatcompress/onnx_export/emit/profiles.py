@@ -97,6 +97,13 @@ class Profile:
     form: Form | None = None
     moved: Callable[..., Any] | None = None
 
+    @property
+    def fused(self) -> bool:
+        """Whether onnxruntime's integer kernels are what the file is for. Plain QDQ is written for other compilers,
+        with full int8 weights, which those kernels saturate with on x86 processors without VNNI.
+        """
+        return self.form is None
+
 
 def store_packed(builder: GraphBuilder, weights: Weights) -> dict[str, Stored]:
     signs = {name: packing.row_signs(layer.values, layer.bits) for name, layer in weights.items()}

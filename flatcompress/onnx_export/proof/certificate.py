@@ -6,7 +6,8 @@ The certificate is JSON beside the model. It holds when
 - with optimizations on, no output is further from the reference than one output step (`parity.STEP`), or else every
   step of the file is the reference's (`stepwise`) and no output is further off than with optimizations off; with
   optimizations off (onnxruntime then convolves dequantized floats, whose sums round differently, and a code that lies
-  on a rounding boundary may change) none is further than a step and four times what roundoff may move it by;
+  on a rounding boundary may change) none is further than a step and four times what roundoff may move it by; a plain
+  QDQ file, which is for other tools' compilers, is computed in floats with optimizations on too and judged like that;
 - of the samples whose argmax changed by more than roundoff explains there are not more than 0.1 %, on or off
   (`judging`; how far roundoff reaches is measured on the reference, see `roundoff`, and stands beside it);
 - with profile ``c``, the C model, compiled and run here, gives every output bit that onnxruntime gives;
@@ -80,7 +81,7 @@ def certify(
     truth, found = _labels(labels, len(inputs)), kernels(exported.path)
     output, name = judged(exported.reference)
     reference = parity.reference_outputs(exported.reference, inputs.batches, output)
-    measured = _outputs(exported.path, inputs, output)
+    measured = _outputs(exported, inputs, output)
     own = None if model is None else trained.outputs(model, batches, output)
     results = {"trained": own, "reference": reference, "file": measured["optimized"]}
     certificate: dict[str, Any] = {
@@ -139,7 +140,7 @@ def _failures(
 ) -> list[str]:
     """Why a certificate does not hold: one sentence each."""
     both = certificate["parity"]
-    reasons = judging.failures(both["optimized"], both["unoptimized"], both.get("stepwise"))
+    reasons = judging.failures(both["optimized"], both["unoptimized"], both.get("stepwise"), fused=both["fused"])
     if truth is not None:
         slack = both["optimized"]["roundoff_steps"] * both["step"]
         reasons += judging.metric_failure(reference, found, truth, slack, task)
@@ -159,10 +160,10 @@ def _labels(labels: Sequence[Tensor] | Tensor | None, samples: int) -> NDArray[A
     return (joined.float() if joined.is_floating_point() else joined.long()).numpy()
 
 
-def _outputs(path: Path, inputs: Samples, output: int) -> dict[str, NDArray[np.float32]]:
-    batches = inputs.arrays()
+def _outputs(exported: Exported, inputs: Samples, output: int) -> dict[str, NDArray[np.float32]]:
+    batches, path, fused = inputs.arrays(), exported.path, PROFILES[exported.profile]().fused
     return {
-        "optimized": run(session(path), batches, output),
+        "optimized": run(session(path, fused=fused), batches, output),
         "unoptimized": run(session(path, optimized=False), batches, output),
     }
 
@@ -250,6 +251,7 @@ def _parity(
         "output": title,
         "step": step,
         "step_definition": parity.STEP,
+        "fused": profile.fused,
         **compared,
         "first_diverging_layer": differing,
     }

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from flatcompress.onnx_export.emit.catalogue import PROFILES
 from flatcompress.onnx_export.emit.writer import output_names
 from flatcompress.onnx_export.exporting import Exported
 from flatcompress.onnx_export.proof import judging, parity
@@ -17,7 +18,7 @@ def compared(exported: Exported, inputs: Samples, output: int) -> dict[str, Any]
     """{name: largest error in steps of that output, or for whole numbers and masks the share that is equal}."""
     returned = next(node for node in reversed(exported.reference.graph.nodes) if node.op == "output").args[0]
     names = output_names(exported.reference, len(flat(returned)))
-    handle = session(exported.path)
+    handle = session(exported.path, fused=PROFILES[exported.profile]().fused)
     rows: dict[str, Any] = {}
     for index, name in enumerate(names):
         if index == output:

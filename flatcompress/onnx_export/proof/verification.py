@@ -17,6 +17,7 @@ import onnxruntime as ort
 
 from flatcompress.environment import machine
 from flatcompress.errors import UserError
+from flatcompress.onnx_export.emit.catalogue import PROFILES
 from flatcompress.onnx_export.proof import inspect_file, judging, parity, signature
 from flatcompress.onnx_export.proof.certificate import used
 from flatcompress.onnx_export.proof.evidence import Evidence, read
@@ -128,7 +129,7 @@ def _replay(result: Verification, model: Path, kept: Path) -> None:
         _check_shape(model, proto, evidence)
         judged = result.certificate["parity"].get("output")
         outputs = {
-            "optimized": _outputs(session(model), evidence, judged),
+            "optimized": _outputs(session(model, fused=_fused(result)), evidence, judged),
             "unoptimized": _outputs(session(model, optimized=False), evidence, judged),
         }
     except UserError as error:
@@ -139,6 +140,12 @@ def _replay(result: Verification, model: Path, kept: Path) -> None:
         return
     _judge(result, evidence, outputs)
     _judge_kernels(result, model)
+
+
+def _fused(result: Verification) -> bool:
+    """Whether the certified file is for onnxruntime's integer kernels."""
+    profile = result.certificate["file"].get("profile")
+    return not (isinstance(profile, str) and profile in PROFILES) or bool(PROFILES[profile]().fused)
 
 
 def _check_shape(path: Path, proto: onnx.ModelProto, evidence: Evidence) -> None:
@@ -187,7 +194,8 @@ def _judge(result: Verification, evidence: Evidence, outputs: dict[str, np.ndarr
         result.measured[name] = judging.compare(evidence.reference, found, step, slack[name], agreement)
     steps = result.certificate["parity"].get("stepwise")
     proved = {"holds": True} if isinstance(steps, dict) and steps.get("holds") is True else None
-    result.failures += judging.failures(result.measured["optimized"], result.measured["unoptimized"], proved)
+    both = result.measured["optimized"], result.measured["unoptimized"]
+    result.failures += judging.failures(*both, proved, fused=_fused(result))
     if evidence.label is not None and task is not None:
         _judge_metric(result, evidence, outputs["optimized"], slack["optimized"], task)
     if result.failures:

@@ -34,6 +34,7 @@ def session(
     model: str | Path | bytes,
     *,
     optimized: bool = True,
+    fused: bool = True,
     threads: int = 1,
     save_to: Path | None = None,
     idle: bool = False,
@@ -41,13 +42,16 @@ def session(
 ) -> ort.InferenceSession:
     """A CPU session with default options but for the thread count. UserError when onnxruntime refuses the file.
 
-    idle: its threads sleep between two calls instead of spinning, for several sessions that take turns. profile_to:
-    what the names of onnxruntime's profiles begin with.
+    fused: false keeps operators between DequantizeLinear and QuantizeLinear in floats, as ONNX defines them, where a
+    default session makes integer kernels of them. idle: its threads sleep between two calls instead of spinning, for
+    several sessions that take turns. profile_to: what the names of onnxruntime's profiles begin with.
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = QUIET
+    if not fused:
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
     if idle:
         options.add_session_config_entry("session.force_spinning_stop", "1")
     if profile_to is not None:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from flatcompress.errors import UserError
+from flatcompress.onnx_export.emit.catalogue import PROFILES
 from flatcompress.onnx_export.exporting import Exported
 from flatcompress.onnx_export.proof import inspect_file, judging, parity
 from flatcompress.onnx_export.proof.samples import Samples, judged
@@ -42,13 +43,17 @@ def check(exported: Exported, batches: Sequence[Any], target: str, agreement: st
     }
     row["failures"] = [f"target {target}: {sentence}." for sentence in row["lint"]]
     if chosen.tool is None:
-        return {**row, "why_not": "no tool of this target installs here; the rules were checked, nothing was run"}
+        why = "no tool of this target installs here; the rules were checked, nothing was run"
+        floats = (
+            "" if PROFILES[chosen.profile]().fused else "; outputs were compared in floats, as ONNX defines the file"
+        )
+        return {**row, "why_not": why + floats}
     try:
         installed = version(chosen.tool.package)
     except PackageNotFoundError:
         extra = f"flatcompress[{chosen.tool.extra}]"
         return {**row, "why_not": f"{chosen.tool.package} is not installed, nothing was run: pip install '{extra}'"}
-    row["run"] = _run(chosen.tool, exported, Samples(exported.reference, batches), agreement)
+    row["run"] = _run(chosen, exported, Samples(exported.reference, batches), agreement)
     row["run"] = {"package": chosen.tool.package, "version": installed, **row["run"]}
     row["failures"] += [f"target {target}, {sentence}" for sentence in row["run"].pop("failures")]
     return row
@@ -60,8 +65,17 @@ def judge(certificate: dict[str, Any], exported: Exported, batches: Sequence[Any
     certificate["target"] = row
     certificate["failures"] = certificate["failures"] + row["failures"]
     certificate["holds"] = certificate["holds"] and not row["failures"]
-    if row["why_not"]:
-        certificate["warnings"] = [*certificate["warnings"], f"target {target}: {row['why_not']}."]
+    told = [row["why_not"], _floats(target, row["run"] or {})]
+    certificate["warnings"] = certificate["warnings"] + [f"target {target}: {words}." for words in told if words]
+
+
+def _floats(target: str, run: dict[str, Any]) -> str | None:
+    """What to say of layers that its tool computes in floats."""
+    integer, layers, wanted = run.get("integer_layers"), run.get("layers"), TARGETS[target]()
+    if integer is None or integer == layers:
+        return None
+    advice = f": quantize with weight_bits and first_last_bits of at most {wanted.weight_bits}, quantizer: lsq"
+    return f"{layers - integer} of {layers} layers compute in floats there{'' if wanted.offsets else advice}"
 
 
 def _target(name: str) -> Target:
@@ -71,8 +85,10 @@ def _target(name: str) -> Target:
     return found
 
 
-def _run(tool: Tool, exported: Exported, inputs: Samples, agreement: str) -> dict[str, Any]:
+def _run(target: Target, exported: Exported, inputs: Samples, agreement: str) -> dict[str, Any]:
     """Load the file in ``tool`` and compare its outputs with the reference's; what goes wrong there is a failure."""
+    tool = target.tool
+    assert tool is not None
     output, _ = judged(exported.reference)
     batches = inputs.batches
     if tool.samples is not None and len(inputs) > tool.samples:
@@ -91,13 +107,17 @@ def _run(tool: Tool, exported: Exported, inputs: Samples, agreement: str) -> dic
     }
     return {
         "loaded": True,
-        "how": how,
+        **how,
         **{key: row[key] for key in COMPARED},
-        "failures": _failures(tool, exported, row),
+        "failures": _failures(tool, exported, row, target),
     }
 
 
-def _failures(tool: Tool, exported: Exported, row: dict[str, Any]) -> list[str]:
+def _offsets(target: Target) -> str:
+    return "" if target.offsets else " Zero points inside a range are not exact there: quantize with quantizer: lsq."
+
+
+def _failures(tool: Tool, exported: Exported, row: dict[str, Any], target: Target) -> list[str]:
     """Samples further off than the tool allows, but for the few that a rounding boundary explains; other classes."""
     steps, reasons = row["largest_error_steps"], []
     if steps is None:
@@ -107,7 +127,7 @@ def _failures(tool: Tool, exported: Exported, row: dict[str, Any]) -> list[str]:
     if judging.too_many(row["further"], row["samples"], FURTHER):
         count = f"{row['further']} of {row['samples']}"
         reasons.append(f"{tool.package}: {count} outputs are more than {tool.steps} steps from the reference, the "
-                       f"largest {steps:.3g}; {FURTHER:.0%} may be.")  # fmt: skip
+                       f"largest {steps:.3g}; {FURTHER:.0%} may be.{_offsets(target)}")  # fmt: skip
     if judging.too_many(row["flips"], row["decisions"], judging.FLIPPED):
         count = f"{row['flips']} of {row['decisions']}"
         reasons.append(f"{tool.package}: argmax differs from the reference's on {count} samples; 0.1 % is allowed.")

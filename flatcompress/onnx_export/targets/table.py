@@ -15,9 +15,10 @@ NOT_ON_DEVICE = "not run on a device"
 
 @dataclass(frozen=True)
 class Target:
-    """``profile``: of the file. ``quantize``: keys of the quantize stage that it needs. ``rules``: of its tool.
-    ``page``: where they are published. ``tool``: the package that loads the file here, if any. ``device``: what ran
-    where. ``instead``: why no file is written for it, and what to do.
+    """``profile``: of the file. ``quantize``: keys of the quantize stage that it needs. ``weight_bits``: the widest
+    weights that it runs on integers everywhere. ``offsets``: it runs activations whose zero point is no end of their
+    range on integers too. ``rules``: of its tool. ``page``: where they are published. ``tool``: the package that loads
+    the file here, if any. ``device``: what ran where. ``instead``: why no file is written for it, and what to do.
     """
 
     name: str
@@ -28,6 +29,8 @@ class Target:
     tool: tools.Tool | None = None
     device: str = NOT_ON_DEVICE
     instead: str = ""
+    weight_bits: int = 8
+    offsets: bool = True
 
 
 def onnxruntime_cpu() -> Target:
@@ -49,9 +52,13 @@ def onnxruntime_web() -> Target:
 
 
 def openvino() -> Target:
-    """QuantizeLinear and DequantizeLinear, which its low-precision transformations read; `emit.layers.add_apart`."""
+    """QuantizeLinear and DequantizeLinear, which its low-precision transformations read; `emit.layers.add_apart`.
+
+    Its int8 kernels saturate with 8-bit weights on x86 processors without VNNI, and weights with a zero point, which
+    would not, it computes in floats: hence 7 bits, as NNCF's ``overflow_fix`` has them.
+    """
     return Target(
-        "openvino", "openvino", rules=(lint.operators(), lint.opset(13)),
+        "openvino", "openvino", weight_bits=7, offsets=False, rules=(lint.operators(), lint.opset(13)),
         page="https://docs.openvino.ai/2026/documentation/openvino-extensibility/openvino-plugin-library/"
         "advanced-guides/low-precision-transformations.html",
         tool=tools.Tool("openvino", "openvino", tools.openvino), device="run here, on this processor",

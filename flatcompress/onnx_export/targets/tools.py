@@ -13,15 +13,16 @@ from numpy.typing import NDArray
 from flatcompress.onnx_export.runtime import sessions
 
 Batches = Sequence[tuple[NDArray[Any], ...]]
-Run = Callable[[Path, list[str], Batches, int], tuple[NDArray[np.float32], str]]
+Ran = tuple[NDArray[np.float32], dict[str, Any]]
+Run = Callable[[Path, list[str], Batches, int], Ran]
 
 
 @dataclass(frozen=True)
 class Tool:
     """``package``: what is installed, ``extra``: of flatcompress, that installs it. ``run``: (file, names of its
-    inputs, batches, output number) -> (outputs [N, ...], how they were computed). ``samples``: at most so many, where
-    it is slow. ``steps``: how far from the reference an output may be; None where its arithmetic is
-    another by design.
+    inputs, batches, output number) -> (outputs [N, ...], what is known of the run: ``how`` they were computed, in
+    words; ``integer_layers`` of ``layers`` where the tool tells). ``samples``: at most so many, where it is slow.
+    ``steps``: how far from the reference an output may be; None where its arithmetic is another by design.
     """
 
     package: str
@@ -31,12 +32,12 @@ class Tool:
     steps: float | None = 1.5
 
 
-def onnxruntime(path: Path, names: list[str], batches: Batches, output: int) -> tuple[NDArray[np.float32], str]:
+def onnxruntime(path: Path, names: list[str], batches: Batches, output: int) -> Ran:
     """The default session of the CPU provider."""
-    return sessions.run(sessions.session(path), batches, output), "CPUExecutionProvider"
+    return sessions.run(sessions.session(path), batches, output), {"how": "CPUExecutionProvider"}
 
 
-def openvino(path: Path, names: list[str], batches: Batches, output: int) -> tuple[NDArray[np.float32], str]:
+def openvino(path: Path, names: list[str], batches: Batches, output: int) -> Ran:
     """The CPU plugin, in float32 where it does not compute on integers (its default on some processors is bfloat16)."""
     import openvino as ov
 
@@ -46,10 +47,11 @@ def openvino(path: Path, names: list[str], batches: Batches, output: int) -> tup
     kinds = [str(op.get_rt_info()["primitiveType"].astype(str)) for op in compiled.get_runtime_model().get_ops()
              if str(op.get_rt_info()["layerType"].astype(str)) in ("Convolution", "FullyConnected")]  # fmt: skip
     integer = sum("I8" in kind for kind in kinds)
-    return np.concatenate(results), f"CPU plugin, {integer} of {len(kinds)} layers on integers"
+    how = f"CPU plugin, {integer} of {len(kinds)} layers on integers"
+    return np.concatenate(results), {"how": how, "integer_layers": integer, "layers": len(kinds)}
 
 
-def qonnx(path: Path, names: list[str], batches: Batches, output: int) -> tuple[NDArray[np.float32], str]:
+def qonnx(path: Path, names: list[str], batches: Batches, output: int) -> Ran:
     """qonnx's own execution, after its cleaning."""
     from qonnx.core import onnx_exec
     from qonnx.core.modelwrapper import ModelWrapper
@@ -61,10 +63,10 @@ def qonnx(path: Path, names: list[str], batches: Batches, output: int) -> tuple[
     model = cleanup_model(model)
     result, names = model.graph.output[output].name, [value.name for value in model.graph.input]  # cleaning renames
     rows = [onnx_exec.execute_onnx(model, sample)[result] for sample in _one_by_one(names, batches)]
-    return np.concatenate(rows), "qonnx.core.onnx_exec, cleaned"
+    return np.concatenate(rows), {"how": "qonnx.core.onnx_exec, cleaned"}
 
 
-def qnn(path: Path, names: list[str], batches: Batches, output: int) -> tuple[NDArray[np.float32], str]:
+def qnn(path: Path, names: list[str], batches: Batches, output: int) -> Ran:
     """The QNN provider's HTP backend, which on x86 is Qualcomm's emulation of the processor; one sample at a time."""
     import onnxruntime as ort
     import onnxruntime_qnn as provider
@@ -80,7 +82,7 @@ def qnn(path: Path, names: list[str], batches: Batches, output: int) -> tuple[ND
     options.add_provider_for_devices(device, {"backend_path": provider.get_qnn_htp_path()})
     session = ort.InferenceSession(str(path), options)
     rows = [session.run(None, sample)[output] for sample in _one_by_one(names, batches)]
-    return np.concatenate(rows), f"emulated HTP, {_assigned(session, name)}"
+    return np.concatenate(rows), {"how": f"emulated HTP, {_assigned(session, name)}"}
 
 
 def _one_by_one(names: list[str], batches: Batches) -> Iterator[dict[str, NDArray[Any]]]:
