@@ -68,11 +68,11 @@ class Row:
     integer_macs: float | None = None
     steps: float | None = None
     trained: dict[str, float] = field(default_factory=dict)
+    parted: dict[str, str] = field(default_factory=dict)  # what `trained.stepwise` says of each width
     floats: dict[str, float] = field(default_factory=dict)
     bytes: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
     raw: list[str] = field(default_factory=list)
-    biases_rounded: bool = True  # in the torch network that ``trained`` compares with; rows of before did without
 
     @property
     def certified(self) -> bool:
@@ -121,7 +121,7 @@ def through(model: nn.Module, plain: nn.Module, example: Any, bits: int, row: Ro
         found = certify(exported, batches, model=model, latency_runs=0, write=False, evaluations=4)
     key = f"w{bits}a{bits}"
     row.steps = max(row.steps or 0.0, _steps(found["parity"]["optimized"]))
-    row.trained[key] = _steps(found["trained"]["file"])
+    row.trained[key], row.parted[key] = _steps(found["trained"]["file"]), _parted(found["trained"])
     row.floats[key] = _from_float(exported.reference, plain, batches)
     row.bytes[key] = exported.bytes
     if bits == 8:
@@ -134,6 +134,18 @@ def _steps(compared: dict[str, Any]) -> float:
     """Output steps, infinite where an output is no number."""
     steps = compared["largest_error_steps"]
     return float("inf") if steps is None else round(steps, 2)
+
+
+def _parted(rows: dict[str, Any]) -> str:
+    """What makes the file part from the quantized torch network: nothing, ties of rounding alone, or a layer."""
+    if "stepwise" not in rows:
+        return "a step at most"
+    found = rows["stepwise"]
+    if found is None:
+        return "not known"
+    if found["holds"]:
+        return f"{found['moved']} of {found['codes']} codes on a boundary"
+    return f"at {found['wrong'][0]['name']}" if found["wrong"] else "behind the last quantizer"
 
 
 def _from_float(reference: fx.GraphModule, plain: nn.Module, batches: list[Any]) -> float:
@@ -217,8 +229,9 @@ def page(rows: list[Row], timed: list[dict[str, Any]]) -> str:
         "of the multiply-accumulates that onnxruntime computes on integers in the W8A8 file. *steps*: the largest "
         "distance of a file from its reference, in output steps (a 255th of the outputs' range; more than 1 is allowed "
         "only where every step of the file is proved by itself). *from quantized*: of the W8A8 and the W4A4 file from "
-        "the quantized torch network, `trained` in the certificate; rows with a + are of an earlier version, whose "
-        "torch network did not round its biases as the file does, so the rounding is part of their figure. "
+        "the quantized torch network, `trained` in the certificate; where it is more than a step that network is run "
+        "once more on the file's codes (`trained.stepwise`): *by ties* if every quantizer then gives the file's codes "
+        "but for values that lie on a boundary of rounding, else the layer where they differ. "
         "*from float*: of what they compute from the float network, untrained weights and all: what quantizing does. "
         "*s*: seconds of processor time for the whole row. The last column says what stopped a network.",
         "",
@@ -234,17 +247,25 @@ def _line(row: Row) -> str:
     integer = "" if row.integer_macs is None else f"{row.integer_macs:.1%}"
     far = [", ".join(f"{v[key]:.3g}" for key in ("w8a8", "w4a4") if key in v) for v in (row.trained, row.floats)]
     size = ", ".join(f"{row.bytes[key] / 1000:.0f}" for key in ("w8a8", "w4a4") if key in row.bytes)
-    far[0] += "" if row.biases_rounded or not far[0] else " +"
+    far[0] += _why(row)
     steps = "" if row.steps is None else f"{row.steps:g}"
     told = row.told.replace("|", "/")[:200]
     cells = [row.name, *marks, row.float_layers, integer, steps, *far, size, f"{row.seconds:g}", told]
     return "| " + " | ".join(" ".join(cell.split()) for cell in cells) + " |"
 
 
+def _why(row: Row) -> str:
+    layers = sorted({said for said in row.parted.values() if "boundary" not in said and "at most" not in said})
+    ties = any("boundary" in said for said in row.parted.values())
+    return "".join(f" ({said})" for said in [*layers, *(["by ties"] if ties else [])])
+
+
 def stored() -> dict[str, Any]:
     """What earlier runs left: rows by name, and latencies."""
     found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    return {"rows": found.get("rows", {}), "latency": found.get("latency", [])}
+    known = Row.__dataclass_fields__
+    rows = {name: {k: v for k, v in row.items() if k in known} for name, row in found.get("rows", {}).items()}
+    return {"rows": rows, "latency": found.get("latency", [])}
 
 
 def _store(kept: dict[str, Any], quick: bool) -> None:
