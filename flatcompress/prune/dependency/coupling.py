@@ -29,7 +29,7 @@ Atom = tuple[str, str, int]  # layer (or "!reason"), axis, channel
 
 
 _ENDLESS = "the dependency graph cannot follow these channels to an end"
-_PAIRS = 64  # (channel, root channel) per channel of the widest layer and node; 4 in networks that end
+_PAIRS = 12  # (channel, root channel) per channel of the widest layer and node; 4 in networks that end
 _VISITS = 5  # per node of the graph and root; below 1 in residual, dense, depthwise and transformer networks
 
 
