@@ -214,6 +214,7 @@ class Pipeline:
             seed=recipe.seed,
             batch_size=recipe.data.batch_size,
             workers=recipe.data.workers,
+            measuring=recipe.measure,
             recipe_hash=identity.digest(recipe),
             callbacks=self._callbacks,
         )

@@ -18,7 +18,7 @@ from flatcompress.stages.keys import TrainingKeys, flat_hyper
 # Keys that cannot change what is computed: where it goes, how often it is saved, who watches, what it is compared with,
 # what a failure does.
 HARMLESS = frozenset(
-    {"output_dir", "name", "device", "threads", "data.workers", "checkpoint_every", "log", "expected"}
+    {"output_dir", "name", "device", "threads", "data.workers", "checkpoint_every", "log", "expected", "measure"}
     | {"on_divergence", "max_rollbacks", "on_out_of_memory"}
 )
 Change = tuple[str, Any, Any]

@@ -125,6 +125,11 @@ class Recipe(Strict):
         default_factory=list, description="trackers that get the log's events as well"
     )
     threads: Annotated[int, Field(ge=1, le=1024)] | None = Field(None, description="CPU threads (default: all)")
+    measure: Literal["quick", "full", "off"] = Field(
+        "quick",
+        description="sharpness, also by layer, and the flatness map: of samples and layers that take at most a quarter "
+        "of the training, of all, or off, with no accuracy under corruption either",
+    )
     data: DataConfig = Field(default_factory=lambda: DataConfig(), description="the data")
     model: ModelConfig = Field(default_factory=lambda: ModelConfig(), description="the model")
     task: str | dict[str, Any] | None = Field(

@@ -138,6 +138,12 @@ class Progress:
         elif self._whole == _WHOLE + 1:
             self._say("and more layers stay whole: see the report", "dim", mark="  ")
 
+    def _on_sampled(self, event: Mapping[str, Any]) -> None:
+        layers, of, samples = (number(event.get(key)) for key in ("layers", "of", "samples"))
+        if layers is not None and of is not None and samples is not None:
+            told = f"sharpness of {layers:.0f} of {of:.0f} layers, on {samples:.0f} samples (measure: full takes all)"
+            self._say(told, "dim", mark="  ")
+
     def _on_row(self, event: Mapping[str, Any]) -> None:
         row = mapping(event.get("row"))
         name = text(event.get("stage"), 40) or text(row.get("stage"), 40)

@@ -34,8 +34,8 @@ class RunContext:
     the state of this very stage when it was interrupted, ``progress`` is where it saves such states, with ``phase``:
     which phase of the stage is running and what the earlier ones found (see `stage.run_stage`). ``callbacks`` are the
     user's own, and take part in every training job after the stage's. ``accumulate``: batches of an optimizer step of
-    the running stage. ``spent``: where the running stage's time went,
-    beside its training, in seconds.
+    the running stage. ``measuring``: how much is measured (see `budget`). ``spent``: where the running stage's time
+    went, beside its training, in seconds.
     """
 
     model: nn.Module
@@ -58,6 +58,7 @@ class RunContext:
     phase: dict[str, Any] = field(default_factory=dict)
     callbacks: Sequence[Callback] = ()
     accumulate: int = 1
+    measuring: str = "full"
     spent: dict[str, float] = field(default_factory=dict)
 
     @contextmanager

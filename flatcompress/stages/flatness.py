@@ -7,25 +7,27 @@ from typing import Any
 from torch import nn
 
 from flatcompress import quant
+from flatcompress.stages import budget
 from flatcompress.stages.context import RunContext
-from flatcompress.stages.measure import train_batches
+from flatcompress.stages.measure import FULL, train_batches
 from flatcompress.stages.reported import reported
 
-SAMPLES = 32  # about as much memory as a training step, and the time of a few
-PROBES = 4
 RISE = 0.01  # of the loss: what a layer's reach is measured by
 
 
-def log_map(run: RunContext, before: nn.Module) -> None:
+def log_map(run: RunContext, before: nn.Module, epochs: int) -> None:
     """One event with a row per quantized layer of ``run.model``; ``before`` is the float model that it was made from.
+
+    It takes about as much memory as a training step of 32 samples, or of fewer where the stage's ``epochs`` are short.
 
     A model without second derivatives, or too large for them in this memory, is trained all the same, with a warning.
     """
-    x, y = train_batches(run, SAMPLES, SAMPLES)[0]
+    samples = budget.sizes(run.measuring, epochs * len(run.data.train), 1, FULL).map
+    x, y = train_batches(run, samples, samples)[0]
     bits = {name: layer.weight_spec().bits for name, layer in quant.quantized_layers(run.model).items()}
 
     def measured() -> list[dict[str, Any]]:
-        return quant.flatness_map(before, lambda: run.task.loss(before(x), y), bits, RISE, PROBES, seed=run.seed)
+        return quant.flatness_map(before, lambda: run.task.loss(before(x), y), bits, RISE, budget.PROBES, seed=run.seed)
 
     rows = reported(
         "the flatness map of the layers could not be measured", measured, None, " flatness_map: false skips it."

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from flatcompress import flat, graph, quant
 from flatcompress.plan import Plan, apply_plan
 from flatcompress.quant.layers import graph_of
-from flatcompress.stages import predictions
+from flatcompress.stages import budget, predictions
 from flatcompress.stages.context import RunContext
 from flatcompress.stages.reported import reported
 from flatcompress.training.batches import evaluate, loader
 
-SHARPNESS_SAMPLES = 256
+FULL = budget.Sizes(whole=256, each=64, layers=10**6, map=32)
 SHARPNESS_RHO = 0.05
 
 
@@ -26,6 +26,8 @@ def measure(
 ) -> dict[str, Any]:
     """A ledger row for ``run`` as it is now: accuracy, sharpness, size and cost. What was not measured is None."""
     twin = float_twin(run)
+    flatness = flatness and run.measuring != "off"
+    sizes = budget.sizes(run.measuring, passes * run.batch_size, len(_probed(run.model)), FULL)
     costs: dict[str, int] = reported(
         "the cost in MACs could not be counted", lambda: graph.macs(twin, run.example().cpu()), {}
     )
@@ -33,7 +35,7 @@ def measure(
         "stage": stage,
         "method": method,
         **scores(run, lambda dataset, task: evaluate(run.model, dataset, task, run.device)),  # type: ignore[arg-type]
-        "sharpness": _measured_sharpness(run) if flatness else None,
+        "sharpness": _measured_sharpness(run, sizes.whole) if flatness else None,
         "params": sum(p.numel() for p in twin.parameters()),
         "nonzero": nonzero(run.model),
         "macs": sum(costs.values()) if costs else None,
@@ -43,15 +45,16 @@ def measure(
         "latency_ms": None,
     }
     with run.timed("sharpness of each layer"):
-        rows = reported("the table of layers could not be made", lambda: layer_rows(run, costs, flatness), None)
+        some = sizes if flatness else None
+        rows = reported("the table of layers could not be made", lambda: layer_rows(run, costs, some), None)
     if rows is not None:
         run.emit("layers", layers=rows)
     return row
 
 
-def _measured_sharpness(run: RunContext) -> float | None:
+def _measured_sharpness(run: RunContext, samples: int) -> float | None:
     with run.timed("sharpness"):
-        return reported("the sharpness could not be measured", lambda: sharpness(run), None)
+        return reported("the sharpness could not be measured", lambda: sharpness(run, samples), None)
 
 
 def scores(run: RunContext, score: Callable[[Any, predictions.Watched], dict[str, float]]) -> dict[str, Any]:
@@ -74,7 +77,8 @@ def scores(run: RunContext, score: Callable[[Any, predictions.Watched], dict[str
         held_out = on("held-out", data.held_out) if data.held_out is not None else {}
         parts = {"test": on("test", data.test), "held_out": held_out}
     with run.timed("metrics under corruption"):
-        corrupted = {name: on(name, dataset) for name, dataset in data.corrupted.items()}
+        kinds = {} if run.measuring == "off" else data.corrupted
+        corrupted = {name: on(name, dataset) for name, dataset in kinds.items()}
     predictions.emit(run, seen)
     found = {}
     for name in ["accuracy", *(n for n in task.reported if n != "accuracy")]:
@@ -110,9 +114,9 @@ def train_batches(run: RunContext, samples: int, size: int = 128) -> list[tuple[
     return [(x.to(run.device), y.to(run.device)) for x, y in loader(run.data.train, batches)]
 
 
-def sharpness(run: RunContext) -> float:
+def sharpness(run: RunContext, samples: int = FULL.whole) -> float:
     """One-step sharpness: mean over batches of L(w + e) - L(w), ||e|| = 0.05, eval mode."""
-    batches = train_batches(run, SHARPNESS_SAMPLES)
+    batches = train_batches(run, samples)
     return float(flat.sharpness.sharpness(run.model, batches, run.task.loss, rho=SHARPNESS_RHO))
 
 
@@ -154,13 +158,13 @@ def weight_bytes(model: nn.Module) -> int:
     return math.ceil(bits / 8) + 4 * rest
 
 
-def layer_rows(run: RunContext, costs: dict[str, int], measured: bool = True) -> list[dict[str, Any]]:
-    """What the report shows per layer: channels, bits, bytes, sparsity, cost and, where ``measured``, flatness."""
+def layer_rows(run: RunContext, costs: dict[str, int], sizes: budget.Sizes | None = FULL) -> list[dict[str, Any]]:
+    """What the report shows per layer: channels, bits, bytes, sparsity, cost and, of so many, flatness."""
     original = dict(run.build().named_modules())
     flatness: dict[str, float] = (
-        reported("the sharpness of each layer could not be measured", lambda: layer_sharpness(run), {})
-        if measured
-        else {}
+        {}
+        if sizes is None
+        else reported("the sharpness of each layer could not be measured", lambda: layer_sharpness(run, sizes), {})
     )
     inputs = activation_bits(run.model)
     rows = []
@@ -202,22 +206,28 @@ def activation_bits(model: nn.Module) -> dict[str, int]:
     return found
 
 
-def layer_sharpness(run: RunContext) -> dict[str, float]:
+def layer_sharpness(run: RunContext, sizes: budget.Sizes = FULL) -> dict[str, float]:
     """Loss rise when one layer's weight alone is perturbed by ||e|| = 0.05, on one batch, by layer name.
 
-    Frozen layers are left out; where all are, nothing is measured.
+    Frozen layers are left out; where all are, nothing is measured. Where ``sizes`` are too small for every layer, some
+    are measured, from the first to the last, and an event says how many.
     """
-
-    def chosen(name: str, parameter: nn.Parameter) -> bool:
-        return name.endswith(".weight") and parameter.ndim > 1
-
-    if not any(p.requires_grad and chosen(n, p) for n, p in run.model.named_parameters()):
+    every = _probed(run.model)
+    chosen = set(budget.spread(every, sizes.layers))
+    if len(chosen) < len(every):
+        run.emit("sampled", layers=len(chosen), of=len(every), samples=sizes.each)
+    if not chosen:
         return {}
     found = flat.sharpness.layerwise(
         run.model,
-        train_batches(run, 64),
+        train_batches(run, sizes.each),
         run.task.loss,
         rho=SHARPNESS_RHO,
-        perturbed=chosen,
+        perturbed=lambda name, parameter: name in chosen,
     )
     return {name.removesuffix(".weight"): value for name, value in found.items()}
+
+
+def _probed(model: nn.Module) -> list[str]:
+    """Names of the weights whose sharpness is measured one by one."""
+    return [n for n, p in model.named_parameters() if p.requires_grad and n.endswith(".weight") and p.ndim > 1]

@@ -247,7 +247,8 @@ def _train_float(run: RunContext, config: QuantizeConfig, facts: Facts) -> None:
 
 
 def _train_quantized(run: RunContext, config: QuantizeConfig, teacher: nn.Module | None, facts: Facts) -> None:
-    before = copy.deepcopy(run.model) if config.flatness_map and run.resume is None else None
+    mapped = config.flatness_map and run.measuring != "off" and run.resume is None
+    before = copy.deepcopy(run.model) if mapped else None
     images = post_training.calibration(run, config.calibration_samples)
     if config.from_post_training and run.resume is None:
         settings = post_training.settings(run, config, {**placement(config), "bits": facts["bits"]})
@@ -256,7 +257,7 @@ def _train_quantized(run: RunContext, config: QuantizeConfig, teacher: nn.Module
         run.plan = run.plan + insert(run.model, run.example(), config, facts["bits"])
         quant.calibrate(run.model, images)
     if before is not None:
-        log_map(run, before)
+        log_map(run, before, config.epochs)
     train(run, qat_job(run, config, teacher))
     if not config.freeze_bn:
         quant.reestimate_batchnorm(run.model, shipped.statistics_batches(run))
