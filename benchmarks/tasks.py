@@ -18,8 +18,9 @@ import shutil
 import statistics
 import sys
 import tempfile
+import time
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,16 @@ from flatcompress.recipe import identity
 
 ROOT = Path(__file__).parent.parent
 CONFIGS, PAGE = ROOT / "configs", ROOT / "docs" / "results" / "tasks.md"
-RECIPES = ("task-regression", "task-heartbeats", "task-unet", "task-detector", "task-autoencoder")
+RECIPES = (
+    *("task-heartbeats", "task-autoencoder", "task-keywords", "task-person"),
+    *("task-unet", "task-detector", "task-regression"),
+)
 BITS = ((8, 8), (4, 8))
 QUICK = ["stages.0.train.epochs=4", "stages.1.prune.epochs=3", "stages.2.quantize.epochs=2"]
 SMALL = {
     "task-regression": ["data.train_count=400", "data.test_count=100"],
+    "task-keywords": ["data.train_count=180", "data.test_count=48"],
+    "task-person": ["data.train_count=240", "data.test_count=60", "data.size=24"],
     "task-detector": ["data.train_count=240", "data.test_count=60", "data.val_count=40", "data.size=32"],
     "task-unet": ["data.train_count=160", "data.test_count=60", "data.size=24"],
 }
@@ -46,7 +52,9 @@ def metrics(row: dict[str, Any]) -> dict[str, dict[str, float | None]]:
     return row.get("metrics") or {"accuracy": row["accuracy"]}
 
 
-def measured(recipe: str, bits: tuple[int, int], seed: int, folder: Path, result: Result) -> dict[str, Any]:
+def measured(
+    recipe: str, bits: tuple[int, int], seed: int, folder: Path, result: Result, seconds: float
+) -> dict[str, Any]:
     """What is kept of one run, as plain data."""
     first, last, certificate = result.ledger[0], result.ledger[-1], result.certificate or {}
     chosen = first.get("metric") or {"name": "accuracy", "higher": True, "share": True}
@@ -60,14 +68,18 @@ def measured(recipe: str, bits: tuple[int, int], seed: int, folder: Path, result
         "file": metrics(last),
         "macs": [first["macs"], last["macs"]],
         "bytes": [first["bytes"], last["bytes"]],
+        "processor_seconds": round(seconds, 1),
         "holds": bool(certificate.get("holds")),
         "verified": bool(again.holds),
         "failures": [*map(str, certificate.get("failures") or []), *map(str, again.failures)],
     }
 
 
-def runs_of(recipe: str, seed: int, quick: bool, kept: dict[str, Any]) -> dict[str, Any]:
-    """The runs of one recipe and seed that are not kept yet, by key; training and pruning are done once for all."""
+def runs_of(recipe: str, seed: int, quick: bool, kept: dict[str, Any], keep: Callable[[], None]) -> dict[str, Any]:
+    """The runs of one recipe and seed, by key; those that are not in ``kept`` are made, and kept one by one.
+
+    Training and pruning are done once for all bit widths, and counted in the seconds of the first.
+    """
     changed = [f"seed={seed}", *(QUICK + SMALL.get(recipe, []) if quick else [])]
     wanted = {}
     for bits in BITS:
@@ -75,18 +87,19 @@ def runs_of(recipe: str, seed: int, quick: bool, kept: dict[str, Any]) -> dict[s
         pipeline = Pipeline.from_yaml(CONFIGS / f"{recipe}.yaml", [*changed, *settings])
         wanted[f"{recipe} {bits} {seed} {identity.digest(pipeline.recipe)[:12]}"] = (bits, pipeline)
     missing = {key: found for key, found in wanted.items() if key not in kept}
-    found = {key: kept[key] for key in wanted if key in kept}
-    if not missing:
-        return found
-    with tempfile.TemporaryDirectory() as folder:
-        begun = Path(folder) / "begun"
-        whole = Pipeline.from_yaml(CONFIGS / f"{recipe}.yaml", changed).recipe
-        Pipeline.from_recipe(whole.model_copy(update={"stages": whole.stages[:2]})).run(begun)
-        for key, (bits, pipeline) in missing.items():
-            here = Path(folder) / f"{bits[0]}-{bits[1]}"
-            shutil.copytree(begun, here)
-            found[key] = measured(recipe, bits, seed, here, pipeline.run(here))
-    return found
+    if missing:
+        with tempfile.TemporaryDirectory() as folder:
+            begun, start = Path(folder) / "begun", time.process_time()
+            whole = Pipeline.from_yaml(CONFIGS / f"{recipe}.yaml", changed).recipe
+            Pipeline.from_recipe(whole.model_copy(update={"stages": whole.stages[:2]})).run(begun)
+            for key, (bits, pipeline) in missing.items():
+                here = Path(folder) / f"{bits[0]}-{bits[1]}"
+                shutil.copytree(begun, here)
+                result = pipeline.run(here)
+                kept[key] = measured(recipe, bits, seed, here, result, time.process_time() - start)
+                start = time.process_time()
+                keep()
+    return {key: kept[key] for key in wanted}
 
 
 def missed(run: dict[str, Any], strict: bool) -> list[str]:
@@ -172,14 +185,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     code = 0
     for seed in [] if only_page else range(1 if options.quick else 3):
         for recipe in RECIPES:
-            used |= runs_of(recipe, seed, options.quick, kept)
-            code = written(list(used.values()), {**kept, **used}, options)
+            used |= runs_of(recipe, seed, options.quick, kept, lambda: keep(path, kept))
+            code = written(list(used.values()), kept, options)
     code = written(list(used.values()), used, options) if only_page else code
     if not options.quick:
         runs = list(used.values())
         PAGE.write_text(page(table_of(runs), runs, problems(runs, options)))
         print(f"written to {PAGE.relative_to(ROOT)}")
     return code
+
+
+def keep(path: Path, runs: dict[str, Any]) -> None:
+    """Write the runs so far: one that is stopped goes on from here."""
+    found = json.loads(path.read_text()) if path.exists() else {}
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({**found, "runs": runs}, indent=1) + "\n")
 
 
 def problems(runs: Sequence[dict[str, Any]], options: Namespace) -> list[str]:

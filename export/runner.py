@@ -6,7 +6,7 @@
     python runner.py model.onnx check            # accuracy on the evidence that lies beside the model
 
 The file itself says how its input is made (size, mean, std) and what its classes are called. PNG and JPEG need
-Pillow; .npy, .pgm and .ppm are read without it. In a program:
+Pillow; .npy, .pgm and .ppm are read without it; a file that was trained on sound takes .wav. In a program:
 
     model = Model("model.onnx")
     model.predict(frame)                         # one camera frame, uint8 [H, W, 3] or [H, W]
@@ -20,6 +20,7 @@ import json
 import statistics
 import sys
 import time
+import wave
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,7 @@ class Model:
         self.std = np.asarray(made.get("std", [1.0] * self.size[0]), np.float32)
         self.classes: list[str] = json.loads(meta.get("classes", "[]"))
         self.intensity: list[float] | None = made.get("intensity")
+        self.features: dict[str, object] | None = made.get("features")
         self.task: dict[str, object] = json.loads(meta.get("task", '{"name": "classification", "output": "argmax"}'))
         self.metadata = dict(meta)
 
@@ -52,8 +54,11 @@ class Model:
         """An image [H, W] or [H, W, 1 | 3 | 4], uint8 or float in 0..1 -> float32 [C, H, W], normalised.
 
         Of a file that was trained on deeper images, 16 bits and floats are taken on the training's range of intensity.
-        Inputs that are no images (series [C, T], features [F]) are taken as they are, already normalised.
+        Inputs that are no images (series [C, T], features [F]) are taken as they are, already normalised. Of a file
+        that was trained on sound, samples [N] in -1..1 become its features (log-mel or MFCC).
         """
+        if self.features is not None:
+            return self.heard(np.asarray(image))
         pixels = np.asarray(image)
         if len(self.size) != 3:
             if list(pixels.shape) != self.size:
@@ -79,6 +84,22 @@ class Model:
             pixels = luma(pixels) if channels == 1 else np.repeat(pixels[:, :, :1], channels, axis=2)
         planes = resize(pixels, height, width).transpose(2, 0, 1)
         return (planes - self.mean[:, None, None]) / self.std[:, None, None]
+
+    def heard(self, sound: np.ndarray) -> np.ndarray:
+        """Samples [N] (whole numbers of 16 bits, or floats in -1..1) -> float32 [1, frames, bands], normalised.
+
+        What is longer than the model hears is cut, what is shorter gets silence behind it.
+        """
+        if sound.ndim != 1 or not len(sound):
+            raise SystemExit(f"the model takes sound, samples [N] of one channel, found {list(sound.shape)}.")
+        if sound.dtype.kind in "iu" and sound.dtype != np.int16:
+            raise SystemExit(f"{sound.dtype} samples: give int16, or floats in -1..1.")
+        given = sound.astype(np.float64) / (32768.0 if sound.dtype == np.int16 else 1.0)
+        made: dict[str, float] = self.features  # type: ignore[assignment]
+        length, hop = (round(made["rate"] * made[key] / 1000) for key in ("window", "hop"))
+        samples = (self.size[1] - 1) * hop + length
+        found = spectra(np.pad(given, (0, max(0, samples - len(given))))[:samples], made)
+        return ((found[None] - self.mean) / self.std).astype(np.float32)
 
     def logits(self, batch: np.ndarray) -> np.ndarray:
         """float32 [N, C, H, W], normalised -> float32 [N, classes]."""
@@ -178,6 +199,44 @@ def overlap(a: np.ndarray, b: np.ndarray) -> float:
     """Intersection over union of two boxes."""
     shared = np.prod(np.clip(np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2]), 0, None))
     return float(shared / max(1e-12, np.prod(a[2:] - a[:2]) + np.prod(b[2:] - b[:2]) - shared))
+
+
+def spectra(sound: np.ndarray, made: dict[str, float]) -> np.ndarray:
+    """Samples [N] -> [frames, bands or coefficients]: log energies in mel bands, or their cosine transform.
+
+    Windows of ``window`` ms every ``hop`` ms (Hann), triangles evenly spaced on the scale 2595 log10(1 + f / 700) from
+    20 Hz to half the ``rate``, natural logarithm of energy + 1e-6; mfcc: the first rows of the orthonormal DCT-II.
+    """
+    rate, bands = made["rate"], int(made["bands"])
+    length, hop = round(rate * made["window"] / 1000), round(rate * made["hop"] / 1000)
+    size = 1 << (length - 1).bit_length()
+    frames = np.lib.stride_tricks.sliding_window_view(sound, length)[::hop]
+    power = np.abs(np.fft.rfft(frames * np.hanning(length + 1)[:-1], size)) ** 2 / size
+    low, high = (2595 * np.log10(1 + f / 700) for f in (20.0, rate / 2))
+    edges = np.linspace(low, high, bands + 2)
+    at = 2595 * np.log10(1 + np.linspace(0, rate / 2, size // 2 + 1) / 700)
+    rise = (at - edges[:-2, None]) / (edges[1:-1] - edges[:-2])[:, None]
+    fall = (edges[2:, None] - at) / (edges[2:] - edges[1:-1])[:, None]
+    logs = np.log(power @ np.maximum(0, np.minimum(rise, fall)).T + 1e-6)
+    if made["features"] != "mfcc":
+        return logs
+    k, n = np.arange(int(made["coefficients"]))[:, None], np.arange(bands)
+    cosines = np.cos(np.pi * k * (2 * n + 1) / (2 * bands)) * np.sqrt(2 / bands)
+    cosines[0] /= np.sqrt(2)
+    return logs @ cosines.T
+
+
+def read_wav(path: Path, rate: float) -> np.ndarray:
+    """The samples of a WAV file of 16 bits, in -1..1, the mean of its channels; it must have the model's rate."""
+    try:
+        with wave.open(str(path), "rb") as file:
+            channels, width, found = file.getnchannels(), file.getsampwidth(), file.getframerate()
+            data = file.readframes(file.getnframes())
+    except (wave.Error, EOFError) as error:
+        sys.exit(f"{path}: no WAV file of whole numbers ({error}).")
+    if width != 2 or found != rate:
+        sys.exit(f"{path}: {8 * width} bits, {found} samples a second; the model takes 16 bits and {rate:g}: resample.")
+    return np.frombuffer(data, "<i2").reshape(-1, channels).mean(1) / 32768.0
 
 
 def luma(pixels: np.ndarray) -> np.ndarray:
@@ -282,12 +341,12 @@ def check(model: Model, path: Path) -> dict[str, float]:
     return result
 
 
-def files_in(paths: list[Path]) -> list[Path]:
-    """The images among files and folders, in order."""
+def files_in(paths: list[Path], suffixes: tuple[str, ...] = IMAGES) -> list[Path]:
+    """The images (or sounds) among files and folders, in order."""
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
-            found += sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGES)
+            found += sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes)
         elif path.is_file():
             found.append(path)
         else:
@@ -318,8 +377,8 @@ def main() -> None:
         print(json.dumps(check(model, given.evidence or given.model.with_name("evidence.safetensors"))))
     else:
         plain = model.task["name"] == "classification"
-        for path in files_in(given.paths):
-            image = read_image(path)
+        for path in files_in(given.paths, (".wav",) if model.features else IMAGES):
+            image = read_wav(path, model.features["rate"]) if model.features else read_image(path)
             if given.json:
                 values = model.logits(model.preprocess(image)[None])[0]
                 said = {"classes": model.predict(image)} if plain else model.read(image)

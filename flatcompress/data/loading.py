@@ -14,12 +14,14 @@ from flatcompress.data import augment as augmentation
 from flatcompress.data.arrays import arrays
 from flatcompress.data.bundle import DataBundle, ImageSet, Part
 from flatcompress.data.corruptions import corrupted_parts
+from flatcompress.data.embedded.figures import drawn_figures
 from flatcompress.data.embedded.gauges import drawn_gauges
 from flatcompress.data.embedded.objects import drawn_objects
 from flatcompress.data.embedded.rotated_digits import rotated_digits
 from flatcompress.data.embedded.scenes import drawn_scenes
 from flatcompress.data.embedded.signals import drawn_heartbeats, drawn_machines
 from flatcompress.data.embedded.styled_shapes import styled_shapes
+from flatcompress.data.embedded.words import drawn_words
 from flatcompress.data.images.cifar_mnist import cifar10, mnist
 from flatcompress.data.images.coco import coco
 from flatcompress.data.images.folders import domains, folder
@@ -44,6 +46,8 @@ DATASETS.add(
 DATASETS.add("drawn-gauges", drawn_gauges, "drawn dials with their readings, for regression; embedded")
 DATASETS.add("drawn-scenes", drawn_scenes, "drawn shapes with their masks, for segmentation; embedded")
 DATASETS.add("drawn-objects", drawn_objects, "drawn shapes with their boxes, for detection; embedded")
+DATASETS.add("drawn-figures", drawn_figures, "drawn pictures with a person or without, for wake words; embedded")
+DATASETS.add("drawn-words", drawn_words, "six synthesised words in four voices as MFCC [1, 24, 10]; embedded")
 DATASETS.add("drawn-heartbeats", drawn_heartbeats, "synthesised heartbeats [2, 128], three kinds of beat; embedded")
 DATASETS.add("drawn-machines", drawn_machines, "spectra [64] of a synthesised machine, for reconstruction; embedded")
 DATASETS.add("folder", folder, "your images: PATH/CLASS/image, or PATH/train and PATH/val")

@@ -96,7 +96,7 @@ def sounds(
         found = _tabled(root, table, file, target, split, domain, learned)
     waves, notes = _waves(found.files, rate, round(seconds * rate))
     parts = _parts(found, held_out, {"test": test_fraction, "val": val_fraction}, seed, learned, root)
-    return _bundle(
+    return featured(
         root.name,
         found,
         waves,
@@ -104,12 +104,12 @@ def sounds(
         made,
         learned,
         (*finder.notes, *notes),
-        _count(corruptions, corrupted_count),
+        how_many(corruptions, corrupted_count),
         seed,
     )
 
 
-def _count(corruptions: Any, count: int) -> int | None:
+def how_many(corruptions: Any, count: int) -> int | None:
     """How many test samples the corruptions are measured on; None: there are none. 0: all."""
     if corruptions in (None, "none", False):
         return None
@@ -239,7 +239,7 @@ def _well(marks: Tensor, outside: Tensor, fractions: dict[str, float], seed: int
     return {**rows, **({"held_out": outside.nonzero().flatten()} if bool(outside.any()) else {})}
 
 
-def _bundle(
+def featured(
     name: str,
     found: Listing,
     waves: NDArray[np.float32],
@@ -250,6 +250,10 @@ def _bundle(
     count: int | None,
     seed: int,
 ) -> DataBundle:
+    """The bundle of ``waves`` [N, T]: features normalised by the training part, and corrupted ones of ``count`` tests.
+
+    ``rows``: which of them are train, val, test and held_out. ``count`` 0: all; None: nothing is corrupted.
+    """
     features = torch.from_numpy(made(waves))[:, None]
     mean, std = features[rows["train"]].mean(), features[rows["train"]].std().clamp(min=1e-6)
     scaled = (features - mean) / std
