@@ -14,10 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flatcompress.data import policies
+from flatcompress.data.named import Named
 from flatcompress.errors import UserError, unknown
 from flatcompress.randomness import generator
 
 _COLUMNS = 12
+_MOST = {"mixup": 10, "cutmix": 10, "rand": 14, "magnitude": policies.TOP}  # of a setting; 1 for the others
 _LUMA = (0.299, 0.587, 0.114)
 
 
@@ -33,11 +36,16 @@ class Settings:
     erase: float = 0.0  # probability of losing a rectangle (random erasing, arXiv 1708.04896)
     mixup: float = 0.0  # alpha of mixup (arXiv 1710.09412)
     cutmix: float = 0.0  # alpha of cutmix (arXiv 1905.04899)
+    trivial: float = 0.0  # probability of TrivialAugment's one operation (arXiv 2103.10158)
+    rand: int = 0  # operations of RandAugment (arXiv 1909.13719)
+    magnitude: float = 9.0  # of RandAugment, 0 to 30
 
 
 PRESETS = {
     "none": None,
     "standard": Settings(shift=0.125, flip=0.5),  # the CIFAR habit: pad by an eighth and crop, flip
+    "trivial": Settings(flip=0.5, trivial=1.0),
+    "rand": Settings(flip=0.5, rand=2),
     "domainbed": Settings(crop=0.7, flip=0.5, jitter=0.3, grayscale=0.1),  # arXiv 2007.01434
 }
 
@@ -47,27 +55,54 @@ def parse(option: Any, seed: int) -> Augment | None:
     if option is None or option is False:
         return None
     if isinstance(option, str):
+        if ":" in option:
+            return Augment(Settings(), seed, Named(option, {}, seed))
         if option not in PRESETS:
             raise unknown("augment preset", option, PRESETS)
         settings = PRESETS[option]
         return Augment(settings, seed) if settings else None
     if not isinstance(option, dict):
         raise UserError(f"data option 'augment' must be a preset's name or settings, found {option!r}")
-    known = [f.name for f in fields(Settings)]
+    option, named = _named(option, seed)
     for key, value in option.items():
-        if key not in known:
-            raise unknown("augment setting", key, known)
-        most = 10 if key in ("mixup", "cutmix") else 1
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= most:
-            raise UserError(f"augment setting {key!r} must be between 0 and {most}, found {value!r}")
-    return Augment(Settings(**option), seed)
+        _check_setting(key, value)
+    settings = Settings(**option)
+    if settings.rand and settings.trivial:
+        raise UserError("augment: rand and trivial are two policies; take one of them")
+    return Augment(settings, seed, named)
+
+
+def _check_setting(key: str, value: Any) -> None:
+    """UserError for a setting that there is not, and for a value out of its range."""
+    known = [f.name for f in fields(Settings)]
+    if key not in known:
+        raise unknown("augment setting", key, [*known, "transform"])
+    if key == "rand" and type(value) is not int:
+        raise UserError(f"augment setting 'rand' is how many operations an image goes through, found {value!r}")
+    most = _MOST.get(key, 1)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= most:
+        raise UserError(f"augment setting {key!r} must be between 0 and {most}, found {value!r}")
+
+
+def _named(option: dict[str, Any], seed: int) -> tuple[dict[str, Any], Named | None]:
+    """The settings without the keys of somebody else's transform, and that transform."""
+    rest = {key: value for key, value in option.items() if key not in ("transform", "options")}
+    options = option.get("options", {})
+    if "transform" not in option:
+        if "options" in option:
+            raise UserError("augment: options are those of a transform; name it with 'transform'")
+        return rest, None
+    if not isinstance(option["transform"], str) or not isinstance(options, dict):
+        raise UserError("augment: transform is package.module:factory, and options a mapping of its keys")
+    return rest, Named(option["transform"], options, seed)
 
 
 class Augment:
     """Apply `Settings` to float images [B, C, H, W] in 0..1."""
 
-    def __init__(self, settings: Settings, seed: int) -> None:
-        self.settings, self.seed = settings, seed
+    def __init__(self, settings: Settings, seed: int, named: Named | None = None) -> None:
+        self.settings, self.seed, self.named = settings, seed, named
+        self.moving = True  # may policies move pixels? Not where masks or boxes would stay behind
         self._drawn: tuple[tuple[int, int], Tensor] | None = None
         self._holes: tuple[tuple[int, int], Tensor] | None = None
 
@@ -77,13 +112,25 @@ class Augment:
     def __call__(self, images: Tensor, indices: Tensor, total: int, epoch: int) -> Tensor:
         """Augment the samples ``indices`` of a set of ``total`` for ``epoch``."""
         draws, s = self._draws(total, epoch)[indices], self.settings
+        if self.named is not None:
+            images = self.named(images, indices, epoch)
         if s.crop or s.shift or s.flip:
             images = _geometry(images, _theta(draws, s), s)
+        if s.rand or s.trivial:
+            images = self._by_policy(images, indices, total, epoch)
         if s.jitter:
             images = _jitter(images, draws, s.jitter)
         if s.grayscale and images.shape[1] == 3:
             images = torch.where((draws[:, 11] < s.grayscale).view(-1, 1, 1, 1), _luma(images), images)
         return _erased(images, self._erasing(total, epoch)[indices], s.erase) if s.erase else images
+
+    def _by_policy(self, images: Tensor, indices: Tensor, total: int, epoch: int) -> Tensor:
+        s = self.settings
+        columns = 1 + 3 * max(1, s.rand)
+        draws = torch.rand(total, columns, generator=generator(self.seed, "policy", epoch))[indices]
+        changed = policies.apply(images, draws[:, 1:], s.rand, s.magnitude, self.moving)
+        chosen = draws[:, 0] < (1.0 if s.rand else s.trivial)
+        return torch.where(chosen.view(-1, 1, 1, 1), changed, images)
 
     def theta(self, indices: Tensor, total: int, epoch: int) -> Tensor | None:
         """[B, 2, 3]: where in its source a point of each image lies, both in -1..1; None where nothing is moved."""

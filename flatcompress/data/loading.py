@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from flatcompress.data import augment as augmentation
+from flatcompress.data import policies
 from flatcompress.data.arrays import arrays
 from flatcompress.data.bundle import DataBundle, ImageSet, Part
 from flatcompress.data.corruptions import corrupted_parts
@@ -174,7 +175,22 @@ def _task(name: str, raw: RawData, given: Any) -> Task:
 def _augmented(option: Any, seed: int, task: Task) -> augmentation.Augment | None:
     """The augmentation; UserError where it would move pixels and not what their masks say."""
     found = augmentation.parse(option, seed)
-    if found is None or task.agreement != "argmax_channels":
+    placed = task.moved is not None or task.agreement == "argmax_channels"  # targets that lie at pixels
+    if found is None or not placed:
+        return found
+    if found.named is not None:
+        raise UserError(
+            f"data option 'augment': transform {found.named.name!r} gets images alone, and the targets of task "
+            f"{task.name!r} lie at pixels: leave it out, or take crop, shift and flip, which move both."
+        )
+    if found.settings.rand or found.settings.trivial:
+        found.moving = False
+        warnings.warn(
+            f"augment: the policy's operations that move pixels ({', '.join(policies.MOVING)}) are left out for task "
+            f"{task.name!r}, whose targets would stay behind",
+            stacklevel=4,
+        )
+    if task.agreement != "argmax_channels":
         return found
     moves = found.settings.crop or found.settings.shift or found.settings.flip
     if moves and task.moved is None:

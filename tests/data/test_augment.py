@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageEnhance, ImageOps
 from stage_pieces import config, context
 from torch import nn
 
 from flatcompress import Pipeline, data
 from flatcompress.data import augment as images
+from flatcompress.data import policies
 from flatcompress.data.signal_augment import parse
 from flatcompress.errors import UserError
 from flatcompress.stages import run_stage
@@ -141,6 +144,129 @@ WRONG = [
 def test_a_setting_that_makes_no_sense_is_refused(kind, option, reason):
     with pytest.raises(UserError, match=reason):
         parse(option, 0, SHAPES[kind], "series")
+
+
+POLICIES = {"trivial": {"trivial": 1.0}, "rand": {"rand": 2, "magnitude": 12}}
+
+
+@pytest.mark.parametrize("kind", POLICIES)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_policy_changes_a_sample_alone_and_keeps_its_range(kind, channels):
+    x, every = torch.rand(40, channels, 12, 16), torch.arange(40)
+    made = images.parse(POLICIES[kind], 3)
+    whole = made(x, every, 40, 2)
+    assert whole.shape == x.shape and float(whole.min()) >= 0 and float(whole.max()) <= 1
+    some = torch.tensor([30, 1, 8])
+    torch.testing.assert_close(images.parse(POLICIES[kind], 3)(x[some], some, 40, 2), whole[some])
+    assert not torch.equal(made(x, every, 40, 3), whole)
+    still = (whole - x).abs().flatten(1).amax(1) < 1e-6
+    assert 0 <= int(still.sum()) < 20  # identity is one of fourteen
+
+
+@pytest.mark.parametrize("name", policies.CHANGES)
+def test_an_operation_at_no_strength_is_the_image_and_at_full_strength_is_pillow_s(name):
+    g = torch.Generator().manual_seed(0)
+    side = 256 if name == "equalize" else 20  # Pillow equalizes in whole steps of pixels
+    x = torch.randint(0, 256, (1, 3, side, side), generator=g).float() / 255
+    nothing, full, sign = torch.zeros(1), torch.ones(1), torch.ones(1)
+    if name in ("autocontrast", "equalize"):
+        x = 0.2 + 0.5 * x
+        x = (x * 255).round() / 255
+    elif name != "solarize":  # its threshold of 1 turns what is white
+        torch.testing.assert_close(policies.CHANGES[name](x, nothing, sign), x, atol=1e-5, rtol=0)
+    picture = Image.fromarray((x[0] * 255).round().byte().permute(1, 2, 0).numpy())
+    theirs = {
+        "brightness": lambda: ImageEnhance.Brightness(picture).enhance(1.9),
+        "color": lambda: ImageEnhance.Color(picture).enhance(1.9),
+        "sharpness": lambda: ImageEnhance.Sharpness(picture).enhance(1.9),
+        "contrast": lambda: ImageEnhance.Contrast(picture).enhance(1.9),
+        "posterize": lambda: ImageOps.posterize(picture, 4),
+        "solarize": lambda: ImageOps.solarize(picture, 0),
+        "autocontrast": lambda: ImageOps.autocontrast(picture),
+        "equalize": lambda: ImageOps.equalize(picture),
+    }.get(name)
+    found = policies.CHANGES[name](x, full, sign)
+    if theirs is not None:
+        wanted = torch.from_numpy(np.asarray(theirs()).copy()).permute(2, 0, 1).float() / 255
+        assert float((found[0] - wanted).abs().mean()) < 0.01
+    elif name != "identity":
+        assert float((found - x).abs().mean()) > 0.02
+
+
+def brighter(by: float = 0.1):
+    """What a recipe names in the tests below: it draws from torch, as torchvision's transforms do."""
+    return lambda image: (image + by * torch.rand(1)).clamp(0, 1)
+
+
+def spoiled(how: str):
+    ways = {
+        "shape": lambda x: x[:, 1:],
+        "range": lambda x: x * 255,
+        "nothing": lambda x: None,
+        "error": lambda x: x[99],
+    }
+    return ways[how]
+
+
+def test_a_named_transform_is_drawn_by_the_sample_and_leaves_torch_s_generator_alone():
+    x, every = 0.5 * torch.rand(8, 3, 6, 6), torch.arange(8)
+    option = {"transform": f"{__name__}:brighter", "options": {"by": 0.5}, "flip": 0.5}
+    before = torch.get_rng_state()
+    whole = images.parse(option, 1)(x, every, 8, 4)
+    assert torch.equal(before, torch.get_rng_state())
+    some = torch.tensor([5, 2])
+    assert torch.equal(images.parse(option, 1)(x[some], some, 8, 4), whole[some])
+    gained = images.parse(f"{__name__}:brighter", 1)(x, every, 8, 0) - x
+    assert len({round(float(one.max()), 5) for one in gained}) == 8
+
+
+@pytest.mark.parametrize("how", ["shape", "range", "nothing", "error"])
+def test_a_named_transform_that_spoils_an_image_is_said(how):
+    said = {
+        "shape": "wanted the same",
+        "range": "images are 0..1",
+        "nothing": "NoneType",
+        "error": "failed on an image",
+    }
+    made = images.parse({"transform": f"{__name__}:spoiled", "options": {"how": how}}, 0)
+    with pytest.raises(UserError, match=said[how]):
+        made(torch.rand(2, 3, 6, 6), torch.arange(2), 2, 0)
+
+
+WRONG_IMAGES = {
+    "nowhere:made": "cannot be made: ModuleNotFoundError",
+    "math:pi": "cannot be made: TypeError",
+    "standart": "Did you mean 'standard'",
+}
+
+
+@pytest.mark.parametrize("option", [*WRONG_IMAGES, {"rand": 0.5}, {"rand": 2, "trivial": 1}, {"options": {}}], ids=str)
+def test_a_policy_or_transform_that_there_is_not_is_refused(option):
+    with pytest.raises(UserError, match=WRONG_IMAGES[option] if isinstance(option, str) else "augment"):
+        images.parse(option, 0)
+
+
+def test_a_policy_does_not_move_pixels_away_from_their_masks():
+    section = {"size": 16, "train_count": 16, "val_count": 8, "test_count": 8, "corruptions": "none"}
+    task = {"name": "segmentation", "ignore_index": 255}
+    with pytest.warns(UserWarning, match="operations that move pixels"):
+        found = data.load("drawn-scenes", task=task, augment="trivial", **section)
+    assert found.train.augment.moving is False
+    with pytest.raises(UserError, match="targets of task 'segmentation' lie at pixels"):
+        data.load("drawn-scenes", task=task, augment=f"{__name__}:brighter", **section)
+    with pytest.raises(UserError, match="name an ignore_index"):
+        data.load("drawn-scenes", task="segmentation", augment={"shift": 0.1}, **section)
+
+
+def test_masks_move_with_their_pixels_and_what_comes_from_outside_is_ignored():
+    task = build({"name": "segmentation", "ignore_index": 9})
+    masks = torch.randint(0, 4, (12, 16, 16))
+    made, rows = images.parse({"shift": 0.3, "flip": 0.5}, 2), torch.arange(12)
+    pictures = made((masks + 1)[:, None].float() / 10, rows, 12, 0)[:, 0] * 10 - 1
+    moved = task.moved(masks, made.theta(rows, 12, 0))
+    sharp = (pictures - pictures.round()).abs() < 1e-3
+    same = (moved == pictures.round()) | (moved == 9)
+    assert float(same[sharp].float().mean()) > 0.97 and bool((moved == 9).any())
 
 
 def test_masks_are_not_mixed():

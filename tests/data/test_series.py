@@ -104,7 +104,18 @@ def test_arrays_hold_every_task_s_targets(tmp_path):
         data.load("arrays", path=str(tmp_path / "table.npz"))
 
 
-@pytest.mark.parametrize("name", ["drawn-gauges", "drawn-scenes", "drawn-heartbeats", "drawn-machines"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "drawn-gauges",
+        "drawn-scenes",
+        "drawn-objects",
+        "drawn-figures",
+        "drawn-words",
+        "drawn-heartbeats",
+        "drawn-machines",
+    ],
+)
 def test_stand_ins_are_the_same_every_time_and_have_an_unseen_domain(name):
     task = {"name": "segmentation", "ignore_index": 255} if name == "drawn-scenes" else None
     first, second = (data.load(name, train_count=24, val_count=12, test_count=12, task=task) for _ in range(2))

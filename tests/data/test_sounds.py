@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import struct
 import wave
+from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -151,3 +154,26 @@ def test_a_table_may_name_a_file_in_another_unicode_form(tmp_path):
     options = {"table": "prices.csv", "target": "price", "task": "regression", "corruptions": "none"}
     found = load(tmp_path, val_fraction=0.2, test_fraction=0.2, **options)
     assert len(found.train) + len(found.val) + len(found.test) == 6
+
+
+@pytest.mark.parametrize("features", ["logmel", "mfcc"])
+@pytest.mark.parametrize(("window", "hop", "bands"), [(40.0, 20.0, 32), (25.0, 10.0, 20)])
+def test_the_device_runner_hears_the_features_that_were_trained_on(features, window, hop, bands):
+    spec = importlib.util.spec_from_file_location("device_runner", Path(__file__).parents[2] / "export" / "runner.py")
+    runner = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(runner)
+    made = Spectra(8000, features, bands, 12, window, hop)
+    sound = np.random.default_rng(0).standard_normal(4000)
+    np.testing.assert_allclose(runner.spectra(sound, asdict(made)), made(sound), atol=2e-5)
+    model = runner.Model.__new__(runner.Model)
+    model.features, model.size, model.mean, model.std = (
+        asdict(made),
+        [1, *made(sound).shape],
+        np.float32(2),
+        np.float32(3),
+    )
+    np.testing.assert_allclose(model.preprocess(sound), (made(sound)[None] - 2) / 3, atol=2e-5)
+    whole = np.clip(sound * 5000, -32768, 32767).astype(np.int16)
+    np.testing.assert_allclose(model.preprocess(whole)[0], (made(whole / 32768.0) - 2) / 3, atol=2e-4)
+    with pytest.raises(SystemExit, match="samples"):
+        model.preprocess(np.zeros((20, 20), np.uint8))
