@@ -31,6 +31,7 @@ from flatcompress.yaml_source import parse_yaml
 
 CATALOGUE: dict[str, Registry] = {
     "methods": flat.METHODS,
+    "combinations": flat.COMBINATIONS,
     "prune-methods": PRUNE_METHODS,
     "qat-methods": QAT_METHODS,
     "importances": prune.IMPORTANCES,

@@ -81,6 +81,7 @@ def make_job(
     return Job(
         model=model,
         optimizer=optimizer,
+        selects=optimizer.method.selects,
         train=run.data.train,
         accelerator=run.accelerator,
         loss=run.task.training_loss(config.label_smoothing),

@@ -104,7 +104,8 @@ class Job:
     ``max_steps``: after so many steps of the stage. ``batch_size``: samples of an optimizer step, which go through the
     model in ``accumulate`` parts, each mixed by ``mixing``. ``schedule``: see `schedules.rates`.
     ``callbacks`` take part in the order of the list, which whoever builds the job gives a reason for.
-    ``eligible(epoch)`` says whether an epoch may be selected as best.
+    ``eligible(epoch)`` says whether an epoch may be selected as best. ``selects``: the optimizer chooses samples by
+    their losses, so its closure must be able to give them.
     ``resume`` is a state that ``progress`` once saved, and ``context`` goes into every saved state untouched.
     ValueError when two callbacks keep their state under the same name.
     """
@@ -131,6 +132,7 @@ class Job:
     mixing: Mixing | None = None
     max_steps: int | None = None
     eligible: Callable[[int], bool] = _always
+    selects: bool = False
     progress: Progress | None = None
     resume: dict[str, Any] | None = None
     context: dict[str, Any] = field(default_factory=dict)

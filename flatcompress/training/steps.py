@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flatcompress.errors import RunError
 from flatcompress.training import divergence, memory
+from flatcompress.training.callback import Callback
 from flatcompress.training.divergence import Diverged
 from flatcompress.training.job import Job
 from flatcompress.training.mixing import Mixed
@@ -78,7 +79,9 @@ def _attempt(job: Job, x: Tensor, y: Tensor, step: int) -> tuple[float, float]:
 
 def _closure(
     job: Job, x: Tensor, y: Tensor, factor: float, step: int, rows: list[Tensor], mixed: Mixed | None
-) -> Callable[[], Tensor]:
+) -> Callable[..., Tensor]:
+    if mixed is None and _chooses(job):
+        return _selective(job, x, y, factor, step, rows)
     x = x if mixed is None else mixed.x
     checked = job.accelerator.scaler is None  # under loss scaling an overflow is expected and the step left out
 
@@ -87,15 +90,49 @@ def _closure(
             logits = _logits(job, x, step)
             loss = job.total_loss(logits, y, mixed)
             loss = loss if factor == 1.0 else loss * factor
-        job.accelerator.backward(loss)
-        for callback in job.callbacks:
-            callback.after_backward()
+        _backward(job, loss)
         if len(rows) < job.parts:
             rows.append(job.task.metric.rows(logits.detach(), y))
-        gradients = divergence.gradients_of(job.optimizer.param_groups) if checked else []
-        if not divergence.finite(loss, gradients):
-            raise Diverged(divergence.find(job.raw_model, x, float(loss.detach()), step + 1))
+        _refuse_divergence(job, x, loss, step, checked)
         return loss
+
+    return closure
+
+
+def _backward(job: Job, loss: Tensor) -> None:
+    job.accelerator.backward(loss)
+    for callback in job.callbacks:
+        callback.after_backward()
+
+
+def _refuse_divergence(job: Job, x: Tensor, loss: Tensor, step: int, checked: bool) -> None:
+    gradients = divergence.gradients_of(job.optimizer.param_groups) if checked else []
+    if not divergence.finite(loss, gradients):
+        raise Diverged(divergence.find(job.raw_model, x, float(loss.detach()), step + 1))
+
+
+def _chooses(job: Job) -> bool:
+    """Does the flat method choose samples, and can it: a callback's term may belong to the batch as a whole."""
+    own = any(type(callback).loss_term is not Callback.loss_term for callback in job.callbacks)
+    return job.selects and not own
+
+
+def _selective(job: Job, x: Tensor, y: Tensor, factor: float, step: int, rows: list[Tensor]) -> Callable[..., Tensor]:
+    """The closure of a method that chooses samples: the losses of those in ``keep``, backward where that is allowed."""
+    checked = job.accelerator.scaler is None
+
+    def closure(keep: Tensor | None = None) -> Tensor:
+        part, target = (x, y) if keep is None else (x[keep], y[keep])
+        with job.accelerator.autocast():
+            logits = _logits(job, part, step)
+            each = torch.stack([job.loss(logits[i : i + 1], target[i : i + 1]) for i in range(len(target))])
+            loss = job.total_loss(logits, target) * factor
+        if torch.is_grad_enabled():
+            _backward(job, loss)
+        if len(rows) < job.parts:
+            rows.append(job.task.metric.rows(logits.detach(), target))
+        _refuse_divergence(job, part, loss, step, checked and torch.is_grad_enabled())
+        return each.detach() * factor
 
     return closure
 

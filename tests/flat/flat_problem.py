@@ -23,14 +23,16 @@ NULL = {
     "sagm": {"rho": 0.0, "alpha": 0.0}, "wsam": {"rho": 0.0}, "looksam": {"rho": 0.0}, "esam": {"rho": 0.0},
     "friendlysam": {"rho": 0.0}, "rsam": {"rho": 0.0, "sigma": 0.0}, "msam": {"rho": 0.0}, "samon": {"rho": 0.0},
     "ssam": {"rho": 0.0}, "lpf_sgd": {"std": 0.0}, "dpsat": {"rho": 0.0}, "tram": {"scale": 0.0},
-    "ggpo": {"sigma": 0.0, "beta": 0.0},
+    "ggpo": {"sigma": 0.0, "beta": 0.0}, "gnp": {"rho": 0.0}, "stablesam": {"rho": 0.0}, "xsam": {"rho": 0.0},
+    "ksam": {"rho": 0.0, "k": 1.0}, "vsam": {"rho": 0.0, "warmup": 2}, "fmtl": {"rho": 0.0},
 }  # fmt: skip
 NAMES = list(flat.METHODS)
 # Small enough to train the tiny problem, and with every branch of the method taken within five steps.
 LIVELY = {
     "looksam": {"k": 2}, "ssam": {"every": 2, "mask": "dynamic"}, "tram": {"scale": 50.0}, "bsam": {"num_data": 40},
     "msam": {"rho": 0.1}, "samon": {"layers": "other"}, "lpf_sgd": {"std": 0.05, "samples": 2},
-    "ggpo": {"sigma": 0.3, "beta": 1.0},
+    "ggpo": {"sigma": 0.3, "beta": 1.0}, "xsam": {"every": 2, "points": 3, "ascents": 2},
+    "vsam": {"warmup": 1, "window": 2, "blocks": 1, "reuse": 1},
 }  # fmt: skip
 
 

@@ -55,7 +55,7 @@ def evaluate(closure: Closure, params: Sequence[nn.Parameter], probe: Probe) -> 
     """Run the closure once at the present weights and take the gradients it leaves, without copying them."""
     for p in params:
         p.grad = None
-    if not probe.backward:
+    if not probe.backward and takes_keep(closure):
         with torch.no_grad():
             return Reading([], _loss(_call(closure, probe)))
     sentinel = min(params, key=lambda p: p.numel())

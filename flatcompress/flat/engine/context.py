@@ -22,10 +22,12 @@ class Probe:
     """A point at which the closure is evaluated: w + ``shift``.
 
     shift: one tensor (or None) per parameter, or None for w itself.
-    backward: False asks for the losses alone (the closure then runs under ``torch.no_grad``).
+    backward: False asks for the losses alone: a closure that takes ``keep`` then runs under ``torch.no_grad``; any
+        other runs as always, its gradients are dropped and it counts as a pass.
     keep: indices of the samples to use; passed to the closure as its only argument.
     outside: further ``(tensor, delta)`` pairs that move with this probe, parameters of the optimizer or not.
     auxiliary: evaluate the second closure given to ``step`` instead of the first.
+    part: evaluate this one of the step's closures alone (a `Method` that is ``joint`` sees them all).
     """
 
     shift: Sequence[Tensor | None] | None = None
@@ -33,6 +35,7 @@ class Probe:
     keep: Tensor | None = None
     outside: Sequence[tuple[Tensor, Tensor]] = ()
     auxiliary: bool = False
+    part: int | None = None
 
 
 HERE = Probe()
@@ -70,8 +73,9 @@ class Step:
     """One step in progress. ``params`` are the trainable parameters, in order; every vector is aligned to them.
 
     selected: indices of the parameters that may be perturbed. losses: of the probes so far, a scalar or one per
-    sample. selective(): do the closures take ``keep``? others: trainable parameters that this optimizer
-    does not own. scratch: what a part leaves for a later part of the same step.
+    sample. selective(): do the closures take ``keep``? parts: how many closures the program sees. present: by probe,
+    which parameters got a gradient. others: trainable parameters that this optimizer does not own. scratch: what a
+    part leaves for a later part of the same step.
     """
 
     t: int
@@ -90,6 +94,8 @@ class Step:
     others: list[nn.Parameter] = field(default_factory=list)
     losses: list[Tensor] = field(default_factory=list)
     selective: Callable[[], bool] = lambda: False
+    parts: int = 1
+    present: list[list[bool]] = field(default_factory=list)
     scratch: dict[str, Any] = field(default_factory=dict)
 
     @property

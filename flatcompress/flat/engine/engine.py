@@ -137,7 +137,7 @@ class FlatOptimizer(Optimizer):
         update_scaler(self.settings.scaler, run.finite, step.params[0].device)
         self.t += 1
         self.passes += run.backwards
-        self._pair = (run.losses[0], run.losses[1]) if run.from_here and len(run.losses) > 1 else None
+        self._pair = run.pair
         return run.losses[0]
 
     def join_chunks(self) -> None:
@@ -195,7 +195,7 @@ class FlatOptimizer(Optimizer):
         self._points.begin()
         chosen = self.method.program if self.method.when(step) else self.method.otherwise
         self._replicas.share_buffers()
-        if self.settings.chunks == "joint" or len(closures) == 1:
+        if self.settings.chunks == "joint" or self.method.joint or len(closures) == 1:
             run = self._passes(step).run(chosen(step), closures, second)
         else:
             run = self._independent(step, chosen, closures, second)

@@ -26,7 +26,7 @@ class Run:
     """What a program made of its passes.
 
     probes: the gradients at its points, for COMPOSE. kept: what REMEMBER and UPDATE get. absent: parameters that no
-    pass gave a gradient.
+    pass gave a gradient. pair: the losses of the same samples at the weights and at the first point away from them.
     """
 
     combined: Vector
@@ -35,7 +35,7 @@ class Run:
     losses: list[Tensor]
     absent: list[bool]
     backwards: int
-    from_here: bool
+    pair: tuple[Tensor, Tensor] | None
     finite: bool
 
     def plus(self, other: Run) -> Run:
@@ -47,7 +47,9 @@ class Run:
             [a + b for a, b in zip(self.losses, other.losses)],
             [a and b for a, b in zip(self.absent, other.absent)],
             self.backwards,
-            self.from_here,
+            None
+            if self.pair is None or other.pair is None
+            else (self.pair[0] + other.pair[0], self.pair[1] + other.pair[1]),
             self.finite and other.finite,
         )
 
@@ -57,6 +59,7 @@ class Run:
         for vector in (self.combined, *self.probes, *self.kept):
             torch._foreach_mul_(vector, share)
         self.losses = [loss * share for loss in self.losses]
+        self.pair = None if self.pair is None else (self.pair[0] * share, self.pair[1] * share)
         return self
 
 
@@ -121,16 +124,15 @@ class Passes:
     probes: list[Vector] = field(default_factory=list)
     present: list[list[bool]] = field(default_factory=list)
     fillers: list[Tensor] = field(default_factory=list)
-    from_here: bool = True
+    asked: list[Probe] = field(default_factory=list)
+    dropped: int = 0
     finite: bool = True
-    _noise: RandomState | None = None
+    _noise: dict[int | None, RandomState] = field(default_factory=dict)
 
     def run(self, program: Program, closures: Sequence[Closure], second: Sequence[Closure]) -> Run:
         """Send every gradient to the program until it returns the combined one."""
-        self.step.losses = []
+        self.step.losses, self.step.present, self.step.parts = [], self.present, len(closures)
         self.step.selective = lambda: all(takes_keep(closure) for closure in closures)
-        if self.settings.replay_noise:
-            self._noise = RandomState.now(self._devices())
         # The last gradient and the next probe are handed on without a name here: where the program drops them too,
         # their memory is free during the next pass.
         hand: list[Any] = [None]
@@ -153,19 +155,40 @@ class Passes:
             combined,
             self.probes if self.settings.compose is not None else [],
             kept if self.keep else [],
-            [loss.mean() for loss in self.step.losses],
+            self._losses(),
             absent,
-            len(self.present),
-            self.from_here,
+            self._count(),
+            self._pair(),
             self.finite,
         )
 
+    def _losses(self) -> list[Tensor]:
+        """The mean loss of every probe; of the first, over all parts when it asked for one of them."""
+        losses = [loss.mean() for loss in self.step.losses]
+        if self.asked and self.asked[0].part is not None:
+            at_rest = [loss for probe, loss in zip(self.asked, losses) if not _moved(probe)]
+            losses[0] = torch.stack(at_rest).mean()
+        return losses
+
+    def _count(self) -> int:
+        """Passes over the batch: probes that ran backward, as many parts as there are closures making one."""
+        parts = sum(probe.part is not None for probe in self.asked)
+        return len(self.present) + self.dropped - parts + round(parts / max(self.step.parts, 1))
+
+    def _pair(self) -> tuple[Tensor, Tensor] | None:
+        """The losses of the same samples at the weights and at the first point away from them."""
+        for probe, loss in zip(self.asked, self.step.losses):
+            for other, risen in zip(self.asked, self.step.losses):
+                if not _moved(probe) and _moved(other) and _same_samples(probe, other):
+                    return loss.mean(), risen.mean()
+        return None
+
     def gradient(self, probe: Probe, closures: Sequence[Closure], second: Sequence[Closure]) -> Vector:
         """The mean gradient over the closures at w + shift; an empty list when the probe asks for losses alone."""
-        first, backward = not self.step.losses, probe.backward
-        if first:
-            self.from_here = probe.shift is None and not probe.outside
+        first, backward, part = self._first(probe), probe.backward, probe.part
         used = second if probe.auxiliary else closures
+        used = used if probe.part is None else used[probe.part : probe.part + 1]
+        self._note(probe, used)
         if not used:
             raise UserError("this method combines two losses: call step(closure, auxiliary_closure)")
         if probe.keep is not None and len(used) > 1:
@@ -178,10 +201,24 @@ class Passes:
             if not first:
                 stack.enter_context(self.buffers.frozen() if self.settings.freeze_buffers else nullcontext())
                 stack.enter_context(_untouched(self.step.others))
-                stack.enter_context(replayed(self._noise, self._devices()))
+                stack.enter_context(replayed(self._noise.get(part), self._devices()))
             total, present, losses = self._sum(used, unmoved)
         self.step.losses.append(losses[0] if len(losses) == 1 else torch.stack([loss.mean() for loss in losses]))
         return self._collect(total, present) if backward else []
+
+    def _first(self, probe: Probe) -> bool:
+        """Is this the pass in which buffers move, the step's first (of this part)? Its noise is drawn again later."""
+        if any(asked.part == probe.part for asked in self.asked) or (probe.part is None and self.asked):
+            return False
+        if self.settings.replay_noise:
+            self._noise[probe.part] = RandomState.now(self._devices())
+        return True
+
+    def _note(self, probe: Probe, used: Sequence[Closure]) -> None:
+        """What was asked for, without its tensors but for the samples."""
+        self.asked.append(replace(probe, shift=() if _moved(probe) else None, outside=()))
+        if not probe.backward and not all(takes_keep(closure) for closure in used):
+            self.dropped += 1  # its loss alone was wanted, but the closure runs backward
 
     def _sum(self, closures: Sequence[Closure], probe: Probe) -> tuple[Vector, list[bool], list[Tensor]]:
         """The mean gradient over closures, where there was one at all, and the losses; one gradient in memory."""
@@ -216,6 +253,14 @@ class Passes:
 
     def _devices(self) -> set[torch.device]:
         return {p.device for p in self.step.params}
+
+
+def _moved(probe: Probe) -> bool:
+    return probe.shift is not None or bool(probe.outside)
+
+
+def _same_samples(a: Probe, b: Probe) -> bool:
+    return a.keep is b.keep and a.part == b.part and a.auxiliary == b.auxiliary
 
 
 @contextmanager

@@ -20,7 +20,10 @@ from flatcompress.flat.engine.context import HERE, Probe, Program, Result, Step
 from flatcompress.flat.engine.hyper import non_negative, plus, share
 from flatcompress.flat.engine.vectors import Vector
 from flatcompress.flat.methods import (
+    cheap,
+    combined,
     masked,
+    multitask,
     noisy,
     onepass,
     trust,
@@ -292,9 +295,33 @@ METHODS.add(
     "ggpo", noisy.ggpo, "noise on the frozen weights of LoRA layers, built from their norms", "2502.14538",
     bounds={"sigma": _NOT_NEGATIVE, "beta": _NOT_NEGATIVE},
 )  # fmt: skip
+METHODS.add(
+    "gnp", combined.gnp, "penalised gradient norm: between the plain gradient and SAM's", "2202.03599",
+    bounds={**_RADIUS, "alpha": _NOT_NEGATIVE}, mix=(0.2, 0.8),
+)  # fmt: skip
+METHODS.add(
+    "stablesam", combined.stablesam, "SAM's direction at the length of the plain gradient", "2401.07250", bounds=_RADIUS
+)
+METHODS.add(
+    "xsam", combined.xsam, "away from the largest loss around, searched for between two directions", "2603.10048",
+    bounds={**_RADIUS, "rho_m": _NOT_NEGATIVE, "alpha_max": _NOT_NEGATIVE, "ascents": _COUNT, "every": _COUNT},
+)  # fmt: skip
+METHODS.add(
+    "ksam", cheap.ksam, "SAM on the samples with the largest losses, at the cost of a plain step", "2210.12864",
+    bounds={**_RADIUS, "k": Bounds(0, 1, open_low=True)},
+)  # fmt: skip
+METHODS.add(
+    "vsam", cheap.vsam, "SAM's part of the gradient taken as often as it varies, reused in between", "2403.08821",
+    bounds={**_RADIUS, "beta": _SHARE, "window": _COUNT, "blocks": _COUNT, "last": _COUNT, "max_share": _SHARE},
+)  # fmt: skip
+METHODS.add("fmtl", multitask.fmtl, "flat multi-task: SAM per task, aggregated by part", "2211.13723", bounds=_RADIUS)
 
 COMBINATIONS: Registry[Facts] = Registry("combination of two losses", Facts)
 COMBINATIONS.add("bloop", bloop, "a second loss that does not disturb the first", "2402.02998")
+COMBINATIONS.add(
+    "ignite", combined.ignite, "a bound on the gradient norm of the model's mean output", "2503.04242",
+    bounds={"rho": _NOT_NEGATIVE, "epsilon": _NOT_NEGATIVE, "eta_lambda": _NOT_NEGATIVE, "lam": _NOT_NEGATIVE},
+)  # fmt: skip
 
 
 def defaults_by_method() -> dict[str, dict[str, Any]]:

@@ -24,6 +24,11 @@ from flatcompress.randomness import mixed, spaced
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 MASKS = ("fisher", "dynamic")
 LAYERS = ("norm", "other")
+ALL_SAMPLES = (
+    "{} chooses samples by their losses, and this closure has no parameter `keep`: all samples are used, at the cost "
+    "of SAM. Give a closure(keep=None) that returns the losses of the samples in `keep` (None: all) and runs backward "
+    "only when torch.is_grad_enabled()"
+)
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -193,13 +198,15 @@ def esam(rho: Rho = 0.05, beta: float = 0.6, gamma: float = 0.5, **ball: Any) ->
         e = [None if x is None else x / beta for x in ascent(replace(step, selected=subset), g0)]
         before = step.losses[-1]
         if gamma >= 0.99 or not step.selective():
+            if gamma < 0.99 and step.t == 0:
+                warnings.warn(ALL_SAMPLES.format("esam"), stacklevel=2)
             return (yield Probe(e))
         if before.dim() == 0:
             raise UserError("the closure takes `keep` but returned one number; return the losses of all samples")
         yield Probe(e, backward=False)
         return (yield Probe(e, keep=sharpest(step.losses[-1] - before, gamma)))
 
-    return Method(program, ascent)
+    return Method(program, ascent, selects=True)
 
 
 def _some(step: Step, beta: float) -> list[int]:

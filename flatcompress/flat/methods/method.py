@@ -87,6 +87,8 @@ class Method:
     keeps: REMEMBER or UPDATE want what the program kept (its `Result.kept`, else the gradients at its probes).
         It is averaged over micro-batches and processes, so state is the same in every process.
     check: called once with a step when an optimizer is created; raises UserError where the method cannot work.
+    joint: the program sees all closures of a step at once (and may ask for one of them by `Probe.part`).
+    selects: it chooses samples, for which the closure needs a parameter ``keep``.
     """
 
     program: Callable[[Step], Program] = plain
@@ -97,3 +99,5 @@ class Method:
     update: Update = base_update
     keeps: bool = False
     check: Callable[[Step], None] | None = None
+    joint: bool = False
+    selects: bool = False
