@@ -67,8 +67,7 @@ def make_job(
     """
     model = run.accelerator.prepare(run.model)
     groups = parameter_groups(model, config.optimizer.weight_decay, scales, scale_lr)
-    if further := list(extra):
-        groups.append({"params": further, "weight_decay": 0.0})
+    groups += [{"params": further, "weight_decay": 0.0}] if (further := list(extra)) else []
     optimizer = flat.create(
         config.flat_method(),
         model,

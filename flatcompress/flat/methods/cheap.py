@@ -74,6 +74,14 @@ class Sampling:
     alpha_norm: float = 0.13
     alpha_var: float = 0.13
 
+    def __post_init__(self) -> None:
+        non_negative(alpha_norm=self.alpha_norm, alpha_var=self.alpha_var)
+        if min(self.window, self.blocks) < 1 or not 1 <= self.max_share * self.window <= self.window:
+            raise UserError(
+                f"window is {self.window}, blocks {self.blocks} and max_share {self.max_share}; vsam needs window, blocks "
+                ">= 1 and max_share * window between 1 and window"
+            )
+
     def next(self, rate: float, ratios: Sequence[float], variances: Sequence[float]) -> float:
         """The rate of the next window."""
         grown = rate * (1 + self.alpha_norm * change(ratios) + self.alpha_var * change(variances))
@@ -119,10 +127,8 @@ def vsam(
     """
     ascent = Ball(rho, **ball)
     share("beta", beta)
-    share("max_share", max_share)
-    non_negative(alpha_norm=alpha_norm, alpha_var=alpha_var)
-    if min(reuse, warmup) < 0 or min(window, blocks, last) < 1 or max_share * window < 1:
-        raise UserError("vsam needs reuse, warmup >= 0, window, blocks, last >= 1 and max_share * window >= 1")
+    if min(reuse, warmup) < 0 or last < 1:
+        raise UserError(f"vsam needs reuse, warmup >= 0 and last >= 1; found {reuse}, {warmup} and {last}")
     sampling = Sampling(window, blocks, max_share, alpha_norm, alpha_var)
 
     def sampled(step: Step) -> bool:
