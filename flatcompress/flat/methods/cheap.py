@@ -78,8 +78,8 @@ class Sampling:
         non_negative(alpha_norm=self.alpha_norm, alpha_var=self.alpha_var)
         if min(self.window, self.blocks) < 1 or not 1 <= self.max_share * self.window <= self.window:
             raise UserError(
-                f"window is {self.window}, blocks {self.blocks} and max_share {self.max_share}; vsam needs window, blocks "
-                ">= 1 and max_share * window between 1 and window"
+                f"window is {self.window}, blocks {self.blocks} and max_share {self.max_share}; vsam needs window and "
+                "blocks >= 1, and max_share * window between 1 and window"
             )
 
     def next(self, rate: float, ratios: Sequence[float], variances: Sequence[float]) -> float:
