@@ -1,7 +1,9 @@
 # Fresh machine with Python 3.11+ and make: `make demo`, then `make test`.
 PYTHON ?= python3
 BIN := .venv/bin
-.PHONY: demo test test-slow lint format docs clean bench bench-quick
+.PHONY: install demo test test-slow lint format docs clean bench bench-quick
+
+install: .venv/.installed  ## the package and what it needs, into .venv
 
 demo: .venv/.installed  ## install and run the quickstart recipe to a verified ONNX file
 	$(BIN)/flatcompress run configs/quickstart.yaml
@@ -36,7 +38,7 @@ clean:
 
 .venv/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -e .
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile -e .
 	touch $@
 
 .venv/.test-installed: .venv/.installed

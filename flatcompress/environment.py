@@ -5,12 +5,21 @@ from __future__ import annotations
 import os
 import platform
 import re
+import shlex
+import shutil
 import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
 import flatcompress
+
+
+def command() -> str:
+    """What to type for this program: its name, or the path that it was called by where the name alone is not found."""
+    called = sys.argv[0] if sys.argv else ""
+    named = Path(called).stem == "flatcompress" and Path(called).is_file()
+    return shlex.quote(called) if named and shutil.which("flatcompress") is None else "flatcompress"
 
 
 def processor() -> str:

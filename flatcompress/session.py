@@ -20,7 +20,7 @@ import torch
 
 from flatcompress import report
 from flatcompress.data import preview
-from flatcompress.environment import versions
+from flatcompress.environment import command, versions
 from flatcompress.errors import Interrupted, RunError, UserError
 from flatcompress.plan import apply_plan, load_weights
 from flatcompress.recipe import Recipe
@@ -393,4 +393,4 @@ def how_to_resume() -> str:
     if not module and program.stem != "flatcompress":
         return "The same call resumes the run."
     words = [w for w in sys.argv[1:] if w != "--restart"]
-    return "Resume with: flatcompress " + " ".join(shlex.quote(w) for w in words)
+    return f"Resume with: {command()} " + " ".join(shlex.quote(w) for w in words)

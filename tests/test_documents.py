@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -15,6 +16,7 @@ from flatcompress.recipe import load_recipe
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PHOTOGRAPHS = (ROOT / "docs" / "tutorials" / "photographs.md").read_text(encoding="utf-8")
 # the quick version of every training stage
 QUICK = {"epochs": 2}
 
@@ -70,3 +72,32 @@ def test_readme_python_runs(quick_checkout, monkeypatch):
     assert snippets
     for snippet in snippets:
         exec(compile(snippet, "README.md", "exec"), {})
+
+
+def own_images(text: str) -> list[list[str]]:
+    """The three commands for a folder of one's own, as words."""
+    block = next(b for b in re.findall(r"```bash\n(.*?)```", text, flags=re.S) if "--data photos" in b)
+    return [shlex.split(line.split("#")[0]) for line in block.splitlines()]
+
+
+def test_the_first_pages_say_the_same_three_commands():
+    """And the first of them is a target of the Makefile."""
+    found = own_images(README)
+    assert found == own_images((ROOT / "docs" / "index.md").read_text(encoding="utf-8")) and len(found) == 3
+    assert found[0] == ["make", "install"]
+    assert re.search(r"^install:", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.M)
+    assert [words[:2] for words in found[1:]] == [[".venv/bin/flatcompress", "init"], [".venv/bin/flatcompress", "run"]]
+
+
+@pytest.mark.slow
+def test_the_commands_for_a_folder_of_ones_own_end_in_a_certified_file(tmp_path, monkeypatch):
+    """Typed as they stand, after the installation, on drawn images of three classes."""
+    monkeypatch.chdir(tmp_path)
+    drawing = next(iter(re.findall(r"```python\n(.*?)```", PHOTOGRAPHS, flags=re.S)))
+    exec(compile(drawing, "photographs.md", "exec"), {})
+    for _, *words in own_images(README)[1:]:
+        assert _guarded(words) == 0
+    certificate = json.loads(Path("runs/photos/certificate.json").read_text(encoding="utf-8"))
+    ledger = json.loads(Path("runs/photos/ledger.json").read_text(encoding="utf-8"))
+    assert certificate["holds"] and Path("runs/photos/report.html").exists()
+    assert ledger[-1]["accuracy"]["test"] > 0.8

@@ -96,13 +96,18 @@ def validate(
 @app.command()
 def init(
     path: Annotated[Path, typer.Argument(help="where to write the recipe")] = Path("recipe.yaml"),
-    template: Annotated[str, typer.Option("--template", help="quickstart | domains | folder | cifar10")] = "quickstart",
+    template: Annotated[str | None, typer.Option("--template", help="quickstart | domains | folder | cifar10")] = None,
+    data: Annotated[Path | None, typer.Option(help="folder of images: the recipe is fitted to what is in it")] = None,
     force: Annotated[bool, typer.Option("--force", help="overwrite an existing file")] = False,
 ) -> None:
-    """Write a starter recipe, every key with a comment."""
+    """Write a starter recipe, every key with a comment (default: quickstart)."""
     from flatcompress.cli.commands import write_starter
+    from flatcompress.environment import command
 
-    typer.echo(f"wrote {write_starter(path, template, force)}. Next: flatcompress run {path}")
+    said = write_starter(path, template, data, force)
+    if said:
+        typer.echo(said)
+    typer.echo(f"wrote {path}. Next: {command()} run {path}")
 
 
 @app.command("list")

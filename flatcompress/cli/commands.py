@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from flatcompress import data, extensions, flat, models, onnx_export, prune, quant, report
+from flatcompress.cli import fitting
 from flatcompress.cli.templates import STARTERS
 from flatcompress.data.corruptions import CORRUPTIONS
 from flatcompress.errors import UserError, unknown
@@ -146,16 +147,23 @@ def rebuild_report(folder: Path) -> Path:
     return report.build(folder)
 
 
-def write_starter(path: Path, template: str, force: bool) -> Path:
-    """Write a commented starter recipe. UserError when the file exists and ``force`` is not set."""
+def write_starter(path: Path, template: str | None, data_folder: Path | None, force: bool) -> str:
+    """Write a commented starter recipe, ``template``'s or one fitted to the images of ``data_folder``; what was found.
+
+    UserError when the file exists and ``force`` is not set.
+    """
+    if template is not None and data_folder is not None:
+        raise UserError("--template and --data: give one. --data chooses the template by what is in the folder.")
+    template = template or "quickstart"
     if template not in STARTERS:
         raise unknown("template", template, STARTERS)
     if path.exists() and not force:
         raise UserError(f"{path} exists. Use --force to overwrite it, or give another name.")
     if not path.parent.is_dir():
         raise UserError(f"{path.parent}: no such folder.")
-    write_text_atomic(path, STARTERS[template])
-    return path
+    text, said = (STARTERS[template], "") if data_folder is None else fitting.fitted(data_folder)
+    write_text_atomic(path, text)
+    return said
 
 
 def open_run(folder: Path) -> tuple[Recipe, Pipeline]:
