@@ -49,6 +49,22 @@ def versions(*packages: str) -> dict[str, str]:
     return {name: version for name, version in found.items() if version is not None}
 
 
+def of_run(device: str, processes: int) -> dict[str, Any]:
+    """Versions and machine of a training run, for its log and certificate."""
+    import torch  # not at the top: `flatcompress --help` answers without it
+
+    packages = ("flatcompress", "torch", "torch-pruning", "brevitas", "onnx", "onnxruntime", "accelerate", "numpy")
+    return {
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "processes": processes,
+        "packages": versions(*packages),
+    }
+
+
 def _version(name: str) -> str | None:
     if name == "flatcompress":
         return flatcompress.__version__

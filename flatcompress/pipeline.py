@@ -167,10 +167,13 @@ class Pipeline:
         recipe = self.recipe
         if recipe.threads:
             torch.set_num_threads(recipe.threads)
-        run = self.prepare()
         path = Path(folder) if folder is not None else self.folder
-        with Session(path, recipe, restart, display) as session:
-            run.folder, run.emit = session.folder.path, session.emit
+        session = Session(path, recipe, restart, display)
+        session.show("doing", what="reading the data, trying every stage on a copy", measuring=False)
+        run = self.prepare()
+        session.show("doing", what=None, measuring=False)
+        with session:
+            run.folder, run.emit, run.show = session.folder.path, session.emit, session.show
             first = session.restore(run)
             session.begin(run, first)
             for index in range(first, len(recipe.stages)):

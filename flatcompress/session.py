@@ -6,7 +6,6 @@ The pipeline asks the session where to begin, tells it when a stage is entered a
 from __future__ import annotations
 
 import os
-import platform
 import shlex
 import sys
 import time
@@ -19,8 +18,8 @@ from typing import Any
 import torch
 
 from flatcompress import report
-from flatcompress.data import preview
-from flatcompress.environment import command, versions
+from flatcompress.data import DataBundle, preview
+from flatcompress.environment import command, of_run
 from flatcompress.errors import Interrupted, RunError, UserError
 from flatcompress.plan import apply_plan, load_weights
 from flatcompress.recipe import Recipe
@@ -130,6 +129,11 @@ class Session:
         if self.display is not None:
             self.display(row)
 
+    def show(self, event: str, **fields: Any) -> None:
+        """Show one event without writing it to the log."""
+        if self.main and self.display is not None:
+            self.display({"event": event, "stage": self._stage, **fields})
+
     @contextmanager
     def _warnings_as_events(self) -> Iterator[None]:
         """While it is open, a warning is an event: in the log, and where somebody watches shown there alone."""
@@ -192,13 +196,15 @@ class Session:
             recipe_hash=run.recipe_hash,
             resumed_at=stage_id(self.recipe, first) if 0 < first < len(self.recipe.stages) else None,
             stages=[stage_id(self.recipe, i) for i in range(len(self.recipe.stages))],
+            epochs=[entry.config.epochs_planned for entry in self.recipe.stages],
             first=first,
             data=run.data.name,
             classes=list(run.data.classes),
             held_out=run.data.held_out_domain,
+            samples=samples(run.data),
             skipped=len(run.data.skipped),
             notes=list(run.data.notes),
-            environment=environment(run),
+            environment=of_run(str(run.device), run.accelerator.num_processes),
         )
         if run.data.skipped:  # whoever loaded the data was told before there was a log
             said = f"bad samples left out of the data: {len(run.data.skipped)}; the first: {run.data.skipped[0]}"
@@ -372,18 +378,12 @@ def stage_id(recipe: Recipe, index: int) -> str:
     return f"{index}-{recipe.stages[index].kind}"
 
 
-def environment(run: RunContext) -> dict[str, Any]:
-    """Versions and machine, for the log and the certificate."""
-    packages = ("flatcompress", "torch", "torch-pruning", "brevitas", "onnx", "onnxruntime", "accelerate", "numpy")
-    return {
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "system": platform.system(),
-        "device": str(run.device),
-        "threads": torch.get_num_threads(),
-        "processes": run.accelerator.num_processes,
-        "packages": versions(*packages),
-    }
+def samples(data: DataBundle) -> dict[str, int]:
+    """How many samples each part has; ``measured``: all that a finished stage is measured on, corrupted copies too."""
+    parts = {name: part for name in ("train", "val", "test", "held_out") if (part := getattr(data, name)) is not None}
+    counts = {name: len(part) for name, part in parts.items()}
+    corrupted = sum(len(part) for part in data.corrupted.values())
+    return {**counts, "measured": counts["test"] + counts.get("held_out", 0) + corrupted}
 
 
 def how_to_resume() -> str:

@@ -1,13 +1,14 @@
 """What a run shows on the terminal: the ledger as a table, and live progress that is quiet when nobody watches.
 
 Both take the plain data of the ledger and of log events. On a terminal `Progress` keeps one live line (stage, epoch,
-loss, accuracy, time left) below a line for every finished stage; anywhere else it prints a single line a stage and
-warning, so that a log file of a batch system stays readable.
+loss, accuracy, what is being measured, time left with the measuring in it) below a line for every decision and every
+finished stage; anywhere else it prints those lines alone, so that a log file of a batch system stays readable.
 """
 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
@@ -18,7 +19,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from flatcompress.report.numbers import duration, mapping, number, percent, significant, size, text
+from flatcompress.report.numbers import duration, mapping, number, percent, records, significant, size, text
+from flatcompress.report.remaining import Remaining
 from flatcompress.report.tables import columns_of, lookup
 
 
@@ -62,8 +64,12 @@ class Progress:
         self._live: Live | None = None
         self._stage: dict[str, Any] = {}
         self._epoch: dict[str, Any] = {}
-        self._entered = clock()
-        self._first: float | None = None  # epochs that were done before this process began
+        self._entered = self._begun = clock()
+        self._remaining = Remaining(clock)
+        self._doing: tuple[str, bool, float] | None = None  # what, whether it measures, since when
+        self._step: float | None = None  # epochs done, as steps tell it
+        self._layers = ""  # what was last said of them
+        self._kept: tuple[float, float] | None = None  # channels of this stage
         self._whole = 0  # layers of this stage that keep their channels or weights
 
     def __enter__(self) -> Progress:
@@ -84,20 +90,25 @@ class Progress:
 
     def event(self, event: Mapping[str, Any]) -> None:
         """Take one event of the log."""
+        self._remaining.event(event)
         show = getattr(self, f"_on_{text(event.get('event'), 20)}", None)
         if show is not None:
             show(event)
 
     def __rich__(self) -> Table | Text:
         """The live line."""
-        if not self._stage:
+        if not self._stage and self._doing is None:
             return Text("")
         grid = Table.grid(padding=(0, 2))
         done, total = number(self._epoch.get("epoch")) or 0, number(self._stage.get("epochs"))
-        cells: list[Any] = [Text(self._label(), style="bold")]
-        if total:
+        cells: list[Any] = [Text(self._label(), style="bold")] if self._stage else []
+        if self._doing is not None:
+            what, measures, since = self._doing
+            cells.append(Text(f"measuring: {what}" if measures else what))
+            cells.append(Text(self._time_left() or duration(self._clock() - since), style="dim"))
+        elif total:
             cells += [
-                ProgressBar(total=total, completed=min(done, total), width=24),
+                ProgressBar(total=total, completed=min(max(done, self._step or 0), total), width=24),
                 Text(f"epoch {done:.0f}/{total:.0f}"),
             ]
             cells += [Text(part, style="dim") for part in (_measures(self._epoch), self._time_left()) if part]
@@ -118,7 +129,8 @@ class Progress:
             self._say(f"{text(event.get('data'), 60)}: {len(classes)} classes: {named}{more}", "dim")
 
     def _on_stage(self, event: Mapping[str, Any]) -> None:
-        self._stage, self._epoch, self._first, self._whole = dict(event), {}, None, 0
+        self._stage, self._epoch, self._whole = dict(event), {}, 0
+        self._kept = self._doing = self._step = None
         self._entered = self._clock()
         if self._live is None:
             epochs = number(event.get("epochs"))
@@ -126,10 +138,48 @@ class Progress:
 
     def _on_epoch(self, event: Mapping[str, Any]) -> None:
         self._epoch = dict(event)
-        now = number(event.get("epoch"))
-        if self._first is None and now is not None:
-            self._first = now - 1
         self._stage.setdefault("epochs", event.get("epochs"))
+
+    def _on_step(self, event: Mapping[str, Any]) -> None:
+        step, steps, epochs = (
+            number(found) for found in (event.get("step"), event.get("steps"), self._stage.get("epochs"))
+        )
+        if step is not None and steps and epochs:
+            self._step = epochs * step / steps
+
+    def _on_doing(self, event: Mapping[str, Any]) -> None:
+        what = text(event.get("what"), 60)
+        self._doing = (what, event.get("measuring") is True, self._clock()) if what else None
+
+    def _on_prune(self, event: Mapping[str, Any]) -> None:
+        kept, total = number(event.get("kept_channels")), number(event.get("total_channels"))
+        if kept is not None and total is not None:
+            self._kept = (kept, total)
+
+    def _on_bits(self, event: Mapping[str, Any]) -> None:
+        bits = mapping(event.get("bits"))
+        counts = Counter(text(b, 8) for b in bits.values())
+        listed = ", ".join(f"{count} at {b}" for b, count in sorted(counts.items()))
+        budget, unit = number(event.get("budget")), text(event.get("unit"), 30).replace("_", " ")
+        self._say(f"bits chosen for {significant(budget)} {unit}: {listed} (layers at bits)", "dim", mark="  ")
+
+    def _on_selected(self, event: Mapping[str, Any]) -> None:
+        measured = _measures(event)
+        self._say(f"kept: the weights with {measured}" if measured else "", "dim", mark="  ")
+
+    def _on_layers(self, event: Mapping[str, Any]) -> None:
+        rows = records(event.get("layers"))
+        bits = {text(row.get("name"), 60): number(row.get("weight_bits")) for row in rows}
+        low = [name for name, b in bits.items() if b is not None and b < 32]
+        dense = [name for name in bits if name not in low]
+        if not low:
+            return
+        named = ", ".join(dense[:_WHOLE]) + (f" and {len(dense) - _WHOLE} more" if len(dense) > _WHOLE else "")
+        stays = f"; stays float: {named}" if dense else ""
+        line = f"{len(low)} of {len(bits)} layers quantized{stays}"
+        if line != self._layers:  # the exported file's are said where they are others
+            self._say(line, "dim", mark="  ")
+        self._layers = line
 
     def _on_protected(self, event: Mapping[str, Any]) -> None:
         self._whole += 1
@@ -149,14 +199,19 @@ class Progress:
         name = text(event.get("stage"), 40) or text(row.get("stage"), 40)
         columns = [c for c in columns_of([row]) if c.key.startswith(("accuracy.", "metrics."))]
         parts = [f"{c.title.lower()} {c.show(lookup(row, c.key))}" for c in columns if lookup(row, c.key) is not None]
+        if self._kept is not None:
+            self._say(f"{self._kept[0]:.0f} of {self._kept[1]:.0f} channels stay", "dim", mark="  ")
         parts += [size(row["bytes"])] if row.get("bytes") is not None else []
         parts += [duration(row["seconds"])] if row.get("seconds") is not None else []
-        self._stage, self._epoch = {}, {}
+        self._stage, self._epoch, self._kept = {}, {}, None
         self._say(f"{name}  " + " · ".join(parts), mark="✓ ")
 
     def _on_warning(self, event: Mapping[str, Any]) -> None:
         where = text(event.get("stage"), 40)
         self._say((f"{where}: " if where else "") + text(event.get("message"), 300), "yellow", mark="! ")
+
+    def _on_done(self, event: Mapping[str, Any]) -> None:
+        self._say(f"done in {duration(self._clock() - self._begun)}", "dim")
 
     def _on_stopped(self, event: Mapping[str, Any]) -> None:
         self._say(text(event.get("reason"), 300), "yellow", mark="! ")
@@ -168,11 +223,12 @@ class Progress:
         return place + text(self._stage.get("stage"), 40).split("-", 1)[-1] + (f" ({method})" if method else "")
 
     def _time_left(self) -> str:
-        done, total = number(self._epoch.get("epoch")), number(self._stage.get("epochs"))
-        if done is None or total is None or self._first is None or done <= self._first or done >= total:
+        """Of the stage and of the run, as far as they are known; the measuring is in it, or it says so."""
+        stage, run = self._remaining.stage, self._remaining.run
+        if stage is None or (stage[0] <= 0 and run is None):
             return ""
-        rate = (self._clock() - self._entered) / (done - self._first)
-        return f"{duration(rate * (total - done))} left"
+        left = f"{duration(stage[0])} left" + ("" if stage[1] else ", then measuring")
+        return left + (f", about {duration(run)} for the run" if run is not None else "")
 
     def _say(self, line: str, style: str = "", mark: str = "") -> None:
         if line.strip():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -10,6 +13,23 @@ from flatcompress.prune import masks
 from flatcompress.tasks import Task
 from flatcompress.tasks.agreement import distillation
 from flatcompress.training.callback import Callback, Training
+
+
+class Heartbeat(Callback):
+    """Shows how far the training is: a step event now and then, of ``steps`` in the whole stage; never in the log."""
+
+    EVERY = 0.5  # seconds
+
+    def __init__(self, show: Callable[..., None], steps: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self.show, self.steps, self._clock = show, steps, clock
+        self._last: float | None = None
+
+    def after_step(self, step: int) -> None:
+        """Show it, the first one and the last one always."""
+        now = self._clock()
+        if self._last is None or step == self.steps or now - self._last >= self.EVERY:
+            self._last = now
+            self.show("step", step=step, steps=self.steps)
 
 
 class MaskedWeights(Callback):

@@ -30,12 +30,12 @@ class RunContext:
     """One model on its way through the stages, and what the stages may use.
 
     ``build`` makes a fresh float model as the recipe describes it; ``emit(event, **fields)`` writes to the log and
-    the terminal; ``ledger`` has one row per finished stage; ``artifacts`` are files a stage has written. ``resume`` is
-    the state of this very stage when it was interrupted, ``progress`` is where it saves such states, with ``phase``:
-    which phase of the stage is running and what the earlier ones found (see `stage.run_stage`). ``callbacks`` are the
-    user's own, and take part in every training job after the stage's. ``accumulate``: batches of an optimizer step of
-    the running stage. ``measuring``: how much is measured (see `budget`). ``spent``: where the running stage's time
-    went, beside its training, in seconds.
+    the terminal, ``show(event, **fields)`` to the terminal alone; ``ledger`` has one row per finished stage;
+    ``artifacts`` are files a stage has written. ``resume`` is the state of this very stage when it was interrupted,
+    ``progress`` is where it saves such states, with ``phase``: which phase of the stage is running and what the
+    earlier ones found (see `stage.run_stage`). ``callbacks`` are the user's own, and take part in every training job
+    after the stage's. ``accumulate``: batches of an optimizer step of the running stage. ``measuring``: how much
+    is measured (see `budget`). ``spent``: where the running stage's time went, beside its training, in seconds.
     """
 
     model: nn.Module
@@ -49,6 +49,7 @@ class RunContext:
     folder: Path | None = None
     recipe_hash: str = ""
     emit: Callable[..., None] = _silent
+    show: Callable[..., None] = _silent
     ledger: list[dict[str, Any]] = field(default_factory=list)
     passes: int = 0
     artifacts: dict[str, Path] = field(default_factory=dict)
@@ -63,12 +64,22 @@ class RunContext:
 
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:
-        """Add the seconds of the block to ``spent[what]``; of this stage alone."""
+        """Add the seconds of the block, which measures, to ``spent[what]``; of this stage alone."""
         begun = time.monotonic()
+        try:
+            with self.doing(what, measuring=True):
+                yield
+        finally:
+            self.spent[what] = self.spent.get(what, 0.0) + time.monotonic() - begun
+
+    @contextmanager
+    def doing(self, what: str, *, measuring: bool = False) -> Iterator[None]:
+        """Show what the block does, in a few words, while it does it."""
+        self.show("doing", what=what, measuring=measuring)
         try:
             yield
         finally:
-            self.spent[what] = self.spent.get(what, 0.0) + time.monotonic() - begun
+            self.show("doing", what=None, measuring=measuring)
 
     @property
     def task(self) -> Task:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from flatcompress import flat
 from flatcompress.errors import UserError
 from flatcompress.stages.averaging import Averaging
+from flatcompress.stages.callbacks import Heartbeat
 from flatcompress.stages.context import RunContext
 from flatcompress.stages.keys import TrainingKeys
 from flatcompress.training import optimizers
@@ -77,6 +79,7 @@ def make_job(
         **(config.hyper if hyper is None else hyper),
         **slots,
     )
+    steps = min(config.epochs * run.steps_per_epoch, config.max_steps or sys.maxsize)
     return Job(
         model=model,
         optimizer=optimizer,
@@ -98,7 +101,7 @@ def make_job(
         select=config.select,
         patience=config.patience,
         validate=partial(_score, run, model, as_shipped),
-        callbacks=[*callbacks, *run.callbacks],
+        callbacks=[Heartbeat(run.show, steps), *callbacks, *run.callbacks],
         eligible=eligible,
         emit=run.emit,
         progress=run.progress,

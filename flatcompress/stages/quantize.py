@@ -236,7 +236,8 @@ def phases(run: RunContext, config: QuantizeConfig) -> list[Phase]:
 def _post_training(run: RunContext, config: QuantizeConfig, facts: Facts) -> None:
     images = post_training.calibration(run, config.calibration_samples)
     settings = post_training.settings(run, config, {**placement(config), "bits": facts["bits"]})
-    post_training.quantize(run, images, config.weight_bits, settings, config.max_drop)
+    with run.doing("post-training quantization"):
+        post_training.quantize(run, images, config.weight_bits, settings, config.max_drop)
 
 
 def _train_float(run: RunContext, config: QuantizeConfig, facts: Facts) -> None:
@@ -252,15 +253,19 @@ def _train_quantized(run: RunContext, config: QuantizeConfig, teacher: nn.Module
     images = post_training.calibration(run, config.calibration_samples)
     if config.from_post_training and run.resume is None:
         settings = post_training.settings(run, config, {**placement(config), "bits": facts["bits"]})
-        post_training.start(run, images, config.weight_bits, settings)
+        with run.doing("post-training quantization"):
+            post_training.start(run, images, config.weight_bits, settings)
     else:
         run.plan = run.plan + insert(run.model, run.example(), config, facts["bits"])
-        quant.calibrate(run.model, images)
+        with run.doing("calibration"):
+            quant.calibrate(run.model, images)
     if before is not None:
-        log_map(run, before, config.epochs)
+        with run.doing("how far each layer may move"):
+            log_map(run, before, config.epochs)
     train(run, qat_job(run, config, teacher))
     if not config.freeze_bn:
-        quant.reestimate_batchnorm(run.model, shipped.statistics_batches(run))
+        with run.doing("BatchNorm statistics"):
+            quant.reestimate_batchnorm(run.model, shipped.statistics_batches(run))
     quant.set_bias_rounding(run.model, True)
 
 
@@ -366,7 +371,7 @@ def choose_bits(run: RunContext, config: QuantizeConfig) -> dict[str, Any] | Non
         return config.bits
     unit, budget = config.bits_budget
     x, y = train_batches(run, SENSITIVITY_SAMPLES, SENSITIVITY_SAMPLES)[0]
-    with evaluating(run.model):
+    with evaluating(run.model), run.doing("the bits of each layer"):
         chosen = quant.auto_bits(
             run.model,
             lambda: run.task.loss(run.model(x), y),
