@@ -29,8 +29,9 @@ def log_map(run: RunContext, before: nn.Module, epochs: int) -> None:
     def measured() -> list[dict[str, Any]]:
         return quant.flatness_map(before, lambda: run.task.loss(before(x), y), bits, RISE, budget.PROBES, seed=run.seed)
 
-    rows = reported(
-        "the flatness map of the layers could not be measured", measured, None, " flatness_map: false skips it."
-    )
+    with run.doing("how far each layer may move"):
+        rows = reported(
+            "the flatness map of the layers could not be measured", measured, None, " flatness_map: false skips it."
+        )
     if rows is not None:
         run.emit("flatness", rise=RISE, layers=rows)

@@ -79,7 +79,6 @@ def make_job(
         **(config.hyper if hyper is None else hyper),
         **slots,
     )
-    steps = min(config.epochs * run.steps_per_epoch, config.max_steps or sys.maxsize)
     return Job(
         model=model,
         optimizer=optimizer,
@@ -101,13 +100,17 @@ def make_job(
         select=config.select,
         patience=config.patience,
         validate=partial(_score, run, model, as_shipped),
-        callbacks=[Heartbeat(run.show, steps), *callbacks, *run.callbacks],
+        callbacks=[_heartbeat(run, config), *callbacks, *run.callbacks],
         eligible=eligible,
         emit=run.emit,
         progress=run.progress,
         resume=run.resume,
         context=run.phase,
     )
+
+
+def _heartbeat(run: RunContext, config: TrainingKeys) -> Heartbeat:
+    return Heartbeat(run.show, min(config.epochs * run.steps_per_epoch, config.max_steps or sys.maxsize))
 
 
 def _score(run: RunContext, model: nn.Module, as_shipped: Callable[[], AbstractContextManager[None]]) -> float:

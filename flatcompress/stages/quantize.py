@@ -260,8 +260,7 @@ def _train_quantized(run: RunContext, config: QuantizeConfig, teacher: nn.Module
         with run.doing("calibration"):
             quant.calibrate(run.model, images)
     if before is not None:
-        with run.doing("how far each layer may move"):
-            log_map(run, before, config.epochs)
+        log_map(run, before, config.epochs)
     train(run, qat_job(run, config, teacher))
     if not config.freeze_bn:
         with run.doing("BatchNorm statistics"):
