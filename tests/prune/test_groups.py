@@ -153,6 +153,25 @@ def test_graph_that_cannot_be_read_is_a_clear_error() -> None:
         find_groups(Blind(), images())
 
 
+def test_an_index_map_that_cannot_be_made_protects_its_own_channels_alone(monkeypatch) -> None:
+    from torch_pruning.dependency import index_mapping
+
+    def fails(graph: object, node: object) -> None:
+        raise ZeroDivisionError("integer division or modulo by zero")
+
+    def flattened() -> nn.Sequential:
+        return nn.Sequential(
+            nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 16, 5),
+            nn.ReLU(), nn.Linear(5, 4),
+        )  # fmt: skip
+
+    assert {g.name for g in survey(flattened(), images()).groups} == {"0", "2", "5"}
+    monkeypatch.setattr(index_mapping, "update_reshape_index_mapping", fails)
+    found = survey(flattened(), images())
+    assert {g.name for g in found.groups} == {"0", "5"}
+    assert next(g.reason for g in found.protected if g.name == "2").startswith("the dependency graph cannot follow")
+
+
 def test_survey_leaves_the_model_as_it_was() -> None:
     model = Residual().train()
     model.conv1.weight.requires_grad_(False)

@@ -127,12 +127,12 @@ def _graph(
         return [t for t in tensors_of(call(model, example)) if t.grad_fn is not None] + heard
 
     try:
-        with evaluating(model), _differentiable(model), warnings.catch_warnings():
+        with evaluating(model), _differentiable(model), _mapped_one_by_one(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             graph = tp.DependencyGraph().build_dependency(
                 model, example_input, run, customized_pruners=_opaque(model, blocks) or None, verbose=False
             )
-            tp.dependency.index_mapping.update_index_mapping(graph)
+            _map_channels(graph)
             return graph
     except Exception as error:
         # The innermost function says which operation was being read, such as update_split_index_mapping.
@@ -140,6 +140,45 @@ def _graph(
         raise UserError(
             f"the dependency graph of {type(model).__name__} cannot be read: {type(error).__name__} in {where}: {error}"
         ) from error
+
+
+@contextmanager
+def _mapped_one_by_one() -> Iterator[None]:
+    """torch-pruning builds its index maps with `_map_channels` inside: its own loop ends at the first that fails."""
+    maps = tp.dependency.index_mapping
+    own, maps.update_index_mapping = maps.update_index_mapping, _map_channels
+    try:
+        yield
+    finally:
+        maps.update_index_mapping = own
+
+
+def _map_channels(graph: tp.DependencyGraph) -> None:
+    """torch-pruning's index maps, node by node: one that it cannot make stands in the way of its own channels alone."""
+    maps, kinds = tp.dependency.index_mapping, tp.ops.OPTYPE
+    makers = {
+        kinds.CONCAT: maps.update_concat_index_mapping,
+        kinds.SPLIT: maps.update_split_index_mapping,
+        kinds.RESHAPE: maps.update_reshape_index_mapping,
+        kinds.UNBIND: maps.update_unbind_index_mapping,
+        kinds.EXPAND: maps.update_expand_index_mapping,
+        kinds.SLICE: maps.update_slice_index_mapping,
+    }
+    for node in graph.module2node.values():
+        try:
+            makers.get(node.type, _no_map)(graph, node)
+        except (ArithmeticError, LookupError, TypeError, AttributeError, ValueError):
+            beside = [d for other in (*node.inputs, *node.outputs) for d in other.dependencies if d.target is node]
+            for dependency in (*node.dependencies, *beside):
+                dependency.index_mapping[0] = _no_channels
+
+
+def _no_map(graph: tp.DependencyGraph, node: Any) -> None:
+    """Most operations leave every channel where it is."""
+
+
+def _no_channels(pairs: list[Any]) -> list[Any]:
+    raise ValueError("it is not known where these channels go")
 
 
 def _label(graph: tp.DependencyGraph, names: dict[nn.Module, str], module: Any) -> str | None:
