@@ -138,3 +138,26 @@ def test_a_trained_pattern_is_written_proved_and_equal_to_the_model(name: str, b
         assert found["holds"], found["failures"]
         trained = found["trained"]
         assert trained["file"]["largest_error_steps"] < 1.0 or trained["stepwise"]["holds"], trained
+
+
+class AfterAnInstanceNorm(nn.Module):
+    """The mean of a map whose mean is zero: what the pool makes is far smaller than what it reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv, self.norm = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 1), nn.InstanceNorm2d(4)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.adaptive_avg_pool2d(self.norm(self.conv(self.stem(x))), 1).flatten(1))
+
+
+@pytest.mark.parametrize("profile", ["packed", "int8", "qdq"])
+def test_a_pool_that_onnxruntimes_integer_kernel_refuses_stays_in_floats(profile: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = AfterAnInstanceNorm()
+    quant.quantize(model, 8, 8, example_input=IMAGES[:2])
+    quant.calibrate(model, [IMAGES])
+    exported = export(model.eval(), IMAGES[:2], tmp_path / "m.onnx", profile=profile)
+    certificate = certify(exported, [IMAGES], latency_runs=0, write=False)
+    assert certificate["holds"], certificate["failures"]

@@ -236,7 +236,19 @@ def _table(w: Writer, node: fx.Node, module: integer.Table) -> str:
 
 def _pool(w: Writer, node: fx.Node, module: integer.IntegerPool) -> str:
     x = w.real_of(w.tensor(node.args[0]), module.in_grid)
-    return w.codes_of(w.builder.op("GlobalAveragePool", [x], name=node.meta["path"]), module.out_grid)
+    return w.codes_of(pool_of(w, node, x, module), module.out_grid)
+
+
+def pool_of(w: Writer, node: fx.Node, x: str, module: integer.IntegerPool) -> str:
+    """The mean of a map of real numbers, with a Clip that limits nothing where onnxruntime has no integer kernel.
+
+    Its QLinearGlobalAveragePool ends with an error where in_scale / (out_scale * pixels) is 256 or more, or below
+    2^-32: means that are nearly zero, behind an instance norm for one. The Clip keeps the pool in floats.
+    """
+    ratio, reach = float(module.in_grid.scale) / float(module.out_grid.scale), 2.0 * module.in_grid.scale * 256
+    if not 2.0**-8 <= ratio < 256:  # of any size of map: one pixel to the kernel's limit of 2^24
+        x = w.builder.op("Clip", [x, w.builder.floats(-reach), w.builder.floats(reach)])
+    return w.builder.op("GlobalAveragePool", [x], name=node.meta["path"])
 
 
 def _matmul(w: Writer, node: fx.Node, module: integer.IntegerMatMul) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 from torch import fx, nn
 
 from flatcompress.errors import UserError
-from flatcompress.onnx_export.emit.layers import MODULES, conv
+from flatcompress.onnx_export.emit.layers import MODULES, conv, pool_of
 from flatcompress.onnx_export.emit.writer import ModuleEmitter, Writer, array, as_matrix
 from flatcompress.onnx_export.lower import integer
 from flatcompress.onnx_export.lower.integer import Grid
@@ -110,7 +110,7 @@ def _two(kind: str) -> ModuleEmitter:
 
 
 def _pool(w: Writer, node: fx.Node, module: Any) -> str:
-    pooled = w.builder.op("GlobalAveragePool", [w.tensor(node.args[0])], name=node.meta["path"])
+    pooled = pool_of(w, node, w.tensor(node.args[0]), module)
     return quantized(w, pooled, module.out_grid, node.meta["path"])
 
 

@@ -74,9 +74,16 @@ def _first_line(error: BaseException) -> str:
 
 def run(handle: ort.InferenceSession, batches: Iterable[Any], output: int = 0) -> NDArray[np.float32]:
     """The first output (or another) for every batch, joined. A batch is an array, or a tuple of them for several
-    inputs."""
+    inputs. UserError when onnxruntime cannot run the file, with the node that it names."""
     name = handle.get_outputs()[output].name
-    return np.concatenate([handle.run([name], feed(handle, batch))[0] for batch in batches])
+    results = []
+    for batch in batches:
+        given = feed(handle, batch)
+        try:
+            results.append(handle.run([name], given)[0])
+        except Exception as error:  # onnxruntime's exceptions share no base class
+            raise UserError(f"onnxruntime {ort.__version__} cannot run the file ({_first_line(error)}).") from None
+    return np.concatenate(results)
 
 
 def feed(handle: ort.InferenceSession, batch: Any) -> dict[str, NDArray[Any]]:
