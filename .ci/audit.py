@@ -21,6 +21,7 @@ FINE = re.compile(
     r"|nvidia|intel",  # the runtimes that torch's CUDA and oneDNN builds bring
     re.IGNORECASE,
 )
+CUDA = re.compile(r"nvidia-.*: .*proprietary.*", re.IGNORECASE)  # and those that do not say whose they are
 BSD = "Redistribution and use in source and binary forms"
 
 
@@ -71,7 +72,7 @@ def licences() -> int:
     bad = 0
     for name, distribution in sorted(dependencies(ROOT).items()):
         found = licence(distribution)
-        fine = bool(FINE.search(found))
+        fine = bool(FINE.search(found) or CUDA.fullmatch(f"{name}: {found}"))
         bad += not fine
         print(f"{'  ' if fine else '! '}{name:<28}{distribution.version:<16}{found[:80]}")
     print(f"{bad} licences to look at" if bad else "every licence is permissive")

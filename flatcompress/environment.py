@@ -70,10 +70,13 @@ def _version(name: str) -> str | None:
         return flatcompress.__version__
     from importlib import metadata  # not at the top, nor ctypes below: `flatcompress --help` needs neither
 
+    loaded = vars(sys.modules.get(name.replace("-", "_"), object)).get("__version__")
     try:
-        return metadata.version(name)
+        installed = metadata.version(name)
     except metadata.PackageNotFoundError:  # the same module comes in packages of other names, as onnxruntime-gpu
-        return vars(sys.modules.get(name.replace("-", "_"), object)).get("__version__")
+        return loaded
+    # torch's own has the build, +cu124, which the package's leaves out
+    return loaded if isinstance(loaded, str) and loaded.partition("+")[0] == installed else installed
 
 
 def keep_freed_memory() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata as metadata
 import importlib.util
 import json
 import sys
@@ -70,6 +71,15 @@ def test_every_licence_of_the_install_is_listed_and_permissive(audit, capsys):
     assert audit.licences() == 0
     said = capsys.readouterr().out
     assert "every licence is permissive" in said and "torch" in said
+
+
+def test_the_runtimes_of_torchs_cuda_wheel_may_be_proprietary_and_nothing_else(audit, monkeypatch, capsys):
+    monkeypatch.setattr(audit, "licence", lambda distribution: "Other/Proprietary License")
+    ones = dict.fromkeys(("nvidia-nccl-cu12", "torch"), metadata.distribution("torch"))
+    monkeypatch.setattr(audit, "dependencies", lambda name: ones)
+    assert audit.licences() == 1
+    said = capsys.readouterr().out
+    assert "! torch" in said and "! nvidia" not in said
 
 
 def test_a_licence_that_is_not_permissive_is_marked(audit, monkeypatch, capsys):

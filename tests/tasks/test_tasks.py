@@ -143,22 +143,27 @@ def test_metrics_are_scikit_learn_s():
     g = torch.Generator().manual_seed(2)
     z, y = torch.randn(40, 3, generator=g).round(decimals=1), torch.randint(0, 3, (40,), generator=g)
     hot = F.one_hot(y, 3).float()
+    scores, classes, labels, found = z.numpy(), y.numpy(), hot.numpy(), z.argmax(1).numpy()
     rows = {
-        "f1": (metrics.confusion(None, 1, metrics.macro_f1), y, theirs.f1_score(y, z.argmax(1), average="macro")),
-        "iou": (metrics.confusion(None, 1, metrics.mean_iou), y, theirs.jaccard_score(y, z.argmax(1), average="macro")),
+        "f1": (metrics.confusion(None, 1, metrics.macro_f1), y, theirs.f1_score(classes, found, average="macro")),
+        "iou": (metrics.confusion(None, 1, metrics.mean_iou), y, theirs.jaccard_score(classes, found, average="macro")),
         "recall": (
             metrics.confusion(None, 1, metrics.balanced_accuracy),
             y,
-            theirs.balanced_accuracy_score(y, z.argmax(1)),
+            theirs.balanced_accuracy_score(classes, found),
         ),
-        "labels": (metrics.label_f1(), hot, theirs.f1_score(hot, z > 0, average="macro")),
-        "precision": (metrics.average_precision(), hot, theirs.average_precision_score(hot, z, average="macro")),
-        "r2": (metrics.r2(), z * 2, theirs.r2_score(z * 2, z)),
-        "rmse": (metrics.mean_error(2, True), hot, theirs.root_mean_squared_error(hot.flatten(), z.flatten())),
+        "labels": (metrics.label_f1(), hot, theirs.f1_score(labels, scores > 0, average="macro")),
+        "precision": (
+            metrics.average_precision(),
+            hot,
+            theirs.average_precision_score(labels, scores),
+        ),
+        "r2": (metrics.r2(), z * 2, theirs.r2_score(scores * 2, scores)),
+        "rmse": (metrics.mean_error(2, True), hot, theirs.root_mean_squared_error(labels.flatten(), scores.flatten())),
     }
     for name, (metric, target, expected) in rows.items():
         assert metric.finish(metric.rows(z, target).double()) == pytest.approx(expected, abs=1e-6), name
-    assert metrics.auroc(z[:, 0].double(), y == 0) == pytest.approx(theirs.roc_auc_score(y == 0, z[:, 0]))
+    assert metrics.auroc(z[:, 0].double(), y == 0) == pytest.approx(theirs.roc_auc_score(classes == 0, scores[:, 0]))
     assert np.isnan(metrics.auroc(z[:, 0], y < 3))
 
 

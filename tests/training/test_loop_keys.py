@@ -177,8 +177,9 @@ def test_stages_that_count_in_epochs_refuse_a_number_of_steps(stage):
         parse_recipe({"model": {"name": "resnet8", "weights": "w"}, "stages": [{kind: {**keys, "max_steps": 9}}]})
 
 
+MUON = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
 WRONG_LOOPS = [
-    ({"optimizer": {"name": "muon"}}, "optimizer 'muon' cannot be made"),
+    pytest.param({"optimizer": {"name": "muon"}}, "optimizer 'muon' cannot be made", marks=MUON),
     ({"optimizer": {"name": "sparseadam", "weight_decay": 0}}, "cannot step on gradients"),
     ({"optimizer": {"name": "test_loop_keys:nothing"}}, "makes a NoneType"),
     ({"schedule": lambda step, total: -1}, "must be 0 or more"),
