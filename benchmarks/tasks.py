@@ -32,7 +32,7 @@ from flatcompress.recipe import identity
 ROOT = Path(__file__).parent.parent
 CONFIGS, PAGE = ROOT / "configs", ROOT / "docs" / "results" / "tasks.md"
 RECIPES = (
-    *("task-heartbeats", "task-autoencoder", "task-keywords", "task-person"),
+    *("task-heartbeats", "task-autoencoder", "task-keywords", "task-text", "task-person"),
     *("task-unet", "task-detector", "task-regression"),
 )
 BITS = ((8, 8), (4, 8))
@@ -40,6 +40,7 @@ QUICK = ["stages.0.train.epochs=4", "stages.1.prune.epochs=3", "stages.2.quantiz
 SMALL = {
     "task-regression": ["data.train_count=400", "data.test_count=100"],
     "task-keywords": ["data.train_count=180", "data.test_count=48"],
+    "task-text": ["data.train_count=240", "data.test_count=60"],
     "task-person": ["data.train_count=240", "data.test_count=60", "data.size=24"],
     "task-detector": ["data.train_count=240", "data.test_count=60", "data.val_count=40", "data.size=32"],
     "task-unet": ["data.train_count=160", "data.test_count=60", "data.size=24"],

@@ -6,7 +6,7 @@
     python runner.py model.onnx check            # accuracy on the evidence that lies beside the model
 
 The file itself says how its input is made (size, mean, std) and what its classes are called. PNG and JPEG need
-Pillow; .npy, .pgm and .ppm are read without it; a file that was trained on sound takes .wav. In a program:
+Pillow; .npy, .pgm and .ppm are read without it. Trained on sound it takes .wav, on text .txt. In a program:
 
     model = Model("model.onnx")
     model.predict(frame)                         # one camera frame, uint8 [H, W, 3] or [H, W]
@@ -17,9 +17,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import sys
 import time
+import unicodedata
 import wave
 from pathlib import Path
 
@@ -39,6 +41,7 @@ class Model:
         self.path = Path(path)
         self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         self.input = self.session.get_inputs()[0]
+        self.kind = np.int64 if self.input.type == "tensor(int64)" else np.float32
         meta = self.session.get_modelmeta().custom_metadata_map
         made = json.loads(meta.get("preprocessing", "{}"))
         self.size: list[int] = list(made.get("size") or self.input.shape[1:])
@@ -50,20 +53,25 @@ class Model:
         self.task: dict[str, object] = json.loads(meta.get("task", '{"name": "classification", "output": "argmax"}'))
         self.metadata = dict(meta)
 
-    def preprocess(self, image: np.ndarray, bgr: bool = False) -> np.ndarray:
+    def preprocess(self, image: np.ndarray | str, bgr: bool = False) -> np.ndarray:
         """An image [H, W] or [H, W, 1 | 3 | 4], uint8 or float in 0..1 -> float32 [C, H, W], normalised.
 
         Of a file that was trained on deeper images, 16 bits and floats are taken on the training's range of intensity.
         Inputs that are no images (series [C, T], features [F]) are taken as they are, already normalised. Of a file
-        that was trained on sound, samples [N] in -1..1 become its features (log-mel or MFCC).
+        that was trained on sound, samples [N] in -1..1 become log-mel or MFCC; of text, a string becomes its tokens.
         """
-        if self.features is not None:
+        if isinstance(image, str):
+            return self.tokens(image)
+        if self.features is not None and "text" not in self.features:
             return self.heard(np.asarray(image))
-        pixels = np.asarray(image)
+        return self.seen(np.asarray(image), bgr)
+
+    def seen(self, pixels: np.ndarray, bgr: bool) -> np.ndarray:
+        """See `preprocess`: images, and inputs that are taken as they are."""
         if len(self.size) != 3:
             if list(pixels.shape) != self.size:
                 raise SystemExit(f"the model takes inputs {self.size}, found {list(pixels.shape)}.")
-            return pixels.astype(np.float32)
+            return pixels.astype(self.kind)
         low, high = self.intensity or (0.0, 1.0)
         if pixels.dtype == np.uint8:
             low, high = 0.0, 255.0
@@ -85,6 +93,20 @@ class Model:
         planes = resize(pixels, height, width).transpose(2, 0, 1)
         return (planes - self.mean[:, None, None]) / self.std[:, None, None]
 
+    def tokens(self, text: str) -> np.ndarray:
+        """A text -> int64 [length] token numbers: words and marks in small letters, 0 behind the end, 1 for unknown."""
+        made: dict[str, object] = self.features or {}
+        if "text" not in made:
+            raise SystemExit("the model was not trained on text.")
+        if made["text"] != "words":
+            raise SystemExit(
+                f"tokens are made by transformers' tokenizer {made.get('tokenizer')!r}: give int64 numbers."
+            )
+        numbers = {word: i for i, word in enumerate(made["vocabulary"], 2)}  # type: ignore[arg-type]
+        words = re.findall(str(made["pattern"]), unicodedata.normalize("NFC", text).lower())
+        found = [numbers.get(word, 1) for word in words][: self.size[0]]
+        return np.array(found + [0] * (self.size[0] - len(found)), np.int64)
+
     def heard(self, sound: np.ndarray) -> np.ndarray:
         """Samples [N] (whole numbers of 16 bits, or floats in -1..1) -> float32 [1, frames, bands], normalised.
 
@@ -103,7 +125,7 @@ class Model:
 
     def logits(self, batch: np.ndarray) -> np.ndarray:
         """float32 [N, C, H, W], normalised -> float32 [N, classes]."""
-        return self.session.run(None, {self.input.name: np.ascontiguousarray(batch, np.float32)})[0]
+        return self.session.run(None, {self.input.name: np.ascontiguousarray(batch, self.kind)})[0]
 
     def predict(self, image: np.ndarray, bgr: bool = False, top: int = 3) -> list[tuple[str, float]]:
         """The ``top`` classes of one image or camera frame and their probabilities; of other tasks see `read`."""
@@ -152,6 +174,18 @@ class Model:
             for row in found
         ]
 
+    def suffixes(self) -> tuple[str, ...]:
+        """Of the files that it reads."""
+        return IMAGES if self.features is None else (".txt",) if "text" in self.features else (".wav",)
+
+    def load(self, path: Path) -> np.ndarray | str:
+        """What a file holds: an image, samples of sound, or a text."""
+        if self.features is None or path.suffix == ".npy":
+            return read_image(path)
+        if "text" in self.features:
+            return path.read_text(encoding="utf-8")
+        return read_wav(path, float(self.features["rate"]))  # type: ignore[arg-type]
+
     def name(self, index: int) -> str:
         """What output ``index`` stands for."""
         return self.classes[index] if index < len(self.classes) else str(index)
@@ -159,6 +193,7 @@ class Model:
     def bench(self, runs: int = 50) -> dict[str, float]:
         """Milliseconds for one sample: median, 10th and 90th percentile of ``runs`` timings of 2 ms and more."""
         x = np.random.default_rng(0).standard_normal((1, *self.size)).astype(np.float32)
+        x = np.zeros((1, *self.size), self.kind) if self.kind == np.int64 else x
         start = time.perf_counter()
         for _ in range(3):
             self.logits(x)
@@ -377,8 +412,8 @@ def main() -> None:
         print(json.dumps(check(model, given.evidence or given.model.with_name("evidence.safetensors"))))
     else:
         plain = model.task["name"] == "classification"
-        for path in files_in(given.paths, (".wav",) if model.features else IMAGES):
-            image = read_wav(path, model.features["rate"]) if model.features else read_image(path)
+        for path in files_in(given.paths, model.suffixes()):
+            image = model.load(path)
             if given.json:
                 values = model.logits(model.preprocess(image)[None])[0]
                 said = {"classes": model.predict(image)} if plain else model.read(image)

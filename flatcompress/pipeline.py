@@ -15,6 +15,7 @@ from torch import nn
 from flatcompress import data as datasets
 from flatcompress import models
 from flatcompress.data import DataBundle
+from flatcompress.data.tokens import vocabulary_size
 from flatcompress.errors import UserError
 from flatcompress.plan import Plan
 from flatcompress.randomness import spaced
@@ -146,6 +147,7 @@ class Pipeline:
                 weights=section.weights,
                 config=section.config,
                 checked=bundle.task.of_vectors,
+                vocabulary=vocabulary_size(bundle.features),
                 **section.options,
             )
 

@@ -17,6 +17,7 @@ from flatcompress.data.bundle import DataBundle, ImageSet, Part
 from flatcompress.data.corruptions import corrupted_parts
 from flatcompress.data.embedded.figures import drawn_figures
 from flatcompress.data.embedded.gauges import drawn_gauges
+from flatcompress.data.embedded.messages import drawn_messages
 from flatcompress.data.embedded.objects import drawn_objects
 from flatcompress.data.embedded.rotated_digits import rotated_digits
 from flatcompress.data.embedded.scenes import drawn_scenes
@@ -34,6 +35,7 @@ from flatcompress.data.raw_data import RawData
 from flatcompress.data.series import series
 from flatcompress.data.signal_augment import parse as parse_signals
 from flatcompress.data.sounds import sounds
+from flatcompress.data.texts import text
 from flatcompress.errors import UserError, unknown
 from flatcompress.randomness import generator
 from flatcompress.registry import Entry, Registry
@@ -49,6 +51,7 @@ DATASETS.add("drawn-scenes", drawn_scenes, "drawn shapes with their masks, for s
 DATASETS.add("drawn-objects", drawn_objects, "drawn shapes with their boxes, for detection; embedded")
 DATASETS.add("drawn-figures", drawn_figures, "drawn pictures with a person or without, for wake words; embedded")
 DATASETS.add("drawn-words", drawn_words, "six synthesised words in four voices as MFCC [1, 24, 10]; embedded")
+DATASETS.add("drawn-messages", drawn_messages, "short messages to a device as token numbers [16]; embedded")
 DATASETS.add("drawn-heartbeats", drawn_heartbeats, "synthesised heartbeats [2, 128], three kinds of beat; embedded")
 DATASETS.add("drawn-machines", drawn_machines, "spectra [64] of a synthesised machine, for reconstruction; embedded")
 DATASETS.add("folder", folder, "your images: PATH/CLASS/image, or PATH/train and PATH/val")
@@ -60,6 +63,7 @@ DATASETS.add("domains", domains, "your images in domains: PATH/DOMAIN/CLASS/imag
 DATASETS.add("arrays", arrays, "an .npz file: x [N, C, H, W] and y [N], normalised already")
 DATASETS.add("series", series, "CSV, NPY or Parquet files of sensor series, cut into windows [C, T]")
 DATASETS.add("sounds", sounds, "WAV files as log-mel spectrograms or MFCC: PATH/CLASS/sound, or a table")
+DATASETS.add("text", text, "a CSV, JSON or Parquet table of texts and classes, as token numbers")
 DATASETS.add("cifar10", cifar10, "CIFAR-10, the binary files", "Krizhevsky 2009")
 DATASETS.add("mnist", mnist, "MNIST and its likes, idx files, gz or not", "LeCun et al. 1998")
 
@@ -150,7 +154,7 @@ def _with_signals(name: str, given: DataBundle, option: Any, seed: int) -> DataB
     """The training part augmented: series, features and sound; other inputs stay as they are."""
     if option is None:
         return given
-    if len(given.input_shape) == 3 and not given.features:
+    if (len(given.input_shape) == 3 and not given.features) or "text" in given.features:
         _as_they_are(name, augment=option)
     chosen = parse_signals(option, seed, given.input_shape, name)
     return replace(given, train=given.train.augmented(chosen))  # type: ignore[attr-defined]

@@ -11,7 +11,7 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -174,8 +174,10 @@ def _from_folder(hub: ModuleType, folder: Path, settings: dict[str, Any]) -> nn.
     )
 
 
-def factory(path: str, num_classes: int, input_shape: Shape, **options: Any) -> nn.Module:
-    """Call ``package.module:factory``; it gets ``num_classes`` and ``input_shape`` if its signature has them."""
+def factory(
+    path: str, num_classes: int, input_shape: Shape, more: Mapping[str, Any] | None = None, /, **options: Any
+) -> nn.Module:
+    """Call ``package.module:factory``; it gets ``num_classes``, ``input_shape`` and ``more`` where it takes them."""
     module_name, _, attribute = path.partition(":")
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.append(os.getcwd())  # last, so that no file lying here can hide an installed module
@@ -191,7 +193,7 @@ def factory(path: str, num_classes: int, input_shape: Shape, **options: Any) -> 
     if not callable(make):
         public = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
         raise unknown(f"factory in {module_name}", attribute, public)
-    offered = {"num_classes": num_classes, "input_shape": input_shape}
+    offered = {"num_classes": num_classes, "input_shape": input_shape, **(more or {})}
     parameters = inspect.signature(make).parameters
     catch_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     accepted = {key: value for key, value in offered.items() if catch_all or key in parameters}
@@ -205,13 +207,13 @@ def _call(name: str, make: Callable[..., Any], *args: Any, **kwargs: Any) -> Any
         raise UserError(f"model {name!r} could not be built: {type(error).__name__}: {error}") from error
 
 
-def checked(name: str, model: Any, num_classes: int | None, input_shape: Shape) -> nn.Module:
+def checked(name: str, model: Any, num_classes: int | None, input_shape: Shape, tokens: bool = False) -> nn.Module:
     """``model`` if one image gives logits [1, num_classes] (None: anything), else a UserError: what came out."""
     if not isinstance(model, nn.Module):
         raise UserError(f"model {name!r} is a {type(model).__name__}, not a torch.nn.Module")
     try:
         with torch.no_grad(), evaluating(model):
-            logits = model(torch.zeros(1, *input_shape))
+            logits = model(torch.zeros(1, *input_shape, dtype=torch.int64 if tokens else torch.float32))
     except Exception as error:
         raise UserError(
             f"model {name!r} fails on an image of {input_shape}: {type(error).__name__}: {error}"

@@ -34,6 +34,7 @@ MODELS.add("mobilenet_v2", mobilenet.mobilenet_v2, "MobileNetV2, width option, 2
 MODELS.add("ds_cnn", ds_cnn.ds_cnn, "DS-CNN, MLPerf Tiny keyword spotting, 22 k parameters", "1711.07128")
 MODELS.add("vit_tiny", vit.vit_tiny, "a vision transformer for small images, 0.14 M parameters", "2010.11929")
 
+_OF_TEXT = "flatcompress.models.text_nets:text_cnn"
 _PREFIXES = [f"{source}:..." for source in external.SOURCES] + ["package.module:factory"]
 
 
@@ -47,6 +48,7 @@ def build(
     config: dict[str, Any] | None = None,
     new_head: bool = False,
     checked: bool = True,
+    vocabulary: int | None = None,
     **options: Any,
 ) -> nn.Module:
     """Build a model that maps images [B, C, H, W] to logits [B, num_classes].
@@ -55,7 +57,8 @@ def build(
     ``package.module:factory``. ``seed`` fixes the initial weights and leaves torch's global generator as it was.
     ``weights``: a safetensors or state-dict file; ``new_head`` skips its classifier. ``config`` overrides keys of a
     transformers config; without ``checked`` a model from outside may give something else than [B, num_classes], for
-    tasks that want it. ``options`` are the architecture's own. UserError on anything that does not fit.
+    tasks that want it. ``vocabulary``: how many token numbers there are, where inputs are text, for a factory whose
+    signature has it. ``options`` are the architecture's own. UserError on anything that does not fit.
 
     >>> model = build("resnet8", num_classes=10, input_shape=(1, 16, 16), seed=0)
     >>> model(torch.zeros(2, 1, 16, 16)).shape
@@ -66,9 +69,13 @@ def build(
         raise UserError(f"model {name!r} takes no 'config'; it belongs to transformers:TYPE")
     with _seeded(seed):
         if ":" in name:
-            made = _external(name, num_classes, shape, config, options)
-            model = external.checked(name, made, num_classes if checked else None, shape)
+            made = _external(name, num_classes, shape, config, options, vocabulary)
+            model = external.checked(name, made, num_classes if checked else None, shape, vocabulary is not None)
         else:
+            if vocabulary is not None:
+                raise UserError(
+                    f"model {name!r} takes images; text wants a model of token numbers, such as {_OF_TEXT}."
+                )
             model = _builtin(name, num_classes, shape, options)
     if weights is not None:
         load_weights(model, weights, new_head)
@@ -123,13 +130,19 @@ def _check_options(entry: Entry, options: dict[str, Any]) -> None:
 
 
 def _external(
-    name: str, num_classes: int, shape: Shape, config: dict[str, Any] | None, options: dict[str, Any]
+    name: str,
+    num_classes: int,
+    shape: Shape,
+    config: dict[str, Any] | None,
+    options: dict[str, Any],
+    vocabulary: int | None,
 ) -> nn.Module:
     source, _, rest = name.partition(":")
     if not source or not rest:
         raise UserError(f"model {name!r}: something must stand on both sides of the colon: {', '.join(_PREFIXES)}")
     if source not in external.SOURCES:
-        return external.factory(name, num_classes, shape, **options)
+        given = {} if vocabulary is None else {"vocabulary": vocabulary}
+        return external.factory(name, num_classes, shape, given, **options)
     if config is not None:
         options = {**options, "config": config}
     return external.SOURCES[source](rest, num_classes, shape, **options)
