@@ -231,8 +231,8 @@ def page(rows: list[Row], timed: list[dict[str, Any]]) -> str:
         "only where every step of the file is proved by itself). *from quantized*: of the W8A8 and the W4A4 file from "
         "the quantized torch network, `trained` in the certificate; where it is more than a step that network is run "
         "once more on the file's codes (`trained.stepwise`): *by ties* if every quantizer then gives the file's codes "
-        "but for values that lie on a boundary of rounding, else the layer where they differ; rows with a + are of before "
-        "that run. "
+        "but for values that lie on a boundary of rounding, else the layer where they differ; rows with a + are of "
+        "before that run. "
         "*from float*: of what they compute from the float network, untrained weights and all: what quantizing does. "
         "*s*: seconds of processor time for the whole row. The last column says what stopped a network.",
         "",
