@@ -5,13 +5,16 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import typer
 
 import flatcompress
+from flatcompress.cli.app import _guarded, app
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -19,12 +22,22 @@ PAGES = sorted(p for p in DOCS.rglob("*.md") if p.parent.name != "results")
 LINKED = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.rglob("*.md")), ROOT / "export" / "README.md"]
 PACKAGES = ["flatcompress", *(f"flatcompress.{name}" for name in flatcompress._PACKAGES)]
 # A block that cannot run by itself says why: <!-- not run: the reason -->
-BLOCK = re.compile(r"(?:<!-- not run: (?P<reason>[^>]+) -->\n)?```python\n(?P<code>.*?)```", flags=re.S)
+BLOCK = re.compile(
+    r"(?:<!-- not run: (?P<reason>[^>]+) -->\n)?```(?P<language>python|bash)\n(?P<code>.*?)```", flags=re.S
+)
 
 
-def blocks(page: Path) -> list[str]:
+def blocks(page: Path) -> list[tuple[str, str]]:
+    """(language, code) of what a page's reader runs, in order; of commands the tutorials' alone."""
+    languages = ("python", "bash") if page.parent.name == "tutorials" else ("python",)
     found = BLOCK.finditer(page.read_text(encoding="utf-8"))
-    return [m["code"] for m in found if m["reason"] is None]
+    return [(m["language"], m["code"]) for m in found if m["reason"] is None and m["language"] in languages]
+
+
+def commands(code: str) -> list[list[str]]:
+    """The flatcompress commands of a bash block, without the program's name; a line may end in a backslash."""
+    lines = (shlex.split(line, comments=True) for line in code.replace("\\\n", " ").splitlines())
+    return [words[1:] for words in lines if words and Path(words[0]).name == "flatcompress"]
 
 
 RUN = [p for p in PAGES if blocks(p) and p.name != "flat.md"]  # flat.md's are run by tests/flat/test_flat_docs.py
@@ -33,9 +46,35 @@ RUN = [p for p in PAGES if blocks(p) and p.name != "flat.md"]  # flat.md's are r
 @pytest.mark.parametrize("page", RUN, ids=lambda p: p.relative_to(DOCS).as_posix())
 def test_code_blocks_run_in_order(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
     names: dict[str, object] = {"__name__": "page"}
-    for number, code in enumerate(blocks(page)):
-        exec(compile(code, f"{page.name} block {number}", "exec"), names)
+    for number, (language, code) in enumerate(blocks(page)):
+        if language == "python":
+            exec(compile(code, f"{page.name} block {number}", "exec"), names)
+        else:
+            assert [_guarded(words) for words in commands(code)] == [0] * len(commands(code))
+
+
+SHOWN = [p for p in LINKED if "```bash" in p.read_text(encoding="utf-8")]
+
+
+@pytest.mark.parametrize("page", SHOWN, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_every_command_that_a_page_shows_has_these_options(page):
+    """Parsed as the program parses it, and not run."""
+    program = typer.main.get_command(app)
+    for _, code in re.findall(r"```(bash|text)\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.S):
+        for name, *words in commands(code):
+            program.commands[name].make_context(name, words)  # type: ignore[attr-defined]
+
+
+TUTORIALS = sorted((DOCS / "tutorials").glob("*.md"))
+
+
+@pytest.mark.parametrize("page", TUTORIALS, ids=lambda p: p.stem)
+def test_a_tutorial_has_a_picture_and_is_in_the_contents(page):
+    pictures = re.findall(r"!\[[^\]]{20,}\]\((\.\./assets/[^)]+\.png)\)", page.read_text(encoding="utf-8"))
+    assert pictures and all((page.parent / picture).is_file() for picture in pictures)
+    assert f"tutorials/{page.name}" in (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("package", PACKAGES)

@@ -12,7 +12,7 @@ from flatcompress.errors import UserError
 from flatcompress.report import proof, tables
 from flatcompress.report.charts import Axis, Series, line_chart
 from flatcompress.report.gather import Run, gather
-from flatcompress.report.numbers import DASH, duration, mapping, number, percent, significant, text
+from flatcompress.report.numbers import DASH, duration, mapping, number, percent, records, significant, text
 from flatcompress.report.page import badge, rendered
 from flatcompress.storage import write_text_atomic
 
@@ -129,8 +129,20 @@ def _layer(row: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def recipe(runs: Sequence[Run]) -> list[Row]:
-    """The keys whose values are not the same in all recipes, with each one's value."""
-    flat = [dict(_flat(run.recipe)) for run in runs]
+    """The keys whose values are not the same in all recipes, with each one's value.
+
+    A stage that is not in every recipe is one row, without its keys.
+    """
+    stages = [_stages(run.recipe) for run in runs]
+    shared = set(stages[0]).intersection(*stages[1:])
+    places: dict[tuple[str, int], int] = {}  # a stage goes by its place in the first recipe that has it
+    for found in stages:
+        for index, stage in enumerate(found):
+            places.setdefault(stage, index)
+    flat = []
+    for run, found in zip(runs, stages, strict=True):
+        there = {f"{places[s]}.{s[0]}": keys if s in shared else "there" for s, keys in found.items()}
+        flat.append(dict(_flat({**run.recipe, "stages": there} if there else run.recipe)))
     keys = list(dict.fromkeys(key for values in flat for key in values))
     rows = []
     for key in keys:
@@ -138,6 +150,16 @@ def recipe(runs: Sequence[Run]) -> list[Row]:
         if any(v != values[0] for v in values[1:]):
             rows.append({"name": text(key, 120), "values": values, "texts": [_shown(v) for v in values], "best": None})
     return rows[:MAX_KEYS]
+
+
+def _stages(recipe: dict[str, Any]) -> dict[tuple[str, int], Any]:
+    """The keys of a recipe's stages by kind and which one of that kind, in order."""
+    found: dict[tuple[str, int], Any] = {}
+    for entry in records(recipe.get("stages")):
+        for kind, keys in entry.items():
+            name = text(kind, 40)
+            found[name, sum(name == other for other, _ in found)] = keys
+    return found
 
 
 def _shown(value: Any) -> str:

@@ -66,3 +66,12 @@ def spent(run: Run) -> list[dict[str, Any]]:
         stage["share"] = percent(stage["total"] / whole, 0)
         stage["total"] = duration(stage["total"])
     return found
+
+
+def taken(run: Run) -> str:
+    """How long the run took, as far as its log says it, else as far as its ledger does, which leaves measuring out."""
+    told = [mapping(log.spent.get("seconds")).values() for log in run.stages.values() if log.spent]
+    if told and len(told) >= len(run.rows):
+        return f"{duration(sum(number(s) or 0 for parts in told for s in parts))} in all"
+    seconds = [number(row.get("seconds")) for row in run.rows]
+    return f"{duration(sum(s or 0 for s in seconds))} without measuring" if any(seconds) else ""

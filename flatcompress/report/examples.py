@@ -30,13 +30,18 @@ def wanted(run: Run) -> list[Wanted]:
         return []
     chosen = [Wanted(part, i) for part in said.PARTS if part in final.parts for i in _worst(final.parts[part])]
     for part in _hardest(final):
-        chosen += [Wanted(part, i) for i in range(min(PER_CORRUPTION, len(final.parts[part].labels)))]
+        chosen += [Wanted(part, i) for i in _spread(len(final.parts[part].labels))]
     return chosen
 
 
 def file_of(pictures: list[tuple[Wanted, str]]) -> dict[str, Any]:
     """What examples.json holds: each sample with its picture, a data URI of a PNG."""
     return {"schema": SCHEMA, "pictures": [{**asdict(w), "image": image} for w, image in pictures]}
+
+
+def _spread(samples: int) -> list[int]:
+    """A few of ``samples`` at even distances: the first ones are of one class where a folder is read class by class."""
+    return sorted({k * samples // PER_CORRUPTION for k in range(PER_CORRUPTION)}) if samples else []
 
 
 def _worst(part: said.Said) -> list[int]:

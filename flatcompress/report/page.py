@@ -16,7 +16,6 @@ from flatcompress import __version__
 from flatcompress.report import bits, costs, curves, examples, proof, said, tables
 from flatcompress.report.gather import Run, gather
 from flatcompress.report.numbers import (
-    duration,
     factor,
     mapping,
     milliseconds,
@@ -186,9 +185,7 @@ def facts(run: Run) -> list[str]:
         _bits(run),
         _cut(run),
     ]
-    seconds = [number(r.get("seconds")) for r in run.rows]
-    if any(seconds):
-        found.append(f"{duration(sum(s or 0 for s in seconds))} in all")
+    found.append(costs.taken(run))
     return [f for f in found if f]
 
 

@@ -155,7 +155,7 @@ def write(run: RunContext, config: ExportConfig, path: Path) -> tuple[dict[str, 
     for message in certificate["warnings"]:
         warnings.warn(message, stacklevel=2)
     nothing: dict[str, Any] = {"float": {"bytes": None, "smaller": None, "faster": None}, "latency": None}
-    with run.timed("the float model's file, latencies"):
+    with run.timed("float file and latencies"):
         certificate |= reported(
             "the file could not be compared with the float model's", lambda: beside_float(run, config, path), nothing
         )

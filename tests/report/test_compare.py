@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from flatcompress.cli.app import app
 from flatcompress.errors import UserError
-from flatcompress.report import compare
+from flatcompress.report import compare, gather
 
 ATTACK = "<script>alert(1)</script>"
 
@@ -30,6 +30,14 @@ def runs(tmp_path_factory):
 def test_what_differs_in_the_recipes_and_nothing_else_is_listed(runs):
     rows = {row["name"]: row["values"] for row in compare.compare(runs)["recipe"]}
     assert rows == {"name": ["one", ATTACK], "seed": [0, 1], "stages.1.prune.ratio": [0.5, 0.7]}
+
+
+def test_a_stage_that_one_recipe_lacks_is_one_row_and_the_others_are_compared_with_their_like(runs):
+    found = [gather(folder) for folder in runs]
+    stages = [stage for stage in found[1].recipe["stages"] if "prune" not in stage]
+    found[1].recipe = {**found[0].recipe, "stages": stages}
+    rows = {row["name"]: row["values"] for row in compare.recipe(found)}
+    assert rows == {"stages.1.prune": ["there", None]}
 
 
 def test_the_smaller_file_is_the_best_of_its_row(runs):

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 
 from flatcompress import storage
 from flatcompress.errors import RunError, UserError
-from flatcompress.report import build, curves, examples, gather, said
+from flatcompress.report import build, costs, curves, examples, gather, said
+from flatcompress.report.numbers import duration
 
 ATTACK = "<script>alert('x')</script>\"'><img src=x onerror=alert(1)>"
 VOID = {"meta", "img", "link", "br", "hr", "input"}
@@ -319,6 +320,21 @@ def test_the_worst_mistakes_are_the_most_confident_ones(run):
     chosen = [w.index for w in examples.wanted(gathered) if w.part == "test"]
     assert set(chosen) <= set(wrong) and len(chosen) == min(24, len(wrong))
     assert [final.confidence[i] for i in chosen] == sorted((final.confidence[i] for i in wrong), reverse=True)[:24]
+
+
+def test_the_examples_of_a_corruption_are_spread_over_the_test_part():
+    """A folder is read class by class, so its first samples are all of one class."""
+    assert examples._spread(36) == [0, 9, 18, 27]
+    assert [examples._spread(n) for n in (0, 1, 3)] == [[], [0], [0, 1, 2]]
+
+
+def test_the_time_at_the_top_is_the_time_section_s_sum(run):
+    gathered = gather(run)
+    for log in gathered.stages.values():
+        log.spent = {"seconds": {"the stage": 40.0, "metrics": 2.5}}
+    assert len(gathered.stages) == 4 and costs.taken(gathered) == f"{duration(4 * 42.5)} in all"
+    next(iter(gathered.stages.values())).spent = {}
+    assert costs.taken(gathered).endswith(" without measuring")
 
 
 @pytest.mark.parametrize("odd", [None, 3, [], {"counts": [[0, 1]]}, {"counts": [[0, -1, 2]]}, {"counts": [[0, 1, 2]]},
