@@ -33,6 +33,31 @@ def test_the_changelog_has_a_section_for_this_version_or_an_unreleased_one():
     assert re.search(rf"^## (Unreleased|{re.escape(flatcompress.__version__)})", text, flags=re.M)
 
 
+WORKFLOW = ROOT / ".github" / "workflows" / "ci.yml"
+
+
+def test_the_workflow_file_is_one_by_its_published_schema():
+    pytest.importorskip("check_jsonschema", reason="needs check-jsonschema (extra dev)")
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.github-workflows", str(WORKFLOW)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_workflow_does_what_the_ci_script_does():
+    """Every command of the Makefile's targets that .ci/run makes is a step of the job for all systems."""
+    steps = yaml.safe_load(WORKFLOW.read_text(encoding="utf-8"))["jobs"]["checks"]["steps"]
+    said = " ; ".join(" ".join(step.get("run", "").split()) for step in steps)
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    wanted = re.findall(r"^\.venv/bin/(.+)$", script, flags=re.M)
+    for target in re.findall(r"^make (\w+)", script, flags=re.M):
+        rules = re.search(rf"^{target}:.*\n((?:\t.*\n)+)", makefile, flags=re.M)
+        assert rules, target
+        wanted += [line.strip().removeprefix("$(BIN)/") for line in rules[1].splitlines()]
+    assert len(wanted) >= 7
+    assert [command for command in wanted if command not in said] == []
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> dict[str, Path]:
     """A wheel and an sdist, built from the checkout."""
