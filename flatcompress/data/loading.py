@@ -28,6 +28,7 @@ from flatcompress.data.images.cifar_mnist import cifar10, mnist
 from flatcompress.data.images.coco import coco
 from flatcompress.data.images.folders import domains, folder
 from flatcompress.data.images.masked import image_masks
+from flatcompress.data.images.packed import hf_dataset, webdataset
 from flatcompress.data.images.tabled import image_table
 from flatcompress.data.images.yolo import yolo
 from flatcompress.data.in_memory import bundle
@@ -60,6 +61,8 @@ DATASETS.add("image-masks", image_masks, "your images and mask images: PATH/imag
 DATASETS.add("coco", coco, "your images with boxes in COCO's JSON files, for detection")
 DATASETS.add("yolo", yolo, "your images with boxes in YOLO's text files: PATH/images and PATH/labels, for detection")
 DATASETS.add("domains", domains, "your images in domains: PATH/DOMAIN/CLASS/image, one domain held out")
+DATASETS.add("webdataset", webdataset, "your images in WebDataset shards: PATH/*.tar")
+DATASETS.add("hf-dataset", hf_dataset, "your images in a folder that Hugging Face's datasets saved to disk")
 DATASETS.add("arrays", arrays, "an .npz file: x [N, C, H, W] and y [N], normalised already")
 DATASETS.add("series", series, "CSV, NPY or Parquet files of sensor series, cut into windows [C, T]")
 DATASETS.add("sounds", sounds, "WAV files as log-mel spectrograms or MFCC: PATH/CLASS/sound, or a table")

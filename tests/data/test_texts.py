@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from flatcompress import Pipeline, data
+from flatcompress import Pipeline, data, onnx_export
 from flatcompress.data.texts import CHANGES, corrupted
 from flatcompress.data.tokens import PADDING, UNKNOWN, Words, words
 from flatcompress.errors import UserError
@@ -146,6 +146,7 @@ def test_a_run_ends_in_a_certified_file_that_reads_strings_by_itself(tmp_path):
     )
     result = made.run(tmp_path / "run")
     assert result.certificate["holds"], result.certificate["failures"]
+    assert onnx_export.verify(tmp_path / "run").holds
     spec = importlib.util.spec_from_file_location("device_runner", KIT)
     runner = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(runner)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import stat
 import struct
 import zlib
@@ -85,6 +86,20 @@ def decode(path: Path, shape: Shape, intensity: Range | None = None) -> Tensor:
     except DAMAGED as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path}: cannot be read ({reason}). Remove it, or use on_bad_sample: skip.") from None
+    return torch.from_numpy(array.reshape(shape[1], shape[2], -1).copy()).permute(2, 0, 1).contiguous()
+
+
+def decode_bytes(data: bytes, where: str, shape: Shape) -> Tensor:
+    """uint8 [C, H, W] of an encoded image that lies in memory, as `decode` makes it. UserError names ``where``."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            if image.width * image.height > MOST_PIXELS:
+                raise UserError(f"{where}: {image.width} x {image.height} pixels; at most {MOST_PIXELS:,} are read.")
+            array = _pixels(ImageOps.exif_transpose(image), Path(where), shape, None)
+    except UserError:
+        raise
+    except DAMAGED as error:
+        raise UserError(f"{where}: not an image, or cut off ({str(error)[:100]}).") from None
     return torch.from_numpy(array.reshape(shape[1], shape[2], -1).copy()).permute(2, 0, 1).contiguous()
 
 

@@ -28,8 +28,8 @@ _LABELS = ("I64", "F32")
 
 @dataclass(frozen=True)
 class Evidence:
-    """reference: float32 [N, ...]; label: int64 or float32 [N, ...] or None. input: float32 [N, ...], or of a file with
-    several inputs a dictionary {name: array [N, ...]}; fixed: those without a batch dimension, {name: array}."""
+    """reference: float32 [N, ...]; label: int64 or float32 [N, ...] or None. input: float32 or int64 [N, ...], or of a
+    file with several inputs a dictionary {name: array [N, ...]}; fixed: those without a batch dimension, by name."""
 
     input: NDArray[np.float32] | dict[str, NDArray[Any]]
     reference: NDArray[np.float32]
@@ -109,7 +109,8 @@ def _check_header(path: Path, data: bytes) -> None:
         types = {name: row["dtype"] for name, row in header.items() if name != "__metadata__"}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise UserError(f"{path}: not a safetensors file (its header is not JSON).") from None
-    wanted = {"input": "F32", "reference": "F32"} | ({"label": types["label"]} if types.get("label") in _LABELS else {})
+    kind = "I64" if types.get("input") == "I64" else "F32"  # token numbers, or values
+    wanted = {"input": kind, "reference": "F32"} | ({"label": types["label"]} if types.get("label") in _LABELS else {})
     given = {name: kind for name, kind in types.items() if name.startswith((_INPUT, _FIXED))}
     if any(name.startswith(_INPUT) for name in given) and "input" not in types:
         del wanted["input"]

@@ -161,6 +161,8 @@ def _check_shape(path: Path, proto: onnx.ModelProto, evidence: Evidence) -> None
         sizes = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
         shape, skipped = held[name].shape, int(name not in evidence.fixed)
         fits = len(sizes) == len(shape) and all(s in (0, f) for s, f in zip(sizes[skipped:], shape[skipped:]))
+        if (value.type.tensor_type.elem_type == onnx.TensorProto.INT64) != (held[name].dtype == np.int64):
+            raise UserError(f"{path}: its {_what(name)} type is not the evidence's {held[name].dtype}.")
         if not fits:
             raise UserError(f"{path}: its {_what(name)} shape {sizes} does not take the evidence's {list(shape)}.")
 
