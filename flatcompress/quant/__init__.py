@@ -22,6 +22,7 @@ from flatcompress.quant.layers import (
     tensor_quantizers,
 )
 from flatcompress.quant.ptq import PostTraining, diagnose, post_training, within_drop
+from flatcompress.quant.qat.cage import Cage
 from flatcompress.quant.qat.compose import Alternation, ScaleBloop
 from flatcompress.quant.qat.conflict import ScaleConflict
 from flatcompress.quant.qat.distill import distillation_loss
@@ -34,6 +35,7 @@ from flatcompress.quant.sensitivity import flatness_map, hessian_traces, rounded
 __all__ = [
     "QUANTIZERS",
     "Alternation",
+    "Cage",
     "OscillationTracker",
     "PostTraining",
     "QuantizedPoint",

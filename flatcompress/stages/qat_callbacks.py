@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from flatcompress import quant
 from flatcompress.prune import masks
 from flatcompress.quant.quantizers.modules import QuantizedLayer
-from flatcompress.training.callback import Callback
+from flatcompress.training.callback import Callback, Training
 
 # arXiv 2203.11086 starts both remedies after a quarter of the training; the threshold falls from ten times its end.
 OSCILLATION_START = 0.25
@@ -72,6 +72,23 @@ class Conflict(Transform):
         if self.watch.t and self.watch.t % self.watch.K == 0:
             self.emit("conflict", step=step, quantizers=self.watch.timeline())
         self.watch.after_step()
+
+
+class GridPull(Transform):
+    """CAGE's pull of the weights towards their grid, at the learning rates of the step."""
+
+    def __init__(self, pull: quant.Cage) -> None:
+        super().__init__("cage", pull)
+        self.pull = pull
+
+    def open(self, job: Training) -> None:
+        """Where the learning rates are."""
+        self.job = job
+
+    def after_step(self, step: int) -> None:
+        """Move the weights."""
+        groups = self.job.optimizer.param_groups
+        self.pull.after_step({id(p): group["lr"] for group in groups for p in group["params"]})
 
 
 class Point(Transform):

@@ -14,8 +14,8 @@ class QatMethod:
     ``conflict``: watch and freeze conflicting scale gradients (GAQAT).
     ``point``: latent (perturb the weights that are quantized) or quantized (perturb what comes out, SAQ).
     ``alternate``: weights and scales take turns (SQuAT). ``bloop``: the scales' smoothness gradient acts only where
-    it is orthogonal to their task gradient. ``float_share``: share of the epochs before the quantizers come in.
-    ``weights_only``: activations stay float.
+    it is orthogonal to their task gradient. ``cage``: strength of the pull of weights towards their grid (CAGE).
+    ``float_share``: share of the epochs before the quantizers come in. ``weights_only``: activations stay float.
     """
 
     flat: str
@@ -23,6 +23,7 @@ class QatMethod:
     point: str = "latent"
     alternate: bool = False
     bloop: bool = False
+    cage: float = 0.0
     float_share: float = 0.0
     weights_only: bool = False
 
@@ -48,7 +49,13 @@ QAT_METHODS.add(
     "scale_bloop",
     lambda: QatMethod("sagm", bloop=True),
     "LSQ under SAGM, the scales' smoothness gradient acting only across their task gradient",
-    "2407.02998",
+    "2402.02998",
+)
+QAT_METHODS.add(
+    "cage",
+    lambda: QatMethod("none", cage=10.0),
+    "LSQ with a pull of the weights towards their grid, beside the optimizer",
+    "2510.18784",
 )
 QAT_METHODS.add(
     "qt_dog",

@@ -37,7 +37,7 @@ from flatcompress.stages.keys import (
     known_method,
 )
 from flatcompress.stages.measure import train_batches
-from flatcompress.stages.qat_callbacks import Conflict, Oscillation, Point, Transform, in_turn
+from flatcompress.stages.qat_callbacks import Conflict, GridPull, Oscillation, Point, Transform, in_turn
 from flatcompress.stages.qat_methods import QAT_METHODS, QatMethod
 from flatcompress.stages.stage import Facts, Phase, Stage
 from flatcompress.training.callback import Callback
@@ -104,6 +104,10 @@ class QuantizeConfig(TrainingKeys):
     bloop: NonNegative | None = Field(
         None, description="strength of the scales' smoothness gradient across their task gradient; default: off"
     )
+    cage: NonNegative | None = Field(
+        None, description="CAGE's pull of the weights to their grid; default: the method's"
+    )
+    cage_silence: Annotated[float, Field(ge=0, lt=1)] = Field(0.5, description="share of the training before that pull")
     dampen: NonNegative = Field(0.0, description="weight, at the end, of a loss that draws weights to their grid")
     oscillation_threshold: Positive | None = Field(
         None, description="freeze weights that change sides more often than this, at the end (0.01); default: off"
@@ -293,20 +297,20 @@ def callbacks(run: RunContext, config: QuantizeConfig, teacher: nn.Module | None
     """What takes part, in this order.
 
     The transforms of the combined gradient: conflict first, it compares the gradients as they come; the point last, it
-    drops gradients. What moves weights and scales after a step (conflict, oscillation) before the masks, which have the
-    last word on zeros; the average after them, so that it sees what they hold at zero. Biases are rounded, or not yet,
-    before the average is judged on the validation split. Terms of the loss add up in this order: dampening, then
-    distillation.
+    drops gradients. What moves weights and scales after a step (conflict, CAGE, oscillation) before the masks, with the
+    last word on zeros; the average after them, it sees what they hold at zero. Biases are rounded, or not, before the
+    average is judged on the validation split. Terms of the loss add up in this order: dampening, then distillation.
     """
     model, method = run.model, config.row
     bloop = (1.0 if method.bloop else 0.0) if config.bloop is None else config.bloop
-    point = config.perturb_point or method.point
+    point, cage = config.perturb_point or method.point, method.cage if config.cage is None else config.cage
     watched = config.oscillation_threshold is not None or config.dampen > 0
-    steps = config.epochs * run.steps_per_epoch
+    steps, trained = (n * run.steps_per_epoch for n in (config.epochs, config.epochs - float_epochs(config)))
     return [
         *([Conflict(scale_conflict(model, config), run.emit)] if method.conflict else []),
         *([Transform("bloop", quant.ScaleBloop(model, bloop))] if bloop > 0 else []),
         *([Transform("alternation", quant.Alternation(model))] if method.alternate else []),
+        *([GridPull(quant.Cage(model, trained, cage, config.cage_silence))] if cage > 0 else []),
         *([Point(model)] if point == "quantized" else []),
         *([Oscillation(model, config.oscillation_threshold, config.dampen, steps)] if watched else []),
         MaskedWeights(model),

@@ -46,7 +46,7 @@ class Alternation:
 
 
 class ScaleBloop:
-    """Bloop (arXiv 2407.02998, eq. 4, 5) on the scales: the smooth gradient may act only across the task gradient.
+    """Bloop (arXiv 2402.02998, eq. 4, 5) on the scales: the smooth gradient may act only across the task gradient.
 
         m <- (1 - beta) g_task + beta m,   d = g_task + strength * (g_smooth - (g_smooth . m) / (m . m) * m)
 

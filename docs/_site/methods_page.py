@@ -1,0 +1,171 @@
+"""docs/methods.md: every method of the registries with its paper, where it lives and the test that shows it.
+
+``python docs/_site/methods_page.py`` prints the page; a test holds the page to it, and every row to its test.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+TITLES = {
+    "methods": "Flat training",
+    "combinations": "Two losses at once",
+    "qat-methods": "Quantization-aware training",
+    "prune-methods": "Pruning while training",
+    "importances": "Which channel goes",
+    "quantizers": "Quantizers",
+    "scalings": "Post-training: scaling between layers",
+    "weight-scales": "Post-training: weight scales",
+    "calibrators": "Post-training: activation ranges",
+    "roundings": "Post-training: rounding",
+    "corrections": "Post-training: correction",
+}
+FLAT, QUANT, STAGES = "tests/flat/", "tests/quant/", "tests/stages/"
+PUBLISHED = FLAT + "test_reference.py::test_trajectory_equals_the_published_implementation"
+EQUATIONS = FLAT + "test_family.py::test_update_equals_its_equations"
+SCORES = "tests/prune/test_importance.py::test_hand_computed_scores"
+TESTS: dict[str, dict[str, str]] = {
+    "methods": {
+        "none": FLAT + "test_invariants.py::test_rho_zero_equals_base_optimizer_bit_for_bit",
+        **dict.fromkeys(("sam", "asam", "gsam", "sagm"), PUBLISHED),
+        **dict.fromkeys(("fisher_sam", "gam", "wsam", "looksam", "friendlysam"), EQUATIONS),
+        **dict.fromkeys(("rsam", "ssam", "lpf_sgd", "dpsat", "bsam"), EQUATIONS),
+        "esam": FLAT + "test_family.py::test_esam_with_a_selective_closure_equals_its_equations",
+        "msam": FLAT + "test_family.py::test_momentum_sam_with_each_base",
+        "samon": FLAT + "test_family.py::test_samon_perturbs_what_the_module_type_says",
+        "tram": FLAT + "test_family.py::test_tram_radius_is_the_divergence_from_the_previous_model",
+        "ggpo": FLAT + "test_family.py::test_ggpo_moves_the_frozen_weight_by_the_norms_of_its_card",
+        "gnp": FLAT + "test_recent.py::test_gradient_norm_penalty_by_hand",
+        "stablesam": FLAT + "test_recent.py::test_stable_sam_by_hand",
+        "xsam": FLAT + "test_recent.py::test_xsam_by_hand",
+        "ksam": FLAT + "test_recent.py::test_ksam_equals_sam_on_the_hardest_samples",
+        "vsam": FLAT + "test_recent.py::test_vsam_reuses_its_part_and_lets_it_fade",
+        "fmtl": FLAT + "test_recent.py::test_fmtl_equals_its_two_aggregations",
+    },
+    "combinations": {
+        "bloop": FLAT + "test_family.py::test_bloop_lets_the_second_loss_act_orthogonally_only",
+        "ignite": FLAT + "test_recent.py::test_ignite_constrains_the_gradient_norm_of_the_output",
+    },
+    "qat-methods": {
+        "gaqat": QUANT + "test_conflict.py::test_hand_made_scale_conflict_of_the_card",
+        "lsq": QUANT + "test_lsq.py::test_hand_computed_case_of_the_paper",
+        **dict.fromkeys(
+            ("lsq_sam", "lsq_asam", "lsq_sagm", "qt_dog"),
+            STAGES + "test_quantize_stage.py::test_method_quantizes_and_the_plan_repeats_it",
+        ),
+        "saq": STAGES + "test_quantize_stage.py::test_perturbation_after_the_quantizer_leaves_no_offset_behind",
+        "squat": QUANT + "test_conflict.py::test_alternation_never_mixes_the_two_losses",
+        "scale_bloop": QUANT + "test_conflict.py::test_bloop_lets_the_smooth_gradient_act_only_across_the_task",
+        "cage": QUANT + "test_cage.py::test_pull_by_hand",
+    },
+    "prune-methods": {
+        "adasap": STAGES + "test_adasap.py::test_two_neurons_with_radii_of_their_own",
+        **dict.fromkeys(
+            ("magnitude", "taylor", "sam", "asam", "sagm"),
+            STAGES + "test_prune_stage.py::test_method_halves_the_channels_and_the_plan_repeats_it",
+        ),
+        **dict.fromkeys(
+            ("masksparsity", "group_norm", "growing_reg"),
+            STAGES + "test_prune_stage.py::test_a_regularizer_chooses_once_and_what_it_chose_is_what_goes",
+        ),
+    },
+    "importances": {
+        **dict.fromkeys(("group_l2", "bn_scale", "taylor", "taylor_abs", "bn_taylor", "hessian", "lamp"), SCORES),
+        "fpgm": SCORES.split("::")[0] + "::test_duplicate_filters_are_the_most_redundant_and_a_zero_filter_is_not",
+        "random": "tests/prune/test_importance.py::test_random_scores_follow_their_seed",
+    },
+    "quantizers": {
+        "lsq": QUANT + "test_lsq.py::test_hand_computed_case_of_the_paper",
+        "lsq+": QUANT + "test_lsq.py::test_offset_gradients_follow_the_paper",
+        "pact": QUANT + "test_lsq.py::test_clip_quantizer_by_hand",
+    },
+    "scalings": {
+        **dict.fromkeys(("none", "smooth-all"), QUANT + "test_ptq_scaling.py::test_the_float_function_stays"),
+        "equalize": QUANT + "test_ptq_scaling.py::test_equalization_by_hand",
+        "smooth": QUANT + "test_ptq_scaling.py::test_smoothing_by_hand",
+    },
+    "weight-scales": dict.fromkeys(
+        ("min-max", "mse", "lsq"), QUANT + "test_ptq_calibrators.py::test_weight_scales_by_hand"
+    ),
+    "calibrators": {
+        "min-max": QUANT + "test_ptq_calibrators.py::test_min_max_clips_nothing_and_keeps_zero",
+        "percentile": QUANT + "test_ptq_calibrators.py::test_percentile_leaves_out_the_outermost_ten_thousandth",
+        "mse": QUANT + "test_ptq_calibrators.py::test_mse_gives_up_one_outlier_for_the_rest",
+        "entropy": QUANT + "test_ptq_calibrators.py::test_entropy_cuts_a_long_tail_and_keeps_a_uniform_range",
+    },
+    "roundings": {
+        "nearest": QUANT + "test_post_training.py::test_every_rounding_row_can_be_made",
+        "gptq": QUANT + "test_post_training.py::test_gptq_is_exact_on_a_case_by_hand",
+        **dict.fromkeys(
+            ("adaround", "brecq", "qdrop"),
+            QUANT + "test_post_training.py::test_reconstruction_moves_every_weight_to_a_neighbour_and_lowers_the_loss",
+        ),
+    },
+    "corrections": {
+        "none": QUANT + "test_post_training.py::test_every_switch_leaves_a_network_close_to_float_at_eight_bits",
+        "bias": QUANT + "test_post_training.py::test_bias_correction_by_hand",
+        "batchnorm": QUANT + "test_post_training.py::test_corrected_outputs_have_the_float_networks_mean",
+    },
+}
+ABSENT = (
+    ("ARSAM", "2510.03763", "how it mixes and adapts could not be read in text or code; `vsam` is its forerunner"),
+    ("Nexus", "2604.09258", "the normalisation of its inner steps could not be read"),
+    ("LANTON", "2510.14009", "how noise becomes a layer's rate could not be read; it also needs Muon's step"),
+    ("UDIM", "2403.07329", "perturbs inputs and differentiates gradients of single samples; a closure knows no input"),
+    ("USEFUL", "2404.17768", "changes the data and trains anew: stages and a data set, not a row of an optimizer"),
+    ("SD-DARTS", "2302.05629", "how its teachers vote could not be read"),
+    ("FQAT", "2509.00859", "the abstract alone, which leaves open whether orderly or unruly layers are frozen"),
+    ("MSQ", "2507.22349", "the formula of its lowest bit could not be read; it also changes bits while training"),
+    ("GDNSQ", "2508.14004", "the abstract alone; learned bit widths have no place in the plan of bits yet"),
+)
+
+
+def page() -> str:
+    """The page's text."""
+    from flatcompress.cli.commands import CATALOGUE
+
+    lines = [
+        "# Methods",
+        "",
+        "Every method that can be named, its paper, the module in which it lives and a test of it. Made from the",
+        "registries (`flatcompress list`); nothing stands here without a test. What the methods of flat training do",
+        "and when to take which: [flat minima](flat.md). A method of your own: [extending](extending.md).",
+        "",
+    ]
+    for kind, title in TITLES.items():
+        lines += [
+            f"## {title}",
+            "",
+            f"`flatcompress list {kind}`",
+            "",
+            "| name | what it does | paper | module | test |",
+        ]
+        lines.append("|---|---|---|---|---|")
+        tests = TESTS[kind]
+        lines += [row(entry, tests[entry.name]) for entry in CATALOGUE[kind].values() if entry.name in tests]
+        lines.append("")
+    lines += ["## Not here, and why", "", "A method whose equations could not be read is left out, not guessed.", ""]
+    lines += ["| name | paper | why not |", "|---|---|---|"]
+    lines += [f"| {name} | {_paper(paper)} | {why} |" for name, paper, why in ABSENT]
+    return "\n".join(lines) + "\n"
+
+
+def row(entry: Any, test: str) -> str:
+    """One line of a table."""
+    module = inspect.getmodule(inspect.unwrap(entry.make))
+    where = (module.__name__ if module else "").removeprefix("flatcompress.")
+    summary = entry.summary.replace("|", "\\|")
+    file, name = test.split("::")
+    return (
+        f"| `{entry.name}` | {summary} | {_paper(entry.paper)} | `{where}` | `{file}`: {name.replace('_', ' ')[5:]} |"
+    )
+
+
+def _paper(paper: str) -> str:
+    """An arXiv id as a link, any other reference as it is."""
+    return f"[{paper}](https://arxiv.org/abs/{paper})" if paper[:4].isdigit() and "." in paper else paper
+
+
+if __name__ == "__main__":
+    print(page(), end="")
