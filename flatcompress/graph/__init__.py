@@ -9,6 +9,7 @@ This package knows nothing of quantizers: `ActivationSpec` and `WeightSpec` are 
 from __future__ import annotations
 
 from flatcompress.graph.cost import macs, total_macs, weighted
+from flatcompress.graph.fold import Folded, fold
 from flatcompress.graph.lowering_spec import ActivationSpec, WeightSpec, headroom, rows
 from flatcompress.graph.pointwise import function_of_one
 from flatcompress.graph.runtime import install, installed_graph, uninstall
@@ -16,7 +17,9 @@ from flatcompress.graph.tracing import trace
 
 __all__ = [
     "ActivationSpec",
+    "Folded",
     "WeightSpec",
+    "fold",
     "function_of_one",
     "headroom",
     "install",

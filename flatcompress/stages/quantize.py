@@ -358,14 +358,8 @@ def insert(model: nn.Module, example: Tensor, config: QuantizeConfig, bits: dict
 
 def placement(config: QuantizeConfig) -> dict[str, Any]:
     """What decides where quantizers sit, beside the bits of single layers."""
-    return {
-        "activation_bits": config.activation_bits,
-        "first_last_bits": config.first_last_bits,
-        "input_bits": config.input_bits,
-        "residual_bits": config.residual_bits,
-        "symmetric": config.symmetric,
-        "ignore": config.ignore,
-    }
+    keys = {"activation_bits", "first_last_bits", "input_bits", "residual_bits", "symmetric", "ignore"}
+    return config.model_dump(include=keys)
 
 
 def choose_bits(run: RunContext, config: QuantizeConfig) -> dict[str, Any] | None:
