@@ -96,6 +96,25 @@ def test_every_public_name_is_documented(package):
                     assert inspect.getdoc(member), f"{package}.{name}.{key} has no docstring"
 
 
+# What these mean is the same everywhere; the first lines of the API reference say it.
+USUAL = {"model", "example_input", "batches", "seed", "path"}
+
+
+def test_every_argument_of_a_public_function_is_in_its_docstring():
+    missing = []
+    for package in PACKAGES:
+        module = importlib.import_module(package)
+        for name in filter(lambda n: inspect.isroutine(getattr(module, n)), getattr(module, "__all__", ())):
+            function = getattr(module, name)
+            said = set(re.findall(r"\w+", inspect.getdoc(function) or ""))
+            taken = inspect.signature(function).parameters.values()
+            named = {p.name for p in taken if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+            missing += [f"{package}.{name}: {argument}" for argument in sorted(named - said - USUAL)]
+    assert missing == []
+    introduction = (DOCS / "_site" / "hooks.py").read_text(encoding="utf-8")
+    assert all(f"`{name}`" in introduction for name in USUAL)
+
+
 def links(page: Path) -> list[str]:
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
     return [target.split("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", text)]

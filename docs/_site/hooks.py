@@ -140,9 +140,17 @@ def command_line_page() -> str:
     return "\n".join(lines)
 
 
+USUAL = (
+    "Five arguments mean the same everywhere: `model`, a torch module, changed in place where the text says so; "
+    "`example_input`, a tensor [B, ...] of any B, or a tuple or dictionary of them for several inputs, by which the "
+    "model is traced; `batches`, an iterable of inputs or of (input, target); `seed`, a whole number, the same one "
+    "giving the same result on a processor; `path`, a file's path."
+)
+
+
 def api_page() -> str:
     """One section per public package with everything in its ``__all__``."""
-    lines = ["# Python API", "", "What a package exports is public; everything else may change.", ""]
+    lines = ["# Python API", "", "What a package exports is public; everything else may change.", "", USUAL, ""]
     for package in PACKAGES:
         name = package if package == "flatcompress" else f"flatcompress.{package}"
         module = importlib.import_module(name)

@@ -64,8 +64,9 @@ def compress(
     ``auto``: by sensitivity, 4 a weight on average or within ``budget``. budget: bytes of the weights (``500kB``), or
     with ``epochs`` milliseconds (``3ms``), met by cutting channels. keep: share of the channels, with ``epochs``.
     max_drop: points of validation accuracy, without. target: what the file is for (`flatcompress list targets`), which
-    sets scheme and profile. pretrained: the library's own weights (a download). mean, std: of
-    the images, on pixels in 0..1. UserError before anything runs; a certificate that does not hold is in the result.
+    sets scheme and profile. pretrained: the library's own weights (a download). mean, std: of the images, on pixels in
+    0..1. out: the run folder (default ``runs/MODEL``). input_shape: (C, H, W) where the model does not say it. display:
+    receives the run's events. UserError before anything runs; a certificate that does not hold is in the result.
     """
     todo = stages(bits, keep, max_drop, epochs, budget, target)
     section, notes = _section(model, weights, pretrained)

@@ -255,7 +255,7 @@ def _plain(label: Any) -> Any:
 
 
 def bundle(data: Mapping[str, Any] | DataBundle, task: Any = None, *, learnable: bool = True) -> DataBundle:
-    """A `DataBundle` from a mapping: ``train`` and ``test``, perhaps ``val``, ``held_out``, ``corrupted``, ``classes``.
+    """A `DataBundle` from ``data``: ``train`` and ``test``, perhaps ``val``, ``held_out``, ``corrupted``, ``classes``.
 
     Each part is ``(images, labels)``, a map-style dataset (of tensors, arrays or PIL images) or a DataLoader over one;
     ``corrupted`` maps names to parts. ``task``: name, mapping or `Task` (default: classification, whose labels are

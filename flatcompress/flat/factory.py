@@ -59,11 +59,11 @@ def create(
     >>> optimizer.passes
     2
 
-    model: the module the closure calls (with DDP, the wrapped one). perturb to seed: the fields of `engine.settings`.
+    model: what the closure calls (with DDP, the wrapped one). perturb, max_grad_norm, scaler, compose, radius,
+    perturbed, chunks, filters, safety, process_group, replay_noise, freeze_buffers, noise, seed: see `engine.settings`.
     when: a policy such as ``flat.when.interval(2)``; ``interval=2`` and ``bernoulli=0.5`` are short for two of them.
     low_precision: ``refuse`` or ``warn`` when weights to be perturbed are float16 or bfloat16.
     hyper: the method's own hyper-parameters, and those of its ball (`flatcompress.flat.engine.ball.Ball`).
-
     Raises UserError (a ValueError) for an unknown method or option and for values that cannot work.
     """
     method = _timed(build(name, **hyper_only(hyper)), when, hyper)

@@ -79,6 +79,8 @@ def rows(spec: WeightSpec, groups: int = 1) -> tuple[torch.Tensor, torch.Tensor]
 def headroom(values: torch.Tensor, bits: int) -> int:
     """The power of two by which weights of ``bits`` bits are multiplied in an integer kernel, their scale divided.
 
+    ``values``: the weights' integers.
+
     The bias lives on the grid ``s_x * s_w``, which is coarse when both have few bits. int8 has room to spare for
     narrow weights, and a finer ``s_w`` refines the bias's grid for nothing. Up to 64, so that a pair of u8 x s8
     products still fits the int16 of AVX2 kernels without VNNI (2 * 255 * 64 < 2**15).

@@ -59,9 +59,9 @@ def export(
     file takes any batch size. One input is called ``input``, one output ``output``; of several the inputs have the
     names of the model's arguments, the outputs the keys of its result, or numbers. opset: raise it above the lowest
     that the profile and the model's operators allow. metadata: text for the file's metadata_props, beside the writer's
-    own ``flatcompress`` entries. UserError when the model cannot be traced or written, or does not go with the profile;
-    nothing is left at ``path`` then.
-    Profile ``c`` writes its sources into the folder ``c`` beside ``path``, or beside it where that is its folder.
+    own ``flatcompress`` entries. class_names: of the outputs, in order, for the file's metadata. UserError when the
+    model cannot be traced or written, or does not go with the profile; nothing is left at ``path`` then. Profile ``c``
+    writes its sources into the folder ``c`` beside ``path``, or beside it where that is its folder.
     """
     chosen: Profile = PROFILES[profile]()
     reference = lower(model, example_input)

@@ -207,7 +207,7 @@ NEEDS_GRADIENTS = frozenset(name for name, entry in IMPORTANCES.items() if entry
 def score(
     groups: Sequence[Group], importance: str = "group_l2", *, normalize: str | None = None, **options: Any
 ) -> list[Tensor]:
-    """Scores [units] per group, on the CPU, each divided by the group's ``normalize`` (mean | max | sum | none).
+    """Scores [units] of each of ``groups``, on the CPU, divided by the group's ``normalize`` (mean | max | sum | none).
 
     The default is the mean; LAMP and random scores are left as they are. ``options`` go to the importance. Gradient
     scores read ``.grad``. UserError: unknown name, missing gradients, no BatchNorm where one is needed.

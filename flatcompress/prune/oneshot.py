@@ -53,7 +53,7 @@ def prune(
     takes a cost function such as a latency table. ``ranking``, ``round_to``, ``min_channels``, ``floor``: `Limits`.
     ``example_input``: one batch; several arguments are a tuple, or a dictionary by name.
     ``ignore``: layer names or ``re:PATTERN``. Gradient importances use ``.grad`` as it is, or average over
-    ``batches`` of (input, target).
+    ``batches`` of (input, target) under ``loss``. ``importance``: a name in `IMPORTANCES`.
     Modules stay plain torch modules; parameters are new objects, so build the optimizer afterwards.
     UserError, with the model untouched: no such name, budget out of reach, pattern without a match, nothing to prune.
 

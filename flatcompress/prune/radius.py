@@ -75,10 +75,11 @@ def adaptive_radius(
 ) -> list[Radius]:
     """A radius per parameter, in the order of ``params``, for the flat engine's ball (arXiv 2306.14306, eq. 2).
 
-    A weight's row, its bias and its BatchNorm entries share the unit's radius: a tensor that broadcasts to the
-    parameter. Parameters of no group get ``rho_min`` (a float). With ``norm="per_neuron"`` only weights of rank >= 2
-    are perturbed; all others get 0. ``keep`` (bool per unit, as of `SoftMask.keep`): removed units get 0.
-    UserError: radii out of order, an unknown norm or population.
+    ``scores``: [units] per group of ``groups``; the least gets ``rho_max``, the greatest ``rho_min``, scores above
+    ``percentile`` count as it. A weight's row, its bias and its BatchNorm entries share the unit's radius: a tensor
+    that broadcasts to the parameter. Parameters of no group get ``rho_min`` (a float). With ``norm="per_neuron"`` only
+    weights of rank >= 2 are perturbed; all others get 0. ``keep`` (bool per unit, as of `SoftMask.keep`): removed units
+    get 0. UserError: radii out of order, an unknown norm or population.
     """
     if norm not in ("global", "per_neuron"):
         raise unknown("norm", norm, ("global", "per_neuron"))
@@ -104,6 +105,8 @@ def _of(parameter: nn.Parameter, found: dict[int, Tensor], rho_min: float, norm:
 
 def relative_sizes(params: Sequence[nn.Parameter], radii: Sequence[Radius]) -> list[float]:
     """Largest rho_i / sqrt(d_i) per parameter: by which share a neuron's weights move in ``per_neuron`` norm.
+
+    rho_i are the ``radii`` of ``params``, as `adaptive_radius` gives them.
 
     d_i is the size of one row (dimension 0). 0.5 and more means weights may change sign (depthwise filters, d = 9,
     reach it at rho 1.5).

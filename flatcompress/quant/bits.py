@@ -36,10 +36,11 @@ def auto_bits(
 ) -> dict[str, int]:
     """Bits per layer for `quantize`'s ``bits``, from the *float* model, under a budget.
 
-    ``unit``: ``effective_bits`` (mean bits per weight over the layers that are free, so that 4.0 costs what uniform
-    4 bit costs), ``bytes`` (of all quantized weights) or ``bops`` (multiply-accumulates x weight bits x activation
-    bits, per sample, of all quantized layers). First and last layers keep ``first_last_bits``. ``loss``, ``kind``: see
-    `sensitivities`. ``settings``: as `quantize` (``activation_bits``, ``first_last_bits``, ``ignore`` ...).
+    ``unit``: ``effective_bits`` (mean bits per weight over the layers that are free, so that 4.0 costs what uniform 4
+    bit costs), ``bytes`` (of all quantized weights) or ``bops`` (multiply-accumulates x weight bits x activation bits,
+    per sample, of all quantized layers). First and last layers keep ``first_last_bits``. ``loss``, ``choices``,
+    ``kind``: see `sensitivities`. ``settings``: as `quantize` (``activation_bits``, ``first_last_bits``, ``ignore``
+    ...).
 
     Errors of several layers do not add up as an allocation assumes, and training makes up for most of what is small.
     So with ``measured`` the layers get different bits only where the loss, measured with all of them rounded, then

@@ -55,9 +55,10 @@ def quantize(
     """Put quantizers into ``model``, in place; the same object, under the same state-dict names.
 
     ``weight_bits``, ``activation_bits``: 2..8 (``activation_bits=None``: weights only). ``method``: a name in
-    `QUANTIZERS`. ``first_last_bits``: weights of the first and last layers and the last one's input. ``input_bits``,
-    ``input_signed``: the network's input. ``residual_bits``: signed tensors that enter a residual add. ``ignore``:
-    layers (or ``re:`` patterns, or parents) that stay float. ``bits``: per layer or pattern an integer (weights) or
+    `QUANTIZERS`. ``per_channel``: a weight scale a channel. ``first_last_bits``: weights of the first and last layers
+    and the last one's input. ``input_bits``, ``input_signed``: the network's input. ``residual_bits``: signed tensors
+    that enter a residual add. ``ignore``: layers (or ``re:`` patterns, or parents) that stay float. ``bits``: per layer
+    or pattern an integer (weights) or
     ``{"weight": .., "activation": ..}``. ``symmetric``: every activation fits int8 with zero point 0, so that 8-bit
     ones without negative values use half of a signed grid. ``example_input``: a tensor [B, ...], a tuple of arguments
     or a dictionary of them; without it ``model.input_shape``, or else the first usual size that the model takes.
@@ -92,6 +93,8 @@ def quantize(
 
 def apply(model: nn.Module, data: dict[str, Any], example_input: Any = None) -> nn.Module:
     """Repeat a plan's quantizers on a freshly built model; load the checkpoint's state dict afterwards.
+
+    ``data``: what the plan recorded.
 
     UserError names the first difference when the model does not give the placement that the plan recorded.
     """

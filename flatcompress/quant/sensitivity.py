@@ -59,7 +59,8 @@ def hessian_traces(
 
     ``loss``: forward on ``model``, returns a scalar; it is called in eval mode. Layers are probed together, each with
     its own block of z, so the blocks across layers enter as noise of mean zero. Frozen layers are measured like the
-    others. UserError when the loss does not depend on a layer or is not finite.
+    others. ``names``: which layers (default: all that can be quantized); ``samples``: how many z. UserError when the
+    loss does not depend on a layer or is not finite.
     """
     layers = float_layers(model, names)
     weights: list[Any] = [m.weight for m in layers.values()]
@@ -144,6 +145,8 @@ def sensitivities(
 ) -> dict[str, dict[int, float]]:
     """Expected cost of giving a layer b bits, by layer and b; never rising in b.
 
+    ``names``: which layers (default: all that can be quantized); ``choices``: the b; ``kind``: one of three.
+
     ``measured``: by how much the loss changes with this layer alone rounded, a forward pass per layer and bit width; a
     fall counts as much as a rise, being luck that training does not keep.
     ``hessian``: tr(H)/n * ||Q_b(w) - w||^2 (HAWQ-V2, eq. 6). A trace that is not positive is noise or a saddle and
@@ -187,9 +190,10 @@ def flatness_map(
 ) -> list[dict[str, Any]]:
     """How far a layer may move against how far its grid moves it, one row per layer of a *float* model.
 
-    ``curvature`` = tr(H)/n; ``reach`` = the l2 length of a random move that raises the loss by ``rise``,
-    sqrt(2 * rise / curvature) (None where the curvature is not positive); ``grid_move`` = ||Q_b(w) - w||_2;
-    ``strain`` = (grid_move / reach)^2: above 1 the grid alone is expected to cost more than ``rise``.
+    ``bits``: by layer; ``samples``: probes of the trace. ``curvature`` = tr(H)/n; ``reach`` = the l2 length of a random
+    move that raises the loss by ``rise``, sqrt(2 * rise / curvature) (None where the curvature is not positive);
+    ``grid_move`` = ||Q_b(w) - w||_2; ``strain`` = (grid_move / reach)^2: above 1 the grid alone is expected to cost
+    more than ``rise``.
     """
     layers = float_layers(model, bits)
     traces = hessian_traces(model, loss, layers, samples, seed)

@@ -31,7 +31,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 
 def build(run_folder: str | Path) -> Path:
-    """Write ``report.html`` into a run folder from the files that are there, and return its path.
+    """Write ``report.html`` into ``run_folder`` from the files that are there, and return its path.
 
     Missing, partial or damaged files cost only their part of the page and are named on it. UserError when the folder
     is no run folder; RunError when the page cannot be written.

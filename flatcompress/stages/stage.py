@@ -83,7 +83,10 @@ def stage_of(kind: str) -> Stage:
 
 
 def order_problem(kind: str, config: Any, earlier: Earlier, has_weights: bool) -> str | None:
-    """Why a stage makes no sense after ``earlier``, or None; ``has_weights``: the model comes with trained weights."""
+    """Why a stage makes no sense after ``earlier``, or None.
+
+    ``kind``, ``config``: the stage and its keys; ``has_weights``: the model comes with trained weights.
+    """
     stage = stage_of(kind)
     ended = next((before for before, _ in earlier if stage_of(before).ends and before != kind), None)
     if ended is not None:
@@ -97,7 +100,9 @@ def order_problem(kind: str, config: Any, earlier: Earlier, has_weights: bool) -
 
 
 def run_stage(kind: str, run: RunContext, config: Any) -> RunContext:
-    """Run a stage's phases, from the one that ``run.resume`` was saved in; returns ``run``, changed.
+    """Run the phases of a stage, from the one that ``run.resume`` was saved in; returns ``run``, changed.
+
+    ``kind``, ``config``: the stage and its keys.
 
     RunError when the saved state belongs to no phase of the stage.
     """

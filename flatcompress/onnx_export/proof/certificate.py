@@ -74,8 +74,8 @@ def certify(
     outputs the one called ``logits``, or else the first real one, is judged; the others may be no further off. labels:
     targets of each batch, or one tensor [N, ...]; without them the metric is null. task: what was learned (default:
     classification). model: the trained model, to say how far file and reference are from it. latency_runs: 0 leaves
-    latency out. recipe: its text, for a hash. write: put ``certificate.json`` and ``evidence.safetensors`` beside the
-    file. require_integer: layers in floats are a failure. integer_time: measure integer kernels' share of the time.
+    latency out; threads: its. recipe: its text, for a hash. write: ``certificate.json`` and ``evidence.safetensors``
+    (``evidence_bytes`` at most). require_integer: floats fail. integer_time: of kernels. evaluations: see `roundoff`.
     """
     learned, proto, inputs = build(task), _checked(exported), Samples(exported.reference, batches)
     truth, found = _labels(labels, len(inputs)), kernels(exported.path)

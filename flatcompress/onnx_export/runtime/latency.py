@@ -77,6 +77,8 @@ def bench(
 ) -> dict[str, Any]:
     """Size and latency of one file or several, here. Several are timed against one another.
 
+    ``runs``: timed runs, of ``batch`` samples each, for each number of ``threads``.
+
     Returns {"method", "machine", "onnxruntime", "files": [{"path", "bytes", "latency": {threads: {...}}}]}.
     """
     paths = [Path(path)] if isinstance(path, str | Path) else [Path(p) for p in path]

@@ -25,8 +25,9 @@ COMPARED = ("samples", "largest_error_steps", "mean_error_steps", "further", "eq
 def check(exported: Exported, batches: Sequence[Any], target: str, agreement: str = "argmax") -> dict[str, Any]:
     """What is known of ``exported`` on ``target``: breaches of its rules, and outputs compared in its tool.
 
-    batches: as `certify` takes them. The row has ``run`` null and says why where the tool is missing or there is none.
-    UserError for an unknown target and for a file of another profile than the target's.
+    batches: as `certify` takes them. agreement: the task's, ``argmax`` of classes. The row has ``run`` null and says
+    why where the tool is missing or there is none. UserError for an unknown target and for a file of another profile
+    than the target's.
     """
     chosen = _target(target)
     if exported.profile != chosen.profile:

@@ -87,9 +87,9 @@ def choose(
 ) -> list[Tensor]:
     """Which units stay, bool [units] per group: the least important ones go until ``budget`` is met.
 
-    Uniform and isomorphic rankings are never weighed against cost.
-    ``costs`` is needed for every budget but a ratio. ``keep``: units removed before, which go first.
-    UserError: the budget cannot be met within ``limits`` (the message says the smallest that can).
+    ``scores``: [units] per group of ``groups``. Uniform and isomorphic rankings are never weighed against cost.
+    ``costs`` is needed for every budget but a ratio. ``keep``: units removed before, which go first. UserError: the
+    budget cannot be met within ``limits`` (the message says the smallest that can).
     """
     limits = settled(limits, budget)
     ladder = Ladder(groups, scores, limits, keep)

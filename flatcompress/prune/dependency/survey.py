@@ -28,7 +28,7 @@ _ORDINARY = ("Add", "Mul", "Relu", "Hardtanh", "Gelu", "Silu", "Hardswish", "Poo
 
 
 def find_groups(model: nn.Module, example_input: Example, ignore: Sequence[str] = ()) -> list[Group]:
-    """The groups of coupled channels of ``model`` that can be cut (see `survey`).
+    """The groups of coupled channels of ``model`` that can be cut (see `survey`); layers in ``ignore`` stay whole.
 
     >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
     >>> [(g.name, g.units) for g in find_groups(net, torch.zeros(1, 3, 8, 8))]

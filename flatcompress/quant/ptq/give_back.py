@@ -34,9 +34,10 @@ def within_drop(
 ) -> tuple[PostTraining, list[dict[str, Any]]]:
     """`post_training` in place, with ``metric(model)`` at most ``max_drop`` below the float network's.
 
-    ``metric``: higher is better, in the units of ``max_drop``; it is asked in eval mode. Returns what
-    `post_training` does for the final network, and a row per round: ``given_back`` (layers and what they got),
-    ``metric`` and ``drop``. UserError when the limit holds only with every layer float; the model is then as it came.
+    ``weight_bits``, ``activation_bits``: what is tried first. ``metric``: higher is better, in the units of
+    ``max_drop``; it is asked in eval mode. Returns what `post_training` does for the final network, and a row per
+    round: ``given_back`` (layers and what they got), ``metric`` and ``drop``. UserError when the limit holds only with
+    every layer float; the model is then as it came.
     """
     if max_drop < 0:
         raise UserError(f"the largest drop is a number of at least 0; found {max_drop!r}.")

@@ -71,7 +71,8 @@ def post_training(
 ) -> PostTraining:
     """Quantize the trained float ``model`` in place, calibrated on ``batches``; no labels, no training.
 
-    ``batches``: input tensors [B, ...] (or pairs that begin with one), a few hundred samples in all. ``scaling``,
+    ``batches``: input tensors [B, ...] (or pairs that begin with one), a few hundred samples in all. ``weight_bits``,
+    ``activation_bits``: as of `quantize`. ``scaling``,
     ``weight_scale``, ``calibrator``, ``rounding``, ``correction``: rows of the registries of those names, each to be
     switched off by ``none``, ``lsq``, ``min-max`` or ``nearest``. ``method``: a learned-scale quantizer (``lsq+`` gives
     signed activations a zero point, ``lsq`` does not). ``placement``: what `quantize` takes beside the bits.

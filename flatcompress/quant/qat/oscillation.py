@@ -96,7 +96,8 @@ class OscillationTracker:
 def dampening_loss(model: nn.Module, max_bits: int = 4) -> Tensor:
     """sum of (sg[Q(w)] - clip(w, range))^2 over the quantized weights (eq. 5): multiply by lambda, add to the loss.
 
-    The gradient is 2 (w - Q(w)) inside the range, 0 at grid points and outside.
+    Weights of more than ``max_bits`` bits are left out. The gradient is 2 (w - Q(w)) inside the range, 0 at grid points
+    and outside.
     """
     total = torch.zeros(())
     for layer in quantized_layers(model).values():
