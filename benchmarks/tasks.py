@@ -181,8 +181,10 @@ Certified: the certificate holds and `verify` repeats it.
 {chr(10).join(lines)}
 
 The stand-ins are drawn or synthesised and easy on their own test part; what is hard is the held-out domain, for the
-float network as for the file. {still} A run takes {seconds:.0f} seconds of one processor (the median); what is finished
-is not repeated, so the same command goes on where it was stopped.
+float network as for the file.
+
+{still} A run takes {seconds:.0f} seconds of one processor (the median); what is finished is not repeated, so the same
+command goes on where it was stopped.
 
 The U-Net's images are jittered. Without that brightness alone tells ground from shapes, the threshold lies anywhere in
 the gap between the two, and the unseen domain's brighter ground lies in that gap: its mean IoU was then that of a
