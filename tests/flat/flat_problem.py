@@ -24,7 +24,7 @@ NULL = {
     "friendlysam": {"rho": 0.0}, "rsam": {"rho": 0.0, "sigma": 0.0}, "msam": {"rho": 0.0}, "samon": {"rho": 0.0},
     "ssam": {"rho": 0.0}, "lpf_sgd": {"std": 0.0}, "dpsat": {"rho": 0.0}, "tram": {"scale": 0.0},
     "ggpo": {"sigma": 0.0, "beta": 0.0}, "gnp": {"rho": 0.0}, "stablesam": {"rho": 0.0}, "xsam": {"rho": 0.0},
-    "ksam": {"rho": 0.0, "k": 1.0}, "vsam": {"rho": 0.0, "warmup": 2}, "fmtl": {"rho": 0.0},
+    "ksam": {"rho": 0.0, "top": 1.0}, "vsam": {"rho": 0.0, "warmup": 2}, "fmtl": {"rho": 0.0},
 }  # fmt: skip
 NAMES = list(flat.METHODS)
 # Small enough to train the tiny problem, and with every branch of the method taken within five steps.

@@ -80,7 +80,7 @@ IDENTITIES = {
     "xsam at alpha 1 is sam": (("xsam", {"alpha": 1.0}), ("sam", {})),
     "vsam that always samples is sam": (("vsam", {"warmup": 99}), ("sam", {})),
     "fmtl of one task is sam": (("fmtl", {}), ("sam", {})),
-    "ksam of all samples is sam": (("ksam", {"k": 1.0}), ("sam", {})),
+    "ksam of all samples is sam": (("ksam", {"top": 1.0}), ("sam", {})),
 }  # fmt: skip
 
 
@@ -120,7 +120,7 @@ def test_ksam_equals_sam_on_the_hardest_samples():
 
     theirs = Hand("mlp", sgd).run(rule)
     model = problem.build("mlp")
-    optimizer = flat.create("ksam", model, sgd(model), k=0.5)
+    optimizer = flat.create("ksam", model, sgd(model), top=0.5)
     seen = []
     for t in range(STEPS):
         optimizer.step(selective(model, *problem.batch(t), seen))
@@ -283,7 +283,7 @@ def test_ignite_with_a_bound_that_holds_is_the_base_bit_for_bit():
 
 
 BAD = {
-    "ksam": {"k": 0.0}, "vsam": {"window": 0}, "xsam": {"points": 1}, "fmtl": {"aggregate": "pcgrd"},
+    "ksam": {"top": 0.0}, "vsam": {"window": 0}, "xsam": {"points": 1}, "fmtl": {"aggregate": "pcgrd"},
     "ignite": {"r": 0.0},
 }  # fmt: skip
 

@@ -72,7 +72,7 @@ def test_esam_keeps_fewer_samples_for_its_second_gradient():
 
 
 def test_choosing_all_samples_ends_where_sam_does():
-    chosen, _ = trained("ksam", k=1.0)
+    chosen, _ = trained("ksam", top=1.0)
     plain, _ = trained("sam")
     for a, b in zip(chosen.parameters(), plain.parameters()):
         torch.testing.assert_close(a, b)

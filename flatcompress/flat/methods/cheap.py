@@ -24,16 +24,16 @@ from flatcompress.flat.methods.method import Method
 from flatcompress.randomness import mixed
 
 
-def ksam(rho: Rho = 0.05, k: float = 1 / 3, **ball: Any) -> Method:
-    """K-SAM: both gradients of SAM on the share ``k`` of the batch with the largest losses (arXiv 2210.12864).
+def ksam(rho: Rho = 0.05, top: float = 1 / 3, **ball: Any) -> Method:
+    """K-SAM: both gradients of SAM on the share ``top`` of the batch with the largest losses (arXiv 2210.12864).
 
-    One forward over the batch finds them; with k = 1/3 a step costs what a plain one does (a backward pass taken for
+    One forward over the batch finds them; with a third a step costs what a plain one does (a backward pass taken for
     two forwards). The samples are seen through a closure with a parameter ``keep``, as in `esam`; with a plain closure
     all are used, which a warning says.
     """
     ascent = Ball(rho, **ball)
-    if not 0 < k <= 1:
-        raise UserError(f"k is {k!r}; the share of samples that are used must lie in 0 < k <= 1")
+    if not 0 < top <= 1:
+        raise UserError(f"top is {top!r}; the share of samples that are used must lie in 0 < top <= 1")
 
     def program(step: Step) -> Program:
         if not step.selective():
@@ -41,22 +41,22 @@ def ksam(rho: Rho = 0.05, k: float = 1 / 3, **ball: Any) -> Method:
                 warnings.warn(ALL_SAMPLES.format("ksam"), stacklevel=2)
             return (yield Probe(ascent(step, (yield HERE))))
         yield Probe(backward=False)
-        hardest = largest_losses(step.losses[-1], k)
+        hardest = largest_losses(step.losses[-1], top)
         g0 = yield Probe(keep=hardest)
         return (yield Probe(ascent(step, g0), keep=hardest))
 
     return Method(program, ascent, selects=True)
 
 
-def largest_losses(losses: Tensor, k: float) -> Tensor:
-    """Indices, in order, of the share ``k`` of samples (at least one) with the largest ``losses`` [B].
+def largest_losses(losses: Tensor, top: float) -> Tensor:
+    """Indices, in order, of the share ``top`` of samples (at least one) with the largest ``losses`` [B].
 
     >>> largest_losses(torch.tensor([0.1, 0.9, 0.4, 0.7]), 0.5)
     tensor([1, 3])
     """
     if losses.dim() == 0:
         raise UserError("the closure takes `keep` but returned one number; return the losses of all samples")
-    return torch.topk(losses, max(1, round(k * len(losses)))).indices.sort().values
+    return torch.topk(losses, max(1, round(top * len(losses)))).indices.sort().values
 
 
 @dataclass(frozen=True)

@@ -308,7 +308,7 @@ METHODS.add(
 )  # fmt: skip
 METHODS.add(
     "ksam", cheap.ksam, "SAM on the samples with the largest losses, at the cost of a plain step", "2210.12864",
-    bounds={**_RADIUS, "k": Bounds(0, 1, open_low=True)},
+    bounds={**_RADIUS, "top": Bounds(0, 1, open_low=True)},
 )  # fmt: skip
 METHODS.add(
     "vsam", cheap.vsam, "SAM's part of the gradient taken as often as it varies, reused in between", "2403.08821",
