@@ -60,7 +60,9 @@ def section(rows: list[dict[str, Any]]) -> list[str]:
         "",
         f"`python -m benchmarks.network_coverage --latency`: median milliseconds of {RUNS} runs for one image of "
         f"{SIZE} pixels on one thread, the four files of a network in turn in one process; W8A8 per channel in "
-        "all three integer files. Compare within a line only.",
+        "all three integer files. Compare within a line only. Measured on an AVX2 processor without VNNI: there the "
+        "integer convolutions of small and depthwise layers take longer than the float ones by themselves, which is "
+        "why two of the three are slower than their float file.",
         "",
         "| network | packed | int8 | quantize_static | float | packed / quantize_static | packed / float |",
         "|---|---|---|---|---|---|---|",
