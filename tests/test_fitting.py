@@ -72,12 +72,25 @@ def test_a_picture_that_cannot_be_read_is_left_to_the_loader(tmp_path):
     assert fitting.look(tmp_path).side == 31
 
 
-@pytest.mark.parametrize("folders", [(), ("one",)])
-def test_fewer_than_two_classes_are_refused(tmp_path, folders):
-    for name in folders:
-        draw(tmp_path / name, 3)
-    with pytest.raises(UserError, match="one a class"):
+@pytest.mark.parametrize(
+    ("folders", "said"),
+    [
+        ({}, "one a class"),
+        ({"one": 3}, r"one class alone \(one\)"),
+        ({"one": 3, "two": 0, "six": 3}, "class two is empty"),
+    ],
+)
+def test_folders_that_are_not_two_classes_of_images_are_refused(tmp_path, folders, said):
+    for name, count in folders.items():
+        draw(tmp_path / name, count)
+        (tmp_path / name).mkdir(exist_ok=True)
+    with pytest.raises(UserError, match=said):
         fitting.fitted(tmp_path)
+
+
+def test_a_folder_that_is_not_there_is_named_with_the_option(tmp_path):
+    with pytest.raises(UserError, match="nowhere does not exist: --data takes"):
+        fitting.look(tmp_path / "nowhere")
 
 
 def test_a_template_beside_data_is_refused(tmp_path, capsys):

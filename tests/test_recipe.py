@@ -96,7 +96,7 @@ BAD = {
     "quantize_twice": ("stages:\n  - train: {}\n  - quantize: {}\n  - quantize: {}\n", [":4:", "already quantized"]),
     "prune_untrained": ("stages:\n  - prune: {}\n", [":2:", "random weights"]),
     "packed_float": ("stages:\n  - train: {}\n  - export: {profile: packed}\n", [":3:", "float32"]),
-    "bad_device": (GOOD + "device: gpu\n", [":9:", "device", "gpu"]),
+    "bad_device": (GOOD + "device: gpu\n", [":9:", "device", "gpu", "Allowed: auto, cpu, mps, cuda, cuda:N"]),
     "bad_name": (edit("name: tiny", "name: ../up"), [":1:", "name", "../up"]),
     "not_yaml": ("stages: [", ["not valid YAML"]),
     "tab": ("name: x\n\tstages: []\n", [":2", "not valid YAML"]),

@@ -44,8 +44,10 @@ class Found:
 def look(path: Path) -> Found:
     """Count what is in a folder of classes, of parts or of domains; nothing but headers is read.
 
-    UserError where it holds no images in class folders.
+    UserError where it holds no images in class folders, those of one class alone, or an empty one.
     """
+    if not path.exists():
+        raise UserError(f"{path} does not exist: --data takes a folder of images with a folder for each class.")
     root = data_root(path, "folder")
     finder = Finder(root)
     domains = _domains(root, finder)
@@ -54,8 +56,13 @@ def look(path: Path) -> Found:
     files = {holder: _files(holder, finder) for holder in holders}
     first = files[parts.get("train", holders[0])]
     every = [file for classes in files.values() for found in classes.values() for file in found]
-    if len(first) < 2 or not every:
+    if not every:
         raise UserError(f"{root}: no folders of images, one a class (CLASS/image), or domains of them.")
+    if len(first) < 2:
+        raise UserError(f"{root}: images of one class alone ({', '.join(first)}); at least two classes are needed.")
+    for name, found in first.items():
+        if not found:
+            raise UserError(f"{root}: the class {name} is empty: no image in it. Remove the folder or fill it.")
     seen = (len(domains) - 1) / len(domains) if domains else 1.0  # one is held out
     training = sum(map(len, first.values())) if parts else round(TRAINED_ON * seen * len(every))
     return Found(tuple(first), tuple(p.name for p in domains), len(every), training, _side(every))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -94,6 +95,16 @@ Spread = tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0,
 Entry = Annotated[StageEntry, PlainValidator(_stage_entry), WithJsonSchema({"type": "object"}, mode="validation")]
 
 
+DEVICES = r"^(auto|cpu|mps|cuda(:\d+)?)$"
+
+
+def _device(value: Any) -> Any:
+    if isinstance(value, str) and not re.fullmatch(DEVICES, value):
+        hint = " (a GPU of NVIDIA is cuda, the second cuda:1)" if "gpu" in value.lower() or "cuda" in value else ""
+        raise ValueError(f"unknown device {value!r}. Allowed: auto, cpu, mps, cuda, cuda:N{hint}.")
+    return value
+
+
 def _plain_no(value: Any) -> Any:
     """YAML reads a bare ``no`` as false."""
     return "no" if value is False else value
@@ -107,7 +118,9 @@ class Recipe(Strict):
     )
     seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="fixes every random choice")
     output_dir: str = Field("runs", description="where run folders go")
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = Field("auto", description="where to train")
+    device: Annotated[str, Field(pattern=DEVICES), BeforeValidator(_device)] = Field(
+        "auto", description="where to train"
+    )
     precision: Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(_plain_no)] = Field(
         "no", description="mixed precision while training"
     )

@@ -44,12 +44,28 @@ def measure(
         "passes": passes,
         "latency_ms": None,
     }
+    if passes:
+        _say_where_guessing_does_as_well(run, row["accuracy"])
     with run.timed("sharpness of each layer"):
         some = sizes if flatness else None
         rows = reported("the table of layers could not be made", lambda: layer_rows(run, costs, some), None)
     if rows is not None:
         run.emit("layers", layers=rows)
     return row
+
+
+def _say_where_guessing_does_as_well(run: RunContext, accuracy: dict[str, float | None]) -> None:
+    """A warning where the test accuracy is within two standard errors of a guess among the classes."""
+    reached, classes, samples = accuracy["test"], len(run.data.classes), len(run.data.test)
+    if run.task.selects != "accuracy" or reached is None or classes < 2 or not samples:
+        return
+    guess = 1 / classes
+    if reached <= guess + 2 * math.sqrt(guess * (1 - guess) / samples):
+        run.emit(
+            "warning",
+            message=f"test accuracy {reached:.1%} on {samples:,} samples is no better than a guess among {classes} "
+            f"classes ({guess:.1%}): more samples, more epochs, another learning rate, or larger inputs may help",
+        )
 
 
 def _measured_sharpness(run: RunContext, samples: int) -> float | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 from stage_pieces import context
 
 from flatcompress.stages import budget
@@ -55,6 +56,16 @@ def test_what_is_left_out_is_said_and_the_rest_is_what_full_measures() -> None:
     assert said == {"layers": 8, "of": len(everything), "samples": 16} and len(measured) == 8
     assert None not in everything.values() and quick["accuracy"] == full["accuracy"]
     assert quick["sharpness"] is not None
+
+
+def test_accuracy_no_better_than_guessing_is_a_warning() -> None:
+    events = []
+    run = context(emit=lambda event, **fields: events.append((event, fields)))
+    for parameter in run.model.parameters():
+        torch.nn.init.zeros_(parameter)  # one answer for every image
+    measure(run, "train", "none", 0.0, 4)
+    (said,) = (fields["message"] for event, fields in events if event == "warning")
+    assert said.startswith("test accuracy 25.0% on 32 samples is no better than a guess among 4 classes (25.0%)")
 
 
 def test_off_measures_no_sharpness_and_nothing_under_corruption() -> None:
