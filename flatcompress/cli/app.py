@@ -310,6 +310,7 @@ def compress(
     mean: Annotated[str | None, typer.Option(help="of images, per channel on 0..1: 0.5,0.5,0.5")] = None,
     std: Annotated[str | None, typer.Option(help="of images, per channel on 0..1")] = None,
     target: Annotated[str | None, typer.Option(help="what the file is for: `flatcompress list targets`")] = None,
+    task: Annotated[str | None, typer.Option(help="where it is no classification: `flatcompress list tasks`")] = None,
     seed: Annotated[int, typer.Option(help="of drawn inputs and splits")] = 0,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no progress on stderr")] = False,
     as_json: Json = False,
@@ -324,7 +325,7 @@ def compress(
         made = run_compress(model, data, out, bits=bits, keep=keep, max_drop=max_drop, epochs=epochs, budget=budget,
                             weights=weights, pretrained=pretrained, classes=classes, input_shape=shape,
                             mean=numbers_of("--mean", mean), std=numbers_of("--std", std), seed=seed, target=target,
-                            display=shown)  # fmt: skip
+                            task=task, display=shown)  # fmt: skip
     if as_json:
         show(made.to_dict(), True, "")
     else:

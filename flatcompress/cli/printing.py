@@ -99,12 +99,14 @@ def print_verification(outcome: dict[str, Any]) -> None:
 def print_compressed(made: dict[str, Any], certificate: dict[str, Any]) -> None:
     """Before and after, the certificate in a line, what was decided, and where everything is."""
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for heading in ("", "accuracy", "bytes", "ms", "layers on integers"):
+    metric = made["rows"][0].get("metric", "accuracy")
+    for heading in ("", metric, "bytes", "ms", "layers on integers"):
         table.add_column(heading, justify="left" if not heading else "right")
     for row in made["rows"]:
-        size, ms = row["bytes"], row["ms"]
+        size, ms, value = row["bytes"], row["ms"], row[metric]
+        shown = "-" if value is None else f"{value:.2%}" if row.get("share", True) else f"{value:.4g}"
         figures = ("-" if size is None else f"{size:,}", "-" if ms is None else f"{ms:.3f}")
-        table.add_row(row["network"], f"{row['accuracy']:.2%}", *figures, row["layers on integers"])
+        table.add_row(row["network"], shown, *figures, row["layers on integers"])
     console = _console()
     console.print(table)
     console.print(certificate_line(certificate))

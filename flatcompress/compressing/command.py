@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flatcompress import onnx_export
-from flatcompress.compressing.inputs import Inputs
+from flatcompress.compressing.inputs import Inputs, with_targets
 from flatcompress.compressing.options import BITS, stages
 from flatcompress.errors import UserError
 from flatcompress.pipeline import Pipeline, Result
@@ -53,6 +53,7 @@ def compress(
     std: Sequence[float] | None = None,
     seed: int = 0,
     target: str | None = None,
+    task: str | None = None,
     display: Callable[[dict[str, Any]], None] | None = None,
 ) -> Compressed:
     """Quantize ``model`` without training (``epochs`` 0) or with it, and write a verified file.
@@ -64,9 +65,11 @@ def compress(
     ``auto``: by sensitivity, 4 a weight on average or within ``budget``. budget: bytes of the weights (``500kB``), or
     with ``epochs`` milliseconds (``3ms``), met by cutting channels. keep: share of the channels, with ``epochs``.
     max_drop: points of validation accuracy, without. target: what the file is for (`flatcompress list targets`), which
-    sets scheme and profile. pretrained: the library's own weights (a download). mean, std: of the images, on pixels in
-    0..1. out: the run folder (default ``runs/MODEL``). input_shape: (C, H, W) where the model does not say it. display:
-    receives the run's events. UserError before anything runs; a certificate that does not hold is in the result.
+    sets scheme and profile. task: what the network does where that is no classification (`flatcompress list tasks`);
+    data is then an ``.npz`` with targets. pretrained: the library's own weights (a download). mean, std: of the
+    images, on pixels in 0..1. out: the run folder (default ``runs/MODEL``). input_shape: (C, H, W) where the model does
+    not say it. display: receives the run's events. UserError before anything runs; a certificate that does not hold is
+    in the result.
     """
     todo = stages(bits, keep, max_drop, epochs, budget, target)
     section, notes = _section(model, weights, pretrained)
@@ -74,8 +77,10 @@ def compress(
     inputs = Inputs(
         section, folder.with_name(f"{folder.name}-inputs.npz"), classes, input_shape, mean, std, seed, notes
     )
-    source = inputs.read(Path(data).expanduser() if data is not None else None)
-    where: dict[str, Any] = {"name": folder.name, "output_dir": str(folder.parent), "seed": seed}
+    given = Path(data).expanduser() if data is not None else None
+    learned = None if task in (None, "classification") else task
+    source = inputs.read(given) if learned is None else with_targets(given, learned)
+    where: dict[str, Any] = {"name": folder.name, "output_dir": str(folder.parent), "seed": seed, "task": learned}
     pipeline = Pipeline(section, {**source, "batch_size": 32}, todo, **where)
     try:
         result = pipeline.run(folder, restart=True, display=display)
@@ -133,21 +138,24 @@ def _section(model: str, weights: str | None, pretrained: bool) -> tuple[dict[st
 
 
 def _rows(pipeline: Pipeline, result: Result, agreement: bool) -> list[dict[str, Any]]:
-    """Before and after: accuracy on the test split, bytes of the file, median milliseconds, layers on integers."""
-    accuracy = 1.0  # the labels are its own
+    """Before and after: the task's metric on the test split, bytes, median milliseconds, layers on integers."""
+    metric, share, value = "accuracy", True, 1.0  # the labels are its own
     if not agreement:
         bundle = pipeline.load_data()
-        accuracy = evaluate(pipeline.builder(bundle)().eval(), bundle.test, bundle.task)["accuracy"]
+        metric, share = bundle.task.selects, bundle.task.metric.share
+        value = evaluate(pipeline.builder(bundle)().eval(), bundle.test, bundle.task)[metric]
     certificate = result.certificate or {}
     dense, kernels, last = certificate.get("float") or {}, certificate.get("kernels") or {}, result.ledger[-1]
     timed = dense.get("latency") or {}
-    before = {"network": "float", "accuracy": accuracy, "bytes": dense.get("bytes"), "ms": timed.get("median_ms"),
+    told = {} if metric == "accuracy" else {"metric": metric, "share": share}
+    before = {"network": "float", metric: value, **told, "bytes": dense.get("bytes"), "ms": timed.get("median_ms"),
               "layers on integers": "0"}  # fmt: skip
     there = (certificate.get("target") or {}).get("run") or {}
     counted = there if "layers" in there else kernels
     integer = f"{counted.get('integer_layers')} of {counted.get('layers')}"
     if "target" in certificate and not onnx_export.PROFILES[certificate["file"]["profile"]]().fused:
         integer = "not run there"
-    after = {"network": "compressed", "accuracy": last["accuracy"]["test"], "bytes": last["bytes"],
+    reached = last["accuracy"] if metric == "accuracy" else last["metrics"][metric]
+    after = {"network": "compressed", metric: reached["test"], **told, "bytes": last["bytes"],
              "ms": last["latency_ms"], "layers on integers": integer}  # fmt: skip
     return [before, after]

@@ -170,6 +170,17 @@ class Inputs:
         return (x - torch.tensor(mean).view(-1, 1, 1)) / torch.tensor(std).view(-1, 1, 1)
 
 
+def with_targets(path: Path | None, task: str) -> dict[str, Any]:
+    """The ``data`` section of a task that is no classification: an ``.npz`` with inputs and targets."""
+    if path is None or path.suffix.lower() != ".npz":
+        raise UserError(
+            f"task {task}: give inputs and their targets as --data FILE.npz with the arrays x and y; found "
+            f"{path or 'no data'}. A recipe takes its other data sets: `flatcompress list data`."
+        )
+    arrays.read(path)
+    return {"name": "arrays", "path": str(path)}
+
+
 def _for(channels: int, values: Sequence[float]) -> Sequence[float]:
     """Three channels' values; for one channel their mean."""
     return values if channels == len(values) else [sum(values) / len(values)] * channels

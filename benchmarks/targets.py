@@ -1,0 +1,128 @@
+"""Every target's file of every built-in network: rules, and what the target's tool makes of it.
+
+    python -m benchmarks.targets [--quick] [--check] [--only NETWORK ...] [--kept]
+
+Networks: the built-in ones (`_ptq_networks.OPTIONS` makes three of them narrower), trained for an epoch on rotated
+digits, quantized without training as `flatcompress compress --target` does: the target's own weight bits (8; OpenVINO's
+7) and W4A4. ``lint``: breaches of the tool's published rules. ``run``: the package that loaded the file here; a dash
+where there is none. None of the targets was run on a device. ``integer``: the layers that it computes on integers.
+``equal``: share of 1,000 real test inputs with the reference's class, ``steps``: the largest difference in
+output steps, ``further``: the share that is more than 1.5 of them away. A sum that lies on a rounding boundary may go
+either way, and with few bits one code is many output steps: that is what ``further`` counts.
+
+``--quick``: ResNet-8 and DS-CNN, 200 inputs. What is measured is kept in ``benchmarks/results/targets.partial``:
+a run that was stopped goes on, and ``--kept`` measures nothing and writes the page docs/results/targets.md from it.
+
+Targets: no breach of a rule; onnxruntime and OpenVINO give the reference's class on at least 99.9 % of the inputs and
+are at most 1.5 output steps away.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks._common import RESULTS, Kept, finish, markdown
+from benchmarks._ptq_networks import Case, trained
+from flatcompress import onnx_export, quant
+from flatcompress.compressing import steps_for
+from flatcompress.compressing.options import narrowed, scheme_of
+
+NETWORKS = ("resnet8", "ds_cnn", "resnet20", "resnet18", "vit_tiny", "mobilenet_v1_025", "resnet50", "mobilenet_v2")
+QUICK = NETWORKS[:2]
+BITS = ((8, 8), (4, 4))
+INPUTS = {False: 1000, True: 200}
+EQUAL, STEPS = 0.999, 1.5
+HELD = ("onnxruntime-cpu", "openvino")
+PAGE = Path(__file__).parent.parent / "docs" / "results" / "targets.md"
+
+
+def measured(name: str, target: str, bits: tuple[int, int], inputs: int) -> dict[str, Any]:
+    """The row of one file."""
+    one: Case = trained(name, epochs=1)
+    weight, activation = narrowed(bits, target)
+    scheme = {"method" if key == "quantizer" else key: value for key, value in scheme_of(target).items()}
+    model = copy.deepcopy(one.model)
+    quant.post_training(model, [one.draw(0)], weight, activation, **{**steps_for(weight), **scheme})
+    quant.set_bias_rounding(model, True)
+    chosen = torch.linspace(0, len(one.test[0]) - 1, inputs).long()
+    with tempfile.TemporaryDirectory() as folder:
+        profile = onnx_export.TARGETS[target]().profile
+        exported = onnx_export.export(model, one.pool[:2], Path(folder) / "model.onnx", profile)
+        row = onnx_export.check_target(exported, one.test[0][chosen].split(250), target)
+    ran = row["run"] or {}
+    integer = f"{ran['integer_layers']} of {ran['layers']}" if "layers" in ran else None
+    return {
+        "network": name, "target": target, "bits": f"W{weight}A{activation}", "lint": len(row["lint"]),
+        "run": f"{ran['package']} {ran['version']}" if ran else None, "integer": integer,
+        "inputs": ran.get("samples"), "equal": ran.get("equal_argmax"), "steps": ran.get("largest_error_steps"),
+        "further": ran["further"] / ran["samples"] if "further" in ran else None,
+        "breaches": row["lint"], "why_not": row["why_not"],
+    }  # fmt: skip
+
+
+def missed(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Targets that are missed."""
+    found = [f"{_name(row)}: {'; '.join(row['breaches'])}" for row in rows if row["breaches"]]
+    for row in (row for row in rows if row["target"] in HELD):
+        if row["run"] is None:
+            found.append(f"{_name(row)}: not run ({row['why_not']})")
+        elif row["equal"] is None:
+            found.append(f"{_name(row)}: the tool did not run the file")
+        elif row["equal"] < EQUAL or row["steps"] > STEPS:
+            found.append(f"{_name(row)}: equal class on {row['equal']:.2%}, at most {row['steps']:.3g} steps away, "
+                         f"{row['further']:.2%} of the inputs by more than {STEPS}")  # fmt: skip
+    return found
+
+
+def _name(row: dict[str, Any]) -> str:
+    return f"{row['network']} {row['bits']} {row['target']}"
+
+
+def page(rows: Sequence[dict[str, Any]], absent: Sequence[str]) -> str:
+    """The page of results."""
+    shown = [{key: row[key] for key in row if key not in ("breaches", "why_not")} for row in rows]
+    parts = ["# Targets", "Written by `python -m benchmarks.targets`; its docstring says what the columns are. Nothing "
+             "here was run on a device.", markdown(shown)]  # fmt: skip
+    parts += [f"Not measured: {', '.join(absent)}."] if absent else []
+    return "\n\n".join([*parts, *(f"Missed: {failure}." for failure in missed(rows))]) + "\n"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run it; the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="two networks, 200 inputs")
+    parser.add_argument("--check", action="store_true", help="exit 1 where a target is missed, naming it")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
+    parser.add_argument("--only", nargs="+", choices=NETWORKS, help="networks (default: all)")
+    parser.add_argument("--restart", action="store_true", help="measure anew what an earlier run has measured")
+    parser.add_argument("--kept", action="store_true", help="measure nothing: tables and page from what is there")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(options.threads)
+    kept = Kept(RESULTS / f"targets{'-quick' if options.quick else ''}.partial", not options.kept)
+    if options.restart:
+        kept = kept.cleared()
+    names = options.only or (QUICK if options.quick else NETWORKS)
+    written = [name for name in onnx_export.TARGETS if not onnx_export.TARGETS[name]().instead]
+    order = sorted(written, key=lambda target: target not in HELD)
+    rows, absent, inputs = [], [], INPUTS[options.quick]
+    every = [(name, target, bits) for name in names for target in order for bits in BITS]
+    for name, target, bits in sorted(every, key=lambda one: one[1] not in HELD):  # what is held to figures comes first
+        label = f"{name} W{bits[0]}A{bits[1]} {target}"
+        row = kept.get(label, lambda n=name, t=target, b=bits: measured(n, t, b, inputs))
+        rows, absent = (rows, [*absent, label]) if row is None else ([*rows, row], absent)
+    rows.sort(key=lambda row: names.index(row["network"]))
+    if not (options.quick or options.only):
+        PAGE.write_text(page(rows, absent))
+    failures = missed(rows) + ([f"not measured: {', '.join(absent)}"] if absent else [])
+    return finish("targets", rows, failures, options)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
