@@ -90,16 +90,19 @@ def digits() -> tuple[Any, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
 
 
 @cache
-def trained(name: str, method: str = "none", seed: int = 0, epochs: int = 2) -> Case:
-    """A built-in network trained on rotated digits with a flat method (``none``: plainly), or as it was kept."""
+def trained(name: str, method: str = "none", seed: int = 0, epochs: int = 2, images: int | None = None) -> Case:
+    """A built-in network trained on rotated digits with a flat method (``none``: plainly), or as it was kept.
+
+    ``images``: the first ones alone.
+    """
     bundle, (x, y), test = digits()
     model = models.build(name, num_classes=len(bundle.classes), input_shape=bundle.input_shape, seed=seed,
                          **OPTIONS.get(name, {}))  # fmt: skip
-    kept = KEPT / f"{name}-{method}-{seed}-{epochs}.safetensors"
+    kept = KEPT / f"{name}-{method}-{seed}-{epochs}{f'-{images}' if images else ''}.safetensors"
     if kept.exists():
         model.load_state_dict(load_file(kept))
     else:
-        _train(model, method, seed, epochs, x, y)
+        _train(model, method, seed, epochs, x[:images], y[:images])
         KEPT.mkdir(parents=True, exist_ok=True)
         save_file(model.state_dict(), kept)
     return case(name, model, x, test)
