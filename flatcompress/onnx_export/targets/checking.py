@@ -75,8 +75,11 @@ def _floats(target: str, run: dict[str, Any]) -> str | None:
     integer, layers, wanted = run.get("integer_layers"), run.get("layers"), TARGETS[target]()
     if integer is None or integer == layers:
         return None
-    advice = f": quantize with weight_bits and first_last_bits of at most {wanted.weight_bits}, quantizer: lsq"
-    return f"{layers - integer} of {layers} layers compute in floats there{'' if wanted.offsets else advice}"
+    why = (
+        f"; weights of more than {wanted.weight_bits} bits do that, and zero points inside a range, which "
+        "quantizer: lsq does not have, and operators without an integer form there"
+    )
+    return f"{layers - integer} of {layers} layers compute in floats there{'' if wanted.offsets else why}"
 
 
 def _target(name: str) -> Target:
