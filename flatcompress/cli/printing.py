@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from flatcompress.environment import command
 from flatcompress.report import terminal
 
 WIDTH = 132  # the ledger's; a pipe or a log file has no width of its own
@@ -57,8 +58,8 @@ def next_step(result: dict[str, Any]) -> str:
     if result["onnx"] is None or certificate is None:
         return f"open {result['report']}; add an export stage for a file"
     if not certificate["holds"]:
-        return f"flatcompress debug {result['folder']} says where the file and the model part"
-    return f"flatcompress demo {result['folder']} shows the file in a browser; verify it where it will run"
+        return f"{command()} debug {result['folder']} says where the file and the model part"
+    return f"{command()} demo {result['folder']} shows the file in a browser; verify it where it will run"
 
 
 def certificate_line(certificate: dict[str, Any]) -> str:
