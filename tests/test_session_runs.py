@@ -172,6 +172,13 @@ def test_a_folder_of_an_earlier_version_is_read_but_not_resumed(tmp_path):
     assert small_runs.same(again, before)
 
 
+def test_checkpoints_without_the_recipe_that_made_them_are_not_resumed(tmp_path):
+    stopped_in(tmp_path / "run", "0-train")
+    (tmp_path / "run" / "recipe.yaml").unlink()
+    with pytest.raises(UserError, match=r"checkpoints and no recipe\.yaml.*--restart"):
+        run(tmp_path / "run", AGAIN)
+
+
 def test_a_folder_of_an_earlier_version_in_which_nothing_is_finished_is_used(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "recipe.yaml").write_text("stages: [{train: {}}]\n")

@@ -18,6 +18,11 @@ def first_changed_stage(folder: RunFolder, recipe: Recipe) -> int | None:
     """
     text = folder.read_recipe()
     if text is None:
+        if next(checkpoint.newest_first(folder.checkpoints), None) is not None:
+            raise UserError(
+                f"{folder.path} holds checkpoints and no recipe.yaml, so nothing says whose run they are. Run with "
+                "--restart to start over (they are removed), or give this run another name."
+            )
         return None
     before, schema = _recipe_before(folder, text)
     found = identity.differences(before, recipe)

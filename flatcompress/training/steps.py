@@ -113,7 +113,8 @@ def _refuse_divergence(job: Job, x: Tensor, loss: Tensor, step: int, checked: bo
 
 def _chooses(job: Job) -> bool:
     """Does the flat method choose samples, and can it: a callback's term may belong to the batch as a whole."""
-    own = any(type(callback).loss_term is not Callback.loss_term for callback in job.callbacks)
+    plain = Callback.loss_term
+    own = any(getattr(type(callback), "loss_term", plain) is not plain for callback in job.callbacks)
     return job.selects and not own
 
 

@@ -21,8 +21,10 @@ STEPS = 3
 DRAWS_PER_CHUNK = {"rsam", "lpf_sgd", "bsam", "ggpo"}
 # A sum of KL terms over half batches is not that of the whole one.
 SEES_ONE_BATCH = {"tram"}
-PER_REPLICA = [n for n in NAMES if n not in DRAWS_PER_CHUNK | SEES_ONE_BATCH]
-SYNCED = [n for n in NAMES if n not in SEES_ONE_BATCH]
+# Several closures of one process are tasks, not parts of a batch.
+TASKS = {"fmtl"}
+PER_REPLICA = [n for n in NAMES if n not in DRAWS_PER_CHUNK | SEES_ONE_BATCH | TASKS]
+SYNCED = [n for n in NAMES if n not in SEES_ONE_BATCH | TASKS]
 
 
 def _options(name):

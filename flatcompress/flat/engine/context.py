@@ -74,8 +74,9 @@ class Step:
 
     selected: indices of the parameters that may be perturbed. losses: of the probes so far, a scalar or one per
     sample. selective(): do the closures take ``keep``? parts: how many closures the program sees. present: by probe,
-    which parameters got a gradient. others: trainable parameters that this optimizer does not own. scratch: what a
-    part leaves for a later part of the same step.
+    which parameters got a gradient. agreed(): values that decide something, such as losses, as they are over all
+    processes where these climb together (``synced``), else as they are. others: trainable parameters that this
+    optimizer does not own. scratch: what a part leaves for a later part of the same step.
     """
 
     t: int
@@ -94,6 +95,7 @@ class Step:
     others: list[nn.Parameter] = field(default_factory=list)
     losses: list[Tensor] = field(default_factory=list)
     selective: Callable[[], bool] = lambda: False
+    agreed: Callable[[Tensor], Tensor] = lambda values: values
     parts: int = 1
     present: list[list[bool]] = field(default_factory=list)
     scratch: dict[str, Any] = field(default_factory=dict)

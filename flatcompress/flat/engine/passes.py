@@ -133,6 +133,7 @@ class Passes:
         """Send every gradient to the program until it returns the combined one."""
         self.step.losses, self.step.present, self.step.parts = [], self.present, len(closures)
         self.step.selective = lambda: all(takes_keep(closure) for closure in closures)
+        self.step.agreed = self._agreed
         # The last gradient and the next probe are handed on without a name here: where the program drops them too,
         # their memory is free during the next pass.
         hand: list[Any] = [None]
@@ -250,6 +251,13 @@ class Passes:
         if self.keep or self.settings.compose is not None:
             self.probes.append(total)
         return total
+
+    def _agreed(self, values: Tensor) -> Tensor:
+        """The mean over processes where they climb together, so that all decide alike."""
+        if self.settings.perturb == "synced":
+            values = values.clone()
+            self.replicas.mean_([values], [False])
+        return values
 
     def _devices(self) -> set[torch.device]:
         return {p.device for p in self.step.params}

@@ -89,8 +89,9 @@ def xsam(
             for at in grid:
                 yield Probe(vectors.scale(on_arc(v0, v1, at), rho_m), backward=False)
                 found.append(step.losses[-1].mean())
-            a = grid[int(torch.stack(found).argmax())]
-        return Result(vectors.scale(on_arc(v0, v1, a), size), [[torch.stack(found)]] if found else [])
+            found = [step.agreed(torch.stack(found))]
+            a = grid[int(found[0].argmax())]
+        return Result(vectors.scale(on_arc(v0, v1, a), size), [found] if found else [])
 
     def remember(step: Step, kept: Sequence[Vector], combined: Vector) -> None:
         if kept:  # the mean over micro-batches and processes, so that all go on with one value
