@@ -100,4 +100,4 @@ def test_the_commands_for_a_folder_of_ones_own_end_in_a_certified_file(tmp_path,
     certificate = json.loads(Path("runs/photos/certificate.json").read_text(encoding="utf-8"))
     ledger = json.loads(Path("runs/photos/ledger.json").read_text(encoding="utf-8"))
     assert certificate["holds"] and Path("runs/photos/report.html").exists()
-    assert ledger[-1]["accuracy"]["test"] > 0.8
+    assert ledger["rows"][-1]["accuracy"]["test"] > 0.8
