@@ -27,15 +27,28 @@ from flatcompress.environment import processor
 RESULTS = Path(__file__).parent / "results"
 
 
-def arguments(doc: str | None, argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """``--quick`` (fewer rounds, for a smoke run), ``--check`` (exit 1 where a target is missed), ``--threads``."""
+def arguments(
+    doc: str | None, argv: Sequence[str] | None = None, own: Callable[[argparse.ArgumentParser], Any] | None = None
+) -> argparse.Namespace:
+    """``--quick`` (fewer rounds, for a smoke run), ``--check`` (exit 1 where a target is missed), ``--threads``.
+
+    ``own`` adds a benchmark's own options, such as `resumable`.
+    """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer rounds; results are written beside the full ones")
     parser.add_argument("--check", action="store_true", help="exit 1 where a target is missed, naming it")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
+    if own is not None:
+        own(parser)
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     return options
+
+
+def resumable(parser: argparse.ArgumentParser) -> None:
+    """The options of a benchmark that keeps what it has measured, see `kept`."""
+    parser.add_argument("--restart", action="store_true", help="measure anew what an earlier run has measured")
+    parser.add_argument("--kept", action="store_true", help="measure nothing: tables and page from what is there")
 
 
 def interleaved(tasks: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
@@ -165,6 +178,12 @@ class Kept:
                 file.write(json.dumps([name, self.values[name]]) + "\n")
             print(name, self.values[name], file=sys.stderr, flush=True)
         return self.values[name]
+
+
+def kept(name: str, options: argparse.Namespace) -> Kept:
+    """What earlier runs of the benchmark ``name`` have measured; nothing yet where it is to be measured anew."""
+    found = Kept(RESULTS / f"{name}{'-quick' if options.quick else ''}.partial", not options.kept)
+    return found.cleared() if options.restart else found
 
 
 def machine() -> dict[str, Any]:

@@ -136,15 +136,18 @@ def _steps(compared: dict[str, Any]) -> float:
     return float("inf") if steps is None else round(steps, 2)
 
 
+WITHIN, BOUNDARY = "a step at most", "codes on a boundary"
+
+
 def _parted(rows: dict[str, Any]) -> str:
     """What makes the file part from the quantized torch network: nothing, ties of rounding alone, or a layer."""
     if "stepwise" not in rows:
-        return "a step at most"
+        return WITHIN
     found = rows["stepwise"]
     if found is None:
         return "not known"
     if found["holds"]:
-        return f"{found['moved']} of {found['codes']} codes on a boundary"
+        return f"{found['moved']} of {found['codes']} {BOUNDARY}"
     return f"at {found['wrong'][0]['name']}" if found["wrong"] else "behind the last quantizer"
 
 
@@ -258,9 +261,10 @@ def _line(row: Row) -> str:
 def _why(row: Row) -> str:
     if not row.parted:
         return " +" if max(row.trained.values(), default=0.0) > 1 else ""
-    layers = sorted({said for said in row.parted.values() if "boundary" not in said and "at most" not in said})
-    ties = any("boundary" in said for said in row.parted.values())
-    return "".join(f" ({said})" for said in [*layers, *(["by ties"] if ties else [])])
+    said = sorted(set(row.parted.values()) - {WITHIN})
+    layers = [one for one in said if not one.endswith(BOUNDARY)]
+    ties = len(layers) < len(said)
+    return "".join(f" ({one})" for one in [*layers, *(["by ties"] if ties else [])])
 
 
 def stored() -> dict[str, Any]:

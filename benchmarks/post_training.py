@@ -38,7 +38,7 @@ import numpy as np
 import torch
 
 from benchmarks import _peer_envs
-from benchmarks._common import RESULTS, Kept, calibration_reader, finish, markdown, table
+from benchmarks._common import Kept, arguments, calibration_reader, finish, kept, markdown, resumable, table
 from benchmarks._ptq_networks import Case, lite0, outputs, trained
 from flatcompress import onnx_export, quant
 from flatcompress.compressing import steps_for
@@ -145,7 +145,7 @@ def mean(rows: Sequence[dict[str, float]]) -> dict[str, float | None]:
     return found
 
 
-def chain(name: str, load: Load, bits: Sequence[tuple[int, int]], kept: Kept) -> list[dict[str, Any]]:
+def chain(name: str, load: Load, bits: Sequence[tuple[int, int]], store: Kept) -> list[dict[str, Any]]:
     """Our steps, added in turn."""
     rows, steps = [], {}
     for title, more in CHAIN:
@@ -154,16 +154,16 @@ def chain(name: str, load: Load, bits: Sequence[tuple[int, int]], kept: Kept) ->
             if title.startswith("brecq") and w > 4:
                 continue
             label = f"{name} W{w}A{a} {title}"
-            found = kept.get(label, lambda w=w, a=a, steps=steps: ours(load(), (w, a), 0, **steps))
+            found = store.get(label, lambda w=w, a=a, steps=steps: ours(load(), (w, a), 0, **steps))
             if found is not None:
                 rows.append({"network": name, "bits": f"W{w}A{a}", "steps": title,
                              **{k: round(v, 2) for k, v in found.items()}})  # fmt: skip
     return rows
 
 
-def compared(name: str, load: Load, draws: int, tools: Mapping[str, Any], kept: Kept) -> list[dict[str, Any]]:
+def compared(name: str, load: Load, draws: int, tools: Mapping[str, Any], store: Kept) -> list[dict[str, Any]]:
     """Every tool at every width; nothing where the float network was not measured."""
-    whole = kept.get(f"{name} float", lambda: load().score(load().logits))
+    whole = store.get(f"{name} float", lambda: load().score(load().logits))
     if whole is None:
         return []
     rows = [{"network": name, "bits": "float", "tool": "-", **{k: round(v, 2) for k, v in whole.items()}}]
@@ -171,7 +171,7 @@ def compared(name: str, load: Load, draws: int, tools: Mapping[str, Any], kept: 
         label = f"W{bits[0]}A{bits[1]}"
         for tool, run in tools.items():
             made = [
-                kept.get(f"{name} {label} {tool} {draw}", lambda run=run, bits=bits, draw=draw: run(load(), bits, draw))
+                store.get(f"{name} {label} {tool} {draw}", lambda run=run, at=bits, draw=draw: run(load(), at, draw))
                 for draw in range(1 if tool in ONCE else draws)
             ]
             found = [row for row in made if row is not None]
@@ -180,13 +180,13 @@ def compared(name: str, load: Load, draws: int, tools: Mapping[str, Any], kept: 
     return rows
 
 
-def flat_against_plain(names: Sequence[str], seeds: int, epochs: int, kept: Kept) -> list[dict[str, Any]]:
+def flat_against_plain(names: Sequence[str], seeds: int, epochs: int, store: Kept) -> list[dict[str, Any]]:
     """Points of accuracy that rounding costs, of a network trained with SAM and of its plain twin, by seed pairs."""
     rows = []
     for name in names:
         found = {
             method: [
-                kept.get(
+                store.get(
                     f"{name} {method} seed {s}, {epochs} epochs", lambda n=name, m=method, s=s: lost(n, m, s, epochs)
                 )
                 for s in range(seeds)
@@ -262,31 +262,26 @@ def page(rows: list[dict[str, Any]], steps: list[dict[str, Any]], pairs: list[di
     return "\n\n".join(parts) + "\n"
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run it; the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one draw, ResNet-8 and ViT alone, two seeds")
-    parser.add_argument("--check", action="store_true", help="exit 1 where a target is missed, naming it")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
+def _own(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", nargs="+", default=None, help="networks (default: all)")
     parser.add_argument("--no-nncf", action="store_true", help="leave NNCF out: it needs an environment of its own")
-    parser.add_argument("--restart", action="store_true", help="measure anew what an earlier run has measured")
-    parser.add_argument("--kept", action="store_true", help="measure nothing: tables and page from what is there")
-    options = parser.parse_args(argv)
-    torch.set_num_threads(options.threads)
+    resumable(parser)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run it; the exit code."""
+    options = arguments(__doc__, argv, _own)
     names = options.only or (SMALL if options.quick else [LITE0, *TRAINED])
-    kept = Kept(RESULTS / f"post_training{'-quick' if options.quick else ''}.partial", not options.kept)
-    if options.restart:
-        kept = kept.cleared()
+    store = kept("post_training", options)
     tools = {k: v for k, v in TOOLS.items() if k != "nncf" or not (options.quick or options.no_nncf)}
     draws, seeds = (1, 2) if options.quick else (3, 3)
     notes = [] if "nncf" in tools else ["NNCF: not run."]
     rows: list[dict[str, Any]] = []
     for count in sorted({1, draws}):  # of all networks one draw first: a run that is stopped has something of each
-        rows = measured(names, options.quick, notes, lambda *one, n=count: compared(*one, n, tools, kept))
-    steps = measured(names, options.quick, notes, lambda *one: chain(*one, BITS[:3:2], kept))
+        rows = measured(names, options.quick, notes, lambda *one, n=count: compared(*one, n, tools, store))
+    steps = measured(names, options.quick, notes, lambda *one: chain(*one, BITS[:3:2], store))
     notes += [f"{name}: not measured yet." for name in names if name not in {row["network"] for row in rows}]
-    pairs = flat_against_plain([n for n in SMALL if not options.only or n in names], seeds, EPOCHS, kept)
+    pairs = flat_against_plain([n for n in SMALL if not options.only or n in names], seeds, EPOCHS, store)
     print(table(steps), table(pairs), *notes, sep="\n\n")
     if not (options.quick or options.only):
         PAGE.write_text(page(rows, steps, pairs, notes))

@@ -6,7 +6,7 @@ A small convolutional network is trained on 500 of the 1,797 digits, the others 
 number of steps with its own defaults; *passes* is the work of a step, a forward and backward pass over the batch
 counting 1 and a forward alone a third, and over a share of the batch that share of it. *plain* is the base optimizer
 (SGD with momentum, one cycle) for as many steps as make up the same work. Cells that are done are kept in
-benchmarks/results/seed_methods-cells.json, so a run that was stopped goes on.
+benchmarks/results/seed_methods.partial, so a run that was stopped goes on.
 
 Targets (``--check`` exits 1 where one is missed): SAM above plain; a method of at most 1.3 passes within one point of
 SAM at as many steps.
@@ -14,7 +14,6 @@ SAM at as many steps.
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -87,17 +86,11 @@ def closure_of(model: nn.Module, x: Tensor, y: Tensor, selects: bool, work: list
     return chosen if selects else whole
 
 
-def cells(names: Sequence[str], seeds: Sequence[int], steps: int, store: Any) -> list[dict[str, Any]]:
+def cells(names: Sequence[str], seeds: Sequence[int], steps: int, store: _common.Kept) -> list[dict[str, Any]]:
     """Every method's row, and plain's at the same work; what is in ``store`` already is not run again."""
-    known: dict[str, dict[str, float]] = json.loads(store.read_text()) if store.exists() else {}
 
     def cell(method: str, count: int, seed: int) -> dict[str, float]:
-        key = f"{method}/{count}/{seed}"
-        if key not in known:
-            known[key] = trained(method, count, seed)
-            store.parent.mkdir(parents=True, exist_ok=True)
-            store.write_text(json.dumps(known, indent=1, sort_keys=True))
-        return known[key]
+        return store.get(f"{method}/{count}/{seed}", lambda: trained(method, count, seed))
 
     rows = []
     for name in names:
@@ -129,11 +122,10 @@ def missed(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what is not there yet, print, write; the exit code."""
-    options = _common.arguments(__doc__, argv)
+    options = _common.arguments(__doc__, argv, _common.resumable)
     names = ["sam", "ksam", "vsam"] if options.quick else [n for n in flat.METHODS if n not in LEFT_OUT]
-    tag = "-quick" if options.quick else ""
-    store = _common.RESULTS / f"{NAME}-cells{tag}.json"
-    rows = cells(names, (0,) if options.quick else (0, 1, 2), 60 if options.quick else STEPS, store)
+    seeds, steps = ((0,), 60) if options.quick else ((0, 1, 2), STEPS)
+    rows = cells(names, seeds, steps, _common.kept(NAME, options))
     return _common.finish(NAME, rows, missed(rows), options)
 
 

@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from benchmarks._common import RESULTS, Kept, finish, markdown
+from benchmarks._common import arguments, finish, kept, markdown, resumable
 from benchmarks._ptq_networks import Case, trained
 from flatcompress import onnx_export, quant
 from flatcompress.compressing import steps_for
@@ -100,20 +100,15 @@ def page(rows: Sequence[dict[str, Any]], absent: Sequence[str]) -> str:
     return "\n\n".join([*parts, *(f"Missed: {failure}." for failure in missed(rows))]) + "\n"
 
 
+def _own(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--only", nargs="+", choices=NETWORKS, help="networks (default: all)")
+    resumable(parser)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run it; the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="two networks, 200 inputs")
-    parser.add_argument("--check", action="store_true", help="exit 1 where a target is missed, naming it")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
-    parser.add_argument("--only", nargs="+", choices=NETWORKS, help="networks (default: all)")
-    parser.add_argument("--restart", action="store_true", help="measure anew what an earlier run has measured")
-    parser.add_argument("--kept", action="store_true", help="measure nothing: tables and page from what is there")
-    options = parser.parse_args(argv)
-    torch.set_num_threads(options.threads)
-    kept = Kept(RESULTS / f"targets{'-quick' if options.quick else ''}.partial", not options.kept)
-    if options.restart:
-        kept = kept.cleared()
+    options = arguments(__doc__, argv, _own)
+    store = kept("targets", options)
     names = options.only or (QUICK if options.quick else NETWORKS)
     written = [name for name in onnx_export.TARGETS if not onnx_export.TARGETS[name]().instead]
     order = sorted(written, key=lambda target: target not in HELD)
@@ -123,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
     every = [(n, t, bits) for n in names for t in order for bits in (BITS if t in HELD else BITS[:1])]
     for name, target, bits in sorted(every, key=lambda one: one[1] not in HELD):  # what is held to figures comes first
         label = f"{name} W{bits[0]}A{bits[1]} {target}"
-        row = kept.get(label, lambda n=name, t=target, b=bits: measured(n, t, b, inputs))
+        row = store.get(label, lambda n=name, t=target, b=bits: measured(n, t, b, inputs))
         if row is None:
             absent.setdefault(target, {})[name] = None
         else:

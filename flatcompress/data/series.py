@@ -16,6 +16,7 @@ from torch import Tensor
 
 from flatcompress.data.arrays import read
 from flatcompress.data.bundle import DataBundle
+from flatcompress.data.corruptions import how_many
 from flatcompress.data.corruptions.series import corrupted
 from flatcompress.data.in_memory import bundle
 from flatcompress.data.split import check_fractions
@@ -86,10 +87,8 @@ def series(
 
 
 def _corrupted(x: Tensor, y: Any, corruptions: Any, count: int, seed: int) -> dict[str, Any]:
-    if corruptions in (None, "none", False):
+    if how_many("series", corruptions, count) is None:
         return {}
-    if corruptions != "default" or count < 0:
-        raise UserError("data set 'series': corruptions is default or none, corrupted_count 0 (all) or more.")
     if count and count < len(x):
         chosen = torch.randperm(len(x), generator=generator(seed, "corrupted"))[:count].sort().values
         x, y = x[chosen], None if y is None else y[chosen]

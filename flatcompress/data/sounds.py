@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flatcompress.data.bundle import DataBundle
+from flatcompress.data.corruptions import how_many
 from flatcompress.data.corruptions.audio import changed
 from flatcompress.data.images.files import Finder, data_root, inside
 from flatcompress.data.images.layout import one_name
@@ -104,18 +105,9 @@ def sounds(
         made,
         learned,
         (*finder.notes, *notes),
-        how_many(corruptions, corrupted_count),
+        how_many(NAME, corruptions, corrupted_count),
         seed,
     )
-
-
-def how_many(corruptions: Any, count: int) -> int | None:
-    """How many test samples the corruptions are measured on; None: there are none. 0: all."""
-    if corruptions in (None, "none", False):
-        return None
-    if corruptions != "default" or count < 0:
-        raise UserError(f"data set {NAME!r}: corruptions is default or none, corrupted_count 0 (all) or more.")
-    return count
 
 
 def _folders(root: Path, finder: Finder, held_out: Any, task: Task) -> Listing:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from flatcompress.data.bundle import DataBundle
+from flatcompress.data.corruptions import how_many
 from flatcompress.data.in_memory import OwnSet, bundle
 from flatcompress.data.raw_data import held_out_name
 from flatcompress.data.tables import Table, found_table, read_table
@@ -64,7 +65,7 @@ def text(
                    {"test": test_fraction, "val": val_fraction})  # fmt: skip
     seen = [texts[i] for i in chosen["train"].tolist()]
     made: Tokenizer = Words(seen, max_length, vocabulary) if tokenizer == "words" else Pretrained(tokenizer, max_length)
-    count = _count(corruptions, corrupted_count)
+    count = how_many(NAME, corruptions, corrupted_count)
     return of_texts(where.stem, texts, given, names, chosen, made, learned, count, seed)
 
 
@@ -146,14 +147,6 @@ def _rows(
     if empty is not None:
         raise UserError(f"{table.path}: no row for the {empty} part; {len(table.rows)} rows are too few.")
     return rows
-
-
-def _count(corruptions: Any, count: int) -> int | None:
-    if corruptions in (None, "none", False):
-        return None
-    if corruptions != "default" or count < 0:
-        raise UserError(f"data set {NAME!r}: corruptions is default or none, corrupted_count 0 (all) or more.")
-    return count
 
 
 def typing(words: list[str], severity: int, rng: np.random.Generator) -> list[str]:

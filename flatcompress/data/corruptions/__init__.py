@@ -92,6 +92,18 @@ def _pairs(item: str) -> list[tuple[str, int]]:
     return [(kind, int(severity))]
 
 
+def how_many(data_set: str, option: Any, count: int) -> int | None:
+    """How many test samples of a set that is no images' the corruptions are measured on; None: there are none. 0: all.
+
+    Such a set has its own kinds of corruption, all of them or none. UserError for another option.
+    """
+    if option in (None, "none", False):
+        return None
+    if option != "default" or count < 0:
+        raise UserError(f"data set {data_set!r}: corruptions is default or none, corrupted_count 0 (all) or more.")
+    return count
+
+
 def corrupted_parts(test: Part, option: Any, count: int, seed: int) -> dict[str, Part]:
     """The chosen corruptions of (``count`` random samples of) ``test``; each is computed when first read."""
     pairs = selection(option)

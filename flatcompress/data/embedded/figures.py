@@ -9,11 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flatcompress.data.bundle import Part
-from flatcompress.data.images.pixels import MemoryPixels
+from flatcompress.data.embedded.drawing import inked, pictures, plane, texture
 from flatcompress.data.raw_data import RawData
 from flatcompress.errors import UserError
-from flatcompress.randomness import generator
 
 CLASSES = ("nobody", "person")
 _CLUTTER = 3
@@ -25,28 +23,14 @@ def drawn_figures(
     """Pictures of ``size`` pixels; the counts are pictures, and the unseen domain has ``test_count``."""
     if not 24 <= size <= 256:
         raise UserError(f"drawn-figures: size must be between 24 and 256, found {size}")
-    counts = {"train": train_count, "val": val_count, "test": test_count, "night": test_count}
-    for name, count in counts.items():
-        if not 8 <= count <= 1_000_000:
-            raise UserError(f"drawn-figures: {name}_count must be between 8 and 1,000,000, found {count}")
-    parts = {name: _part(seed, name, count, size) for name, count in counts.items()}
-    return RawData(CLASSES, parts["train"], parts["val"], parts["test"], parts["night"], ("day", "night"), "night")
+    counts = (train_count, val_count, test_count)
+    return pictures(seed, "drawn-figures", counts, ("day", "night"), CLASSES, lambda *given: _drawn(size, *given))
 
 
-def _part(seed: int, name: str, count: int, size: int) -> Part:
-    rng, labels = generator(seed, "figures", name), torch.arange(count) % 2
-    images = _drawn(labels, size, rng, night=name == "night")
-    domains = torch.full((count,), int(name == "night"))
-    return Part(MemoryPixels(images), torch.arange(count), labels, domains, torch.arange(count))
-
-
-def _drawn(labels: Tensor, size: int, rng: torch.Generator, night: bool) -> Tensor:
-    """uint8 [N, 3, size, size]."""
-    n, axis = len(labels), (torch.arange(size) + 0.5) / size
-    y, x = axis.view(1, -1, 1), axis.view(1, 1, -1)
-    coarse = torch.rand(n, 3, 6, 6, generator=rng)
-    picture = torch.nn.functional.interpolate(coarse, size=(size, size), mode="bilinear", align_corners=False)
-    picture = 0.25 + 0.4 * picture
+def _drawn(size: int, n: int, rng: torch.Generator, night: bool) -> tuple[Tensor, Tensor, None]:
+    """uint8 [N, 3, size, size] and the labels, every other one a person."""
+    labels, (y, x) = torch.arange(n) % 2, plane(size)
+    picture = 0.25 + 0.4 * texture(n, 6, size, rng)
     for _ in range(_CLUTTER):
         kind = torch.randint(0, 3, (n, 1, 1), generator=rng)
         place, reach = torch.rand(n, 2, 1, 1, generator=rng), 0.05 + 0.1 * torch.rand(n, 1, 1, generator=rng)
@@ -57,8 +41,7 @@ def _drawn(labels: Tensor, size: int, rng: torch.Generator, night: bool) -> Tens
     person = _figure(x, y, n, rng) & (labels == 1).view(-1, 1, 1)
     picture = torch.where(person[:, None], torch.rand(n, 3, 1, 1, generator=rng) * 0.4, picture)
     picture = 0.05 + 0.35 * picture if night else picture
-    picture = picture + 0.02 * torch.randn(picture.shape, generator=rng)
-    return picture.clamp(0, 1).mul(255).round().to(torch.uint8)
+    return inked(picture, 0.02, rng), labels, None
 
 
 def _figure(x: Tensor, y: Tensor, n: int, rng: torch.Generator) -> Tensor:

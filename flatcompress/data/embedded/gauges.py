@@ -11,11 +11,9 @@ import math
 import torch
 from torch import Tensor
 
-from flatcompress.data.bundle import Part
-from flatcompress.data.images.pixels import MemoryPixels
+from flatcompress.data.embedded.drawing import inked, pictures, plane
 from flatcompress.data.raw_data import RawData
 from flatcompress.errors import UserError
-from flatcompress.randomness import generator
 
 _SWEEP = math.radians(270)
 
@@ -26,38 +24,16 @@ def drawn_gauges(
     """Gauges of ``size`` pixels; the counts are images, and the unseen domain has ``test_count``."""
     if not 16 <= size <= 256:
         raise UserError(f"drawn-gauges: size must be between 16 and 256, found {size}")
-    counts = {"train": train_count, "val": val_count, "test": test_count, "dark": test_count}
-    for name, count in counts.items():
-        if not 8 <= count <= 1_000_000:
-            raise UserError(f"drawn-gauges: {name}_count must be between 8 and 1,000,000, found {count}")
-    parts = {name: _part(seed, name, count, size) for name, count in counts.items()}
-    return RawData(
-        ("turn", "lamp"),
-        parts["train"],
-        parts["val"],
-        parts["test"],
-        parts["dark"],
-        ("light", "dark"),
-        "dark",
-        task="regression",
+    counts = (train_count, val_count, test_count)
+    return pictures(
+        seed, "drawn-gauges", counts, ("light", "dark"), ("turn", "lamp"), lambda *g: _drawn(size, *g), "regression"
     )
 
 
-def _part(seed: int, name: str, count: int, size: int) -> Part:
-    rng = generator(seed, "gauges", name)
-    targets = torch.rand(count, 2, generator=rng)
-    images = _drawn(targets, size, rng, dark=name == "dark")
-    zeros = torch.zeros(count, dtype=torch.int64)
-    return Part(
-        MemoryPixels(images), torch.arange(count), zeros, zeros + (name == "dark"), torch.arange(count), targets
-    )
-
-
-def _drawn(targets: Tensor, size: int, rng: torch.Generator, dark: bool) -> Tensor:
-    """uint8 [N, 3, size, size]."""
-    n = len(targets)
-    axis = (torch.arange(size) + 0.5) / size * 2 - 1
-    y, x = axis.view(1, -1, 1), axis.view(1, 1, -1)
+def _drawn(size: int, n: int, rng: torch.Generator, dark: bool) -> tuple[Tensor, None, Tensor]:
+    """uint8 [N, 3, size, size], no labels, and the targets [N, 2]."""
+    targets = torch.rand(n, 2, generator=rng)
+    y, x = (2 * axis - 1 for axis in plane(size))
     middle = 0.12 * (torch.rand(n, 2, 1, 1, generator=rng) - 0.5)
     x, y = x - middle[:, 0], y - middle[:, 1]
     angle = (targets[:, 0] - 0.5) * _SWEEP
@@ -73,5 +49,4 @@ def _drawn(targets: Tensor, size: int, rng: torch.Generator, dark: bool) -> Tens
     picture = picture * (1 - needle[:, None]) + hand * needle[:, None]
     glow = targets[:, 1].view(-1, 1, 1, 1) * torch.tensor([1.0, 0.25, 0.1]).view(1, 3, 1, 1)
     picture = picture * (1 - lamp[:, None]) + glow * lamp[:, None]
-    picture = picture + 0.02 * torch.randn(picture.shape, generator=rng)
-    return picture.clamp(0, 1).mul(255).round().to(torch.uint8)
+    return inked(picture, 0.02, rng), None, targets

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from flatcompress.data.bundle import DataBundle
+from flatcompress.data.embedded.drawing import checked
 from flatcompress.data.texts import of_texts
 from flatcompress.data.tokens import Words
 from flatcompress.errors import UserError
@@ -55,10 +56,7 @@ def drawn_messages(
     task: Any = None,
 ) -> DataBundle:
     """Token numbers [max_length]; the counts are messages, and the unseen domain has ``test_count``."""
-    counts = {"train": train_count, "val": val_count, "test": test_count, "held_out": test_count}
-    for name, count in counts.items():
-        if not 12 <= count <= 100_000:
-            raise UserError(f"drawn-messages: counts must be between 12 and 100,000, found {count} ({name})")
+    counts = checked("drawn-messages", train_count, val_count, test_count)
     learned = build(task)
     if learned.name != "classification" or not 4 <= max_length <= 64:
         raise UserError("drawn-messages has targets for task 'classification', and max_length is from 4 to 64.")

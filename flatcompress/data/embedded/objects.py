@@ -9,11 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flatcompress.data.bundle import Part
-from flatcompress.data.images.pixels import MemoryPixels
+from flatcompress.data.embedded.drawing import inked, pictures, plane, texture
 from flatcompress.data.raw_data import RawData
 from flatcompress.errors import UserError
-from flatcompress.randomness import generator
 
 CLASSES = ("disc", "square", "triangle")
 _QUARTERS = ((0.25, 0.25), (0.75, 0.25), (0.25, 0.75), (0.75, 0.75))
@@ -26,36 +24,16 @@ def drawn_objects(
     """Images of ``size`` pixels; the counts are images, and the unseen domain has ``test_count``."""
     if not 24 <= size <= 256 or size % 4:
         raise UserError(f"drawn-objects: size must be a multiple of 4 between 24 and 256, found {size}")
-    counts = {"train": train_count, "val": val_count, "test": test_count, "haze": test_count}
-    for name, count in counts.items():
-        if not 8 <= count <= 1_000_000:
-            raise UserError(f"drawn-objects: {name}_count must be between 8 and 1,000,000, found {count}")
-    parts = {name: _part(seed, name, count, size) for name, count in counts.items()}
-    return RawData(
-        CLASSES,
-        parts["train"],
-        parts["val"],
-        parts["test"],
-        parts["haze"],
-        ("clear", "haze"),
-        "haze",
-        task="detection",
+    counts = (train_count, val_count, test_count)
+    return pictures(
+        seed, "drawn-objects", counts, ("clear", "haze"), CLASSES, lambda *given: _drawn(size, *given), "detection"
     )
 
 
-def _part(seed: int, name: str, count: int, size: int) -> Part:
-    images, boxes = _drawn(count, size, generator(seed, "objects", name), haze=name == "haze")
-    zeros = torch.zeros(count, dtype=torch.int64)
-    return Part(MemoryPixels(images), torch.arange(count), zeros, zeros + (name == "haze"), torch.arange(count), boxes)
-
-
-def _drawn(n: int, size: int, rng: torch.Generator, haze: bool) -> tuple[Tensor, Tensor]:
-    """uint8 [N, 3, size, size] and the boxes [N, 4, 6] of `tasks.detection`."""
-    axis = (torch.arange(size) + 0.5) / size
-    y, x = axis.view(1, -1, 1), axis.view(1, 1, -1)
-    texture = torch.rand(n, 3, size // 4, size // 4, generator=rng)
-    picture = torch.nn.functional.interpolate(texture, scale_factor=4, mode="bilinear", align_corners=False)
-    picture = (0.3 if haze else 0.12) + 0.28 * picture
+def _drawn(size: int, n: int, rng: torch.Generator, haze: bool) -> tuple[Tensor, None, Tensor]:
+    """uint8 [N, 3, size, size], no labels, and the boxes [N, 4, 6] of `tasks.detection`."""
+    y, x = plane(size)
+    picture = (0.3 if haze else 0.12) + 0.28 * texture(n, size // 4, size, rng)
     boxes = torch.zeros(n, len(_QUARTERS), 6)
     for i, (middle_x, middle_y) in enumerate(_QUARTERS):
         there = torch.rand(n, generator=rng) < _SHARE
@@ -69,8 +47,7 @@ def _drawn(n: int, size: int, rng: torch.Generator, haze: bool) -> tuple[Tensor,
         picture = torch.where((inside & there.view(-1, 1, 1))[:, None], colour, picture)
         label = torch.where(there, kind, -1).float()
         boxes[:, i] = torch.stack([label, cx - reach, cy - reach, cx + reach, cy + reach, torch.zeros(n)], 1)
-    picture = picture + 0.03 * torch.randn(picture.shape, generator=rng)
-    return picture.clamp(0, 1).mul(255).round().to(torch.uint8), boxes
+    return inked(picture, 0.03, rng), None, boxes
 
 
 def _inside(x: Tensor, y: Tensor, kind: Tensor, cx: Tensor, cy: Tensor, reach: Tensor) -> Tensor:

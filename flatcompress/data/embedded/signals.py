@@ -14,8 +14,8 @@ from torch import Tensor
 
 from flatcompress.data.bundle import DataBundle
 from flatcompress.data.corruptions.series import corrupted
+from flatcompress.data.embedded.drawing import checked
 from flatcompress.data.in_memory import bundle
-from flatcompress.errors import UserError
 from flatcompress.randomness import generator
 
 BEATS = ("normal", "early", "wide")
@@ -27,8 +27,7 @@ def drawn_heartbeats(
     seed: int, *, train_count: int = 1200, val_count: int = 200, test_count: int = 400, task: Any = None
 ) -> DataBundle:
     """Windows [2, 128] of two leads; the class is that of the middle beat: normal, early, or wide."""
-    _check("drawn-heartbeats", train_count, val_count, test_count)
-    counts = {"train": train_count, "val": val_count, "test": test_count, "held_out": test_count}
+    counts = checked("drawn-heartbeats", train_count, val_count, test_count)
     parts = {name: _beats(generator(seed, "beats", name), count, name == "held_out") for name, count in counts.items()}
     changed = corrupted(*parts["test"], seed)
     return bundle({"name": "drawn-heartbeats", "classes": BEATS, **parts, "corrupted": changed}, task)
@@ -66,12 +65,12 @@ def drawn_machines(
     seed: int, *, train_count: int = 1200, val_count: int = 200, test_count: int = 400, task: Any = None
 ) -> DataBundle:
     """Log spectra [64] of a machine's hum; half of the test part is damaged: a knock, a whine, or a lost harmonic."""
-    _check("drawn-machines", train_count, val_count, test_count)
+    counts = checked("drawn-machines", train_count, val_count, test_count)
     parts = {
         name: _hums(
             generator(seed, "machines", name), count, damaged=name in ("test", "held_out"), other=name == "held_out"
         )
-        for name, count in {"train": train_count, "val": val_count, "test": test_count, "held_out": test_count}.items()
+        for name, count in counts.items()
     }
     mean, std = parts["train"][0].mean(0), parts["train"][0].std(0).clamp(min=1e-3)
     scaled = {name: ((x - mean) / std, y) for name, (x, y) in parts.items()}
@@ -101,9 +100,3 @@ def _hums(rng: torch.Generator, count: int, damaged: bool, other: bool) -> tuple
     inside = (band >= 0) & (band < BANDS)
     sums = torch.zeros(count, BANDS).index_add_(1, band[inside], energy[:, inside])
     return (sums + 1.0).log(), bad
-
-
-def _check(name: str, *counts: int) -> None:
-    for count in counts:
-        if not 12 <= count <= 100_000:
-            raise UserError(f"{name}: counts must be between 12 and 100,000, found {count}")

@@ -14,7 +14,8 @@ import torch
 from numpy.typing import NDArray
 
 from flatcompress.data.bundle import DataBundle
-from flatcompress.data.sounds import Listing, featured, how_many
+from flatcompress.data.embedded.drawing import checked
+from flatcompress.data.sounds import Listing, featured
 from flatcompress.data.spectra import Spectra
 from flatcompress.errors import UserError
 from flatcompress.randomness import derive
@@ -51,10 +52,7 @@ def drawn_words(
     task: Any = None,
 ) -> DataBundle:
     """Words of half a second at 8 kHz as [1, 24, coefficients]; ``features``: mfcc or logmel. Counts are words."""
-    counts = {"train": train_count, "val": val_count, "test": test_count, "held_out": test_count}
-    for name, count in counts.items():
-        if not 12 <= count <= 100_000:
-            raise UserError(f"drawn-words: counts must be between 12 and 100,000, found {count} ({name})")
+    counts = checked("drawn-words", train_count, val_count, test_count)
     made = Spectra(RATE, features, bands, coefficients)
     waves, labels, rows, at = [], [], {}, 0
     for name, count in counts.items():
@@ -67,9 +65,7 @@ def drawn_words(
     learned = build(task)
     if learned.name != "classification":
         raise UserError(f"drawn-words has targets for task 'classification', not {learned.name!r}.")
-    return featured(
-        "drawn-words", found, np.concatenate(waves), rows, made, learned, (), how_many("default", 500), seed
-    )
+    return featured("drawn-words", found, np.concatenate(waves), rows, made, learned, (), 500, seed)
 
 
 def spoken(kinds: NDArray[Any], voices: list[str], rng: np.random.Generator) -> NDArray[np.float32]:

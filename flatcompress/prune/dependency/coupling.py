@@ -129,11 +129,9 @@ def _graph(
     try:
         with evaluating(model), _differentiable(model), _mapped_one_by_one(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            graph = tp.DependencyGraph().build_dependency(
+            return tp.DependencyGraph().build_dependency(
                 model, example_input, run, customized_pruners=_opaque(model, blocks) or None, verbose=False
             )
-            _map_channels(graph)
-            return graph
     except Exception as error:
         # The innermost function says which operation was being read, such as update_split_index_mapping.
         where = traceback.extract_tb(error.__traceback__)[-1].name
