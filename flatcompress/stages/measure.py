@@ -226,11 +226,11 @@ def layer_sharpness(run: RunContext, sizes: budget.Sizes = FULL) -> dict[str, fl
     """Loss rise when one layer's weight alone is perturbed by ||e|| = 0.05, on one batch, by layer name.
 
     Frozen layers are left out; where all are, nothing is measured. Where ``sizes`` are too small for every layer, some
-    are measured, from the first to the last, and an event says how many.
+    are measured, from the first to the last; an event says how many, and on how many samples, where not all are taken.
     """
     every = _probed(run.model)
     chosen = set(budget.spread(every, sizes.layers))
-    if len(chosen) < len(every):
+    if len(chosen) < len(every) or sizes.each < FULL.each:
         run.emit("sampled", layers=len(chosen), of=len(every), samples=sizes.each)
     if not chosen:
         return {}

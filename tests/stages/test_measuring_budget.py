@@ -58,6 +58,15 @@ def test_what_is_left_out_is_said_and_the_rest_is_what_full_measures() -> None:
     assert quick["sharpness"] is not None
 
 
+@pytest.mark.parametrize(("passes", "told"), [(40, True), (400, False)])
+def test_fewer_samples_of_every_layer_are_said_too(passes: int, told: bool) -> None:
+    events = []
+    run = context(emit=lambda event, **fields: events.append((event, fields)), measuring="quick", batch_size=64)
+    measure(run, "train", "none", 0.0, passes)
+    said = [fields for event, fields in events if event == "sampled"]
+    assert bool(said) == told and all(f["layers"] == f["of"] and 16 < f["samples"] < FULL.each for f in said)
+
+
 def test_accuracy_no_better_than_guessing_is_a_warning() -> None:
     events = []
     run = context(emit=lambda event, **fields: events.append((event, fields)))
