@@ -27,6 +27,7 @@ APPLIERS: dict[str, str] = {
     "channels": "flatcompress.prune.channels:apply",
     "masks": "flatcompress.prune.masks:apply",
     "quantizers": "flatcompress.quant.layers:apply",
+    "elastic": "flatcompress.prune.elastic:apply",
 }
 
 

@@ -96,6 +96,11 @@ def runs(mask: Tensor) -> list[list[int]]:
     return torch.stack([starts, stops], 1).tolist()
 
 
+def mask_of(cut: Mapping[str, Any], where: str = "plan") -> Tensor:
+    """The kept channels of one axis in a plan's data, bool [channels]. UserError, beginning with ``where``: damaged."""
+    return _from_runs(cut["keep"], cut["of"], where)
+
+
 def _from_runs(pairs: Any, total: int, where: str) -> Tensor:
     mask = torch.zeros(total, dtype=torch.bool)
     last = 0

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -19,10 +19,10 @@ from flatcompress import onnx_export, quant
 from flatcompress.errors import UserError, unknown
 from flatcompress.onnx_export import targets
 from flatcompress.onnx_export.runtime import latency, sessions
-from flatcompress.stages import predictions
+from flatcompress.stages import families, predictions
 from flatcompress.stages.context import RunContext
-from flatcompress.stages.keys import KeyProblem, StageKeys
-from flatcompress.stages.measure import float_twin, scores
+from flatcompress.stages.keys import KeyProblem, Share, StageKeys
+from flatcompress.stages.measure import float_twin, measure, scores
 from flatcompress.stages.predictions import Watched
 from flatcompress.stages.reported import reported
 from flatcompress.stages.stage import Earlier, Facts, Phase, Stage
@@ -45,6 +45,13 @@ class ExportConfig(StageKeys):
     latency: bool = Field(True, description="measure latency beside the float model's")
     require_integer: bool = Field(False, description="a layer that computes in floats is a failure, not a warning")
     threads: Annotated[int, Field(ge=1, le=256)] = Field(1, description="onnxruntime threads for the latency")
+    widths: Annotated[list[Share | Literal[1]], Field(min_length=1)] | None = Field(
+        None,
+        description="after elastic: shares of the channels to write beside the full network (default: all trained)",
+    )
+    mix: dict[str, Annotated[float, Field(gt=0.0, le=1.0)]] | None = Field(
+        None, description="after elastic: one more network, with a share for each group of channels: {layer1: 0.5}"
+    )
 
     @property
     def label(self) -> str:
@@ -86,21 +93,34 @@ def phases(run: RunContext, config: ExportConfig) -> list[Phase]:
 def _export(run: RunContext, config: ExportConfig, facts: Facts) -> None:
     """Write the ONNX file and its certificate into the run folder; the ledger gains the exported file's row.
 
-    The first export of a run is ``model.onnx``; a further one goes to a folder of its target's or profile's name.
+    The first export of a run is ``model.onnx``; a further one goes to a folder of its target's or profile's name. The
+    narrower networks of a family go to folders of their widths' names.
     """
     assert run.folder is not None
     first = "onnx" not in run.artifacts
     folder = run.folder if first else run.folder / config.label
-    with ExitStack() as stack:
-        # every process takes part in the measuring, one of them writes into the run folder
-        main = run.accelerator.is_main_process
-        target = folder if main else Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        target.mkdir(exist_ok=True)
-        row, certificate = write(run, config, target / "model.onnx")
-    run.ledger.append(row)
+    ledger, certificates = list(run.ledger), []
+    for name, part in families.exported(run, config.widths, config.mix):
+        with ExitStack() as stack:
+            # every process takes part in the measuring, one of them writes into the run folder
+            main = run.accelerator.is_main_process
+            target = folder / name if main else Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            target.mkdir(parents=True, exist_ok=True)
+            if part is not run:
+                part.ledger = [*ledger, _row_of(part, ledger)] if name else ledger
+            row, certificate = write(part, config, target / "model.onnx")
+        run.ledger.append({**row, "method": f"{row['method']}, {name}"} if name else row)
+        certificates.append(certificate)
     if first:
         run.artifacts["onnx"] = folder / "model.onnx"
-        run.certificate = certificate
+        run.certificate = next((c for c in certificates if not c["holds"]), certificates[-1])
+
+
+def _row_of(part: RunContext, ledger: list[dict[str, Any]]) -> dict[str, Any]:
+    """What `measure` says of one network of a family, as a row of the last stage; nothing of it is logged."""
+    stage, method = ledger[-1]["stage"], ledger[-1]["method"]
+    part.emit, part.show = (lambda event, **fields: None), (lambda event, **fields: None)
+    return measure(part, stage, method, 0.0, 0, flatness=False)
 
 
 def dry_run(model: nn.Module, example: Tensor, config: ExportConfig) -> None:
@@ -277,6 +297,9 @@ def profile_problem(profile: str, quantized: bool) -> str | None:
 def fits(config: ExportConfig, earlier: Earlier) -> str | None:
     """The profile must be for what the model is by then, and not be written yet."""
     problem = profile_problem(config.profile, any(kind == "quantize" for kind, _ in earlier))
+    given = [key for key in ("widths", "mix") if getattr(config, key) is not None]
+    if given and not any(kind == "elastic" for kind, _ in earlier):
+        return f"{given[0]}: nothing before it trains widths. Put 'elastic' before it, or leave the key out."
     if problem is None and config.label in [before.label for kind, before in earlier if kind == "export"]:
         what = "profile" if config.target is None else "target"
         return f"{what} '{config.label}' is already written by an earlier export."

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from flatcompress import flat, graph, quant
 from flatcompress.plan import Plan, apply_plan
 from flatcompress.quant.layers import graph_of
-from flatcompress.stages import budget, predictions
+from flatcompress.stages import budget, members, predictions
 from flatcompress.stages.context import RunContext
 from flatcompress.stages.reported import reported
 from flatcompress.training.batches import evaluate, loader
@@ -24,7 +24,11 @@ SHARPNESS_RHO = 0.05
 def measure(
     run: RunContext, stage: str, method: str, seconds: float, passes: int, flatness: bool = True
 ) -> dict[str, Any]:
-    """A ledger row for ``run`` as it is now: accuracy, sharpness, size and cost. What was not measured is None."""
+    """A ledger row for ``run`` as it is now: accuracy, sharpness, size and cost. What was not measured is None.
+
+    Of a family of widths it is the full network's.
+    """
+    run = members.full(run)
     twin = float_twin(run)
     flatness = flatness and run.measuring != "off"
     sizes = budget.sizes(run.measuring, passes * run.batch_size, len(_probed(run.model)), FULL)

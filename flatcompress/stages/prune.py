@@ -293,6 +293,7 @@ STAGE = Stage(
     refuses_after={
         "quantize": "cutting channels would reset the learned scales. Prune first.",
         "sparsify": "a cut would break the masks' pattern. Prune channels first.",
+        "elastic": "the model is a family of widths by then. Prune channels first.",
     },
     needs_weights="would rank random weights. Put a 'train' stage before it or give model.weights.",
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from flatcompress.registry import Registry
 
@@ -26,6 +27,12 @@ class QatMethod:
     cage: float = 0.0
     float_share: float = 0.0
     weights_only: bool = False
+
+
+def float_epochs(config: Any) -> int:
+    """Epochs before the quantizers come in; at least one is left after them."""
+    share = config.row.float_share if config.quant_start is None else config.quant_start
+    return max(0, min(round(share * config.epochs), config.epochs - 1))
 
 
 QAT_METHODS = Registry("QAT method")

@@ -19,7 +19,7 @@ from flatcompress import flat, quant
 from flatcompress.errors import unknown
 from flatcompress.modules import evaluating
 from flatcompress.plan import Plan
-from flatcompress.stages import post_training, shipped
+from flatcompress.stages import families, members, post_training, shipped
 from flatcompress.stages.averaging import Averaging
 from flatcompress.stages.callbacks import BiasRounding, Distillation, FrozenBatchNorm, MaskedWeights
 from flatcompress.stages.context import RunContext
@@ -38,7 +38,7 @@ from flatcompress.stages.keys import (
 )
 from flatcompress.stages.measure import train_batches
 from flatcompress.stages.qat_callbacks import Conflict, GridPull, Oscillation, Point, Transform, in_turn
-from flatcompress.stages.qat_methods import QAT_METHODS, QatMethod
+from flatcompress.stages.qat_methods import QAT_METHODS, QatMethod, float_epochs
 from flatcompress.stages.stage import Facts, Phase, Stage
 from flatcompress.training.callback import Callback
 from flatcompress.training.job import Job
@@ -252,9 +252,13 @@ def _train_float(run: RunContext, config: QuantizeConfig, facts: Facts) -> None:
 
 
 def _train_quantized(run: RunContext, config: QuantizeConfig, teacher: nn.Module | None, facts: Facts) -> None:
+    images = post_training.calibration(run, config.calibration_samples)
+    if members.family_of(run) is not None:
+        quantizers = partial(insert, example=run.example(), config=config, bits=facts["bits"])
+        families.quantize(run, config, quantizers, images)
+        return
     mapped = config.flatness_map and run.measuring != "off" and run.resume is None
     before = copy.deepcopy(run.model) if mapped else None
-    images = post_training.calibration(run, config.calibration_samples)
     if config.from_post_training and run.resume is None:
         settings = post_training.settings(run, config, {**placement(config), "bits": facts["bits"]})
         with run.doing("post-training quantization"):
@@ -383,15 +387,10 @@ def choose_bits(run: RunContext, config: QuantizeConfig) -> dict[str, Any] | Non
     return chosen
 
 
-def float_epochs(config: QuantizeConfig) -> int:
-    """Epochs before the quantizers come in; at least one is left after them."""
-    share = config.row.float_share if config.quant_start is None else config.quant_start
-    return max(0, min(round(share * config.epochs), config.epochs - 1))
-
-
 STAGE = Stage(
     QuantizeConfig,
     phases,
     dry_run,
     refuses_after={"quantize": "the model is already quantized by an earlier stage. Quantize once."},
+    fits=families.quantize_problem,
 )

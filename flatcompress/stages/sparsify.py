@@ -121,6 +121,9 @@ STAGE = Stage(
     SparsifyConfig,
     phases,
     dry_run,
-    refuses_after={"quantize": "the learned scales fit the dense weights. Sparsify first."},
+    refuses_after={
+        "quantize": "the learned scales fit the dense weights. Sparsify first.",
+        "elastic": "the model is a family of widths by then, which share their weights.",
+    },
     needs_weights="would rank random weights. Put a 'train' stage before it or give model.weights.",
 )

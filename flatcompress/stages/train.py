@@ -56,5 +56,8 @@ STAGE = Stage(
     TrainConfig,
     phases,
     dry_run,
-    refuses_after={"quantize": "put those epochs into the quantize stage, which trains too."},
+    refuses_after={
+        "quantize": "put those epochs into the quantize stage, which trains too.",
+        "elastic": "the model is a family of widths by then. Put those epochs into the elastic stage.",
+    },
 )
