@@ -50,6 +50,7 @@ class Model:
         self.classes: list[str] = json.loads(meta.get("classes", "[]"))
         self.intensity: list[float] | None = made.get("intensity")
         self.features: dict[str, object] | None = made.get("features")
+        self.inside = meta.get("features") == "inside"  # the file computes them from samples
         self.task: dict[str, object] = json.loads(meta.get("task", '{"name": "classification", "output": "argmax"}'))
         self.metadata = dict(meta)
 
@@ -110,7 +111,8 @@ class Model:
     def heard(self, sound: np.ndarray) -> np.ndarray:
         """Samples [N] (whole numbers of 16 bits, or floats in -1..1) -> float32 [1, frames, bands], normalised.
 
-        What is longer than the model hears is cut, what is shorter gets silence behind it.
+        A file that computes its features itself gets the samples. What is longer than the model hears is cut, what is
+        shorter gets silence behind it.
         """
         if sound.ndim != 1 or not len(sound):
             raise SystemExit(f"the model takes sound, samples [N] of one channel, found {list(sound.shape)}.")
@@ -120,7 +122,10 @@ class Model:
         made: dict[str, float] = self.features  # type: ignore[assignment]
         length, hop = (round(made["rate"] * made[key] / 1000) for key in ("window", "hop"))
         samples = (self.size[1] - 1) * hop + length
-        found = spectra(np.pad(given, (0, max(0, samples - len(given))))[:samples], made)
+        heard = np.pad(given, (0, max(0, samples - len(given))))[:samples]
+        if self.inside:
+            return heard.astype(np.float32)
+        found = spectra(heard, made)
         return ((found[None] - self.mean) / self.std).astype(np.float32)
 
     def logits(self, batch: np.ndarray) -> np.ndarray:
@@ -192,8 +197,9 @@ class Model:
 
     def bench(self, runs: int = 50) -> dict[str, float]:
         """Milliseconds for one sample: median, 10th and 90th percentile of ``runs`` timings of 2 ms and more."""
-        x = np.random.default_rng(0).standard_normal((1, *self.size)).astype(np.float32)
-        x = np.zeros((1, *self.size), self.kind) if self.kind == np.int64 else x
+        size = self.input.shape[1:] if self.inside else self.size
+        x = np.random.default_rng(0).standard_normal((1, *size)).astype(np.float32)
+        x = np.zeros((1, *size), self.kind) if self.kind == np.int64 else x
         start = time.perf_counter()
         for _ in range(3):
             self.logits(x)

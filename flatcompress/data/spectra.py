@@ -11,7 +11,7 @@ from flatcompress.errors import UserError, unknown
 
 FEATURES = ("logmel", "mfcc")
 _LOWEST = 20.0  # Hz
-_FLOOR = 1e-6  # of the energy in a band, against the logarithm of silence
+FLOOR = 1e-6  # of the energy in a band, against the logarithm of silence
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Spectra:
         frames = np.lib.stride_tricks.sliding_window_view(sound, self.length, axis=-1)[..., :: self.step, :]
         size = 1 << (self.length - 1).bit_length()
         power = np.abs(np.fft.rfft(frames * np.hanning(self.length + 1)[:-1], size)) ** 2 / size
-        logs = np.log(power @ mel_filters(self.rate, size, self.bands).T + _FLOOR)
+        logs = np.log(power @ mel_filters(self.rate, size, self.bands).T + FLOOR)
         if self.features == "mfcc":
             logs = logs @ cosines(self.bands, self.coefficients).T
         return logs.astype(np.float32)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from flatcompress import flat
 from flatcompress.errors import Interrupted, UserError
+from flatcompress.stages import features_inside
 from flatcompress.stages.context import RunContext
 from flatcompress.stages.keys import TrainingKeys
 from flatcompress.stages.stage import stage_of
@@ -77,9 +78,11 @@ def _check_task(run: RunContext, out: Tensor, y: Tensor) -> None:
 def _check_stages(run: RunContext, stages: Sequence[tuple[str, Any]]) -> None:
     """What a stage cannot do for this task. UserError names the stage."""
     for index, (kind, config) in enumerate(stages):
-        if not isinstance(config, TrainingKeys):
-            continue
         try:
+            if getattr(config, "features", None) == "inside":
+                features_inside.spectra_of(dict(run.data.features))
+            if not isinstance(config, TrainingKeys):
+                continue
             _check_loop(run, config)
             run.task.training_loss(config.label_smoothing)
             if flat.METHODS[config.flat_method()].facts.of_logits and run.task.agreement != "argmax":
