@@ -23,6 +23,9 @@ PACKAGES = {
     "brevitas": (*BASE, "brevitas==0.13.4", "onnxoptimizer==0.4.2"),
     "torch-pruning": (*BASE, "torch-pruning==1.6.1"),
     "nncf": (*BASE, "nncf==3.4.0", "torchao==0.18.0"),  # nncf.strip imports torchao
+    # Quark and onnxruntime 1.28 read no newer files than onnx 1.22's
+    "quark": ("torch==2.13.*", "numpy>=2.0", "onnx==1.22.0", "onnxruntime==1.28.*", "amd-quark==0.13"),
+    "inc": (*BASE, "neural-compressor-pt==3.10", "torchao==0.18.0"),
     "torchao": (*BASE, "torchao==0.18.0"),
     "pytorch-optimizer": (*BASE, "torch-pruning==1.6.1", "pytorch_optimizer==4.1.0"),
 }

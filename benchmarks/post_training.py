@@ -9,9 +9,10 @@ share of test images; ``agree``: share on which the quantized network's class is
 Mean over draws of 128 calibration images (three; one with --quick), ``se``: standard error over the draws.
 ``seconds``: processor time of one quantization, a trace of the network included. First table: our default beside
 onnxruntime's ``quantize_static`` (QDQ, per channel, MinMax; 4-bit weights as QInt4; it has no 6-bit weights and no
-4-bit activations), our block-wise reconstruction (4-bit weights, one draw) and, where its environment can be made,
-NNCF's ``quantize`` (8 bits). Second: our steps, added in turn, one draw. Third: how much a network trained with SAM
-loses against the same one trained plainly, over seeds.
+4-bit activations), our block-wise reconstruction (4-bit weights, one draw) and, where their environments can be made,
+NNCF's ``quantize``, AMD Quark's A8W8 preset and Intel Neural Compressor's static quantization (8 bits). Second: our
+steps, added in turn, one draw. Third: how much a network trained with SAM loses against the same one trained plainly,
+over seeds.
 
 What is measured is kept in ``benchmarks/results/post_training.partial`` as soon as it is there: a run that was stopped
 goes on, and ``--kept`` measures nothing and writes tables and page from what is there.
@@ -106,32 +107,34 @@ def onnxruntime_static(one: Case, bits: tuple[int, int], draw: int) -> dict[str,
     return {**one.score(torch.from_numpy(np.concatenate(found))), "seconds": seconds}
 
 
-def nncf_quantize(one: Case, bits: tuple[int, int], draw: int) -> dict[str, float] | None:
-    """NNCF's post-training quantization, in its own environment; None for other bits or where it cannot be made."""
-    environment = _peer_envs.ensure("nncf") if bits == (8, 8) else None
+def elsewhere(one: Case, bits: tuple[int, int], draw: int, tool: str = "nncf") -> dict[str, float] | None:
+    """A tool in its own environment; None for other bits than 8, or where it cannot be made or fails, with a word."""
+    environment = _peer_envs.ensure(tool) if bits == (8, 8) else None
     if environment is None or environment.python is None:
         return None
     with tempfile.TemporaryDirectory() as folder:
         given, made = Path(folder) / "given.pt", Path(folder) / "made.pt"
         program = torch.export.export(one.model, (one.pool[:2],), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
         torch.export.save(program, str(given.with_suffix(".pt2")))
+        onnx_export.export(one.model, one.pool[:2], given.with_suffix(".onnx"), "float32")
         torch.save({"draw": one.draw(draw), "test": one.test[0]}, given)
         done = subprocess.run(
-            [str(environment.python), "-m", "benchmarks.peer_scripts.nncf_ptq", str(given), str(made)],
+            [str(environment.python), "-m", f"benchmarks.peer_scripts.{tool}_ptq", str(given), str(made)],
             env=_peer_envs.surroundings(), capture_output=True, text=True, cwd=_peer_envs.ROOT,
         )  # fmt: skip
         if done.returncode:
-            print(f"nncf on {one.name}: {done.stderr.strip().splitlines()[-1][:200]}", file=sys.stderr)
+            print(f"{tool} on {one.name}: {done.stderr.strip().splitlines()[-1][:200]}", file=sys.stderr)
             return None
         found = torch.load(made, weights_only=True)
     return {**one.score(found["logits"]), "seconds": found["seconds"]}
 
 
+ELSEWHERE = ("nncf", "quark", "inc")  # each in an environment of its own
 TOOLS: dict[str, Any] = {
     "flatcompress": widths_own,
     "flatcompress, brecq": brecq,
     "onnxruntime": onnxruntime_static,
-    "nncf": nncf_quantize,
+    **{tool: partial(elsewhere, tool=tool) for tool in ELSEWHERE},
 }
 
 
@@ -264,7 +267,7 @@ def page(rows: list[dict[str, Any]], steps: list[dict[str, Any]], pairs: list[di
 
 def _own(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", nargs="+", default=None, help="networks (default: all)")
-    parser.add_argument("--no-nncf", action="store_true", help="leave NNCF out: it needs an environment of its own")
+    parser.add_argument("--no-peers", action="store_true", help="leave out the tools that need their own environments")
     resumable(parser)
 
 
@@ -273,9 +276,9 @@ def main(argv: list[str] | None = None) -> int:
     options = arguments(__doc__, argv, _own)
     names = options.only or (SMALL if options.quick else [LITE0, *TRAINED])
     store = kept("post_training", options)
-    tools = {k: v for k, v in TOOLS.items() if k != "nncf" or not (options.quick or options.no_nncf)}
+    tools = {k: v for k, v in TOOLS.items() if k not in ELSEWHERE or not (options.quick or options.no_peers)}
     draws, seeds = (1, 2) if options.quick else (3, 3)
-    notes = [] if "nncf" in tools else ["NNCF: not run."]
+    notes = [] if "nncf" in tools else ["NNCF, Quark and Neural Compressor: not run."]
     rows: list[dict[str, Any]] = []
     for count in sorted({1, draws}):  # of all networks one draw first: a run that is stopped has something of each
         rows = measured(names, options.quick, notes, lambda *one, n=count: compared(*one, n, tools, store))

@@ -32,7 +32,7 @@ from flatcompress.recipe import identity
 ROOT = Path(__file__).parent.parent
 CONFIGS, PAGE = ROOT / "configs", ROOT / "docs" / "results" / "tasks.md"
 RECIPES = (
-    *("task-heartbeats", "task-autoencoder", "task-keywords", "task-text", "task-person"),
+    *("task-images", "task-heartbeats", "task-autoencoder", "task-keywords", "task-text", "task-person"),
     *("task-unet", "task-detector", "task-regression"),
 )
 BITS = ((8, 8), (4, 8))

@@ -66,7 +66,7 @@ def front(spectra: Spectra, frames: int, mean: float, std: float, opset: int, ir
         "mean": np.array(mean, np.float32),
         "std": np.array(std, np.float32),
     }
-    nodes = [
+    nodes: list[tuple[str, list[str], str, dict[str, Any]]] = [
         ("Pad", ["sound", "behind"], "padded", {}),
         ("Unsqueeze", ["padded", "last"], "signal", {}),
         ("STFT", ["signal", "step", "window", "size"], "spectrum", {"onesided": 1}),
