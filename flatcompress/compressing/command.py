@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flatcompress import environment, onnx_export
+from flatcompress import onnx_export
 from flatcompress.compressing.inputs import Inputs, with_targets
 from flatcompress.compressing.options import BITS, stages
 from flatcompress.errors import UserError
@@ -71,7 +71,6 @@ def compress(
     not say it. display: receives the run's events. UserError before anything runs; a certificate that does not hold is
     in the result.
     """
-    environment.keep_freed_memory()
     todo = stages(bits, keep, max_drop, epochs, budget, target)
     section, notes = _section(model, weights, pretrained)
     folder = Path(out) if out is not None else Path("runs") / (re.sub(r"\W+", "-", Path(model).stem).strip("-") or "x")
