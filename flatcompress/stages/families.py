@@ -147,11 +147,14 @@ def quantize(run: RunContext, config: Any, insert: Callable[[nn.Module], Plan], 
     own = {id(p) for p in scales}
     first = config.epochs - config.bias_rounding_epochs
     callbacks: list[Callback] = [BiasRounding(network, first) for network in networks]
+    if config.freeze_bn == "estimated" and run.resume is None:
+        with run.doing("BatchNorm statistics"):
+            estimate_statistics(run)
     if config.freeze_bn:
         callbacks.append(FrozenBatchNorm(family))
     fit(
         run, config, "one", callbacks, scales=scales, scale_lr=config.optimizer.lr * config.scale_lr,
-        as_shipped=partial(shipped.as_shipped, run, config.freeze_bn),
+        as_shipped=partial(shipped.as_shipped, run, bool(config.freeze_bn)),
         perturbed=lambda name, parameter: config.perturb_scales or id(parameter) not in own,
     )  # fmt: skip
     if not config.freeze_bn:

@@ -114,7 +114,9 @@ class QuantizeConfig(TrainingKeys):
     )
     distill: NonNegative = Field(0.0, description="weight of distillation from the float model")
     averaging: AveragingKind = Field("none", description="average the weights and scales over steps")
-    freeze_bn: bool = Field(False, description="BatchNorm keeps its running statistics, as DomainBed's networks do")
+    freeze_bn: bool | Literal["estimated"] = Field(
+        False, description="BatchNorm keeps the float network's statistics, or those estimated once before the training"
+    )
     flatness_map: bool = Field(
         True, description="log how far each layer may move (Hessian trace) against how far its grid moves it"
     )
@@ -267,12 +269,13 @@ def _train_quantized(run: RunContext, config: QuantizeConfig, teacher: nn.Module
         run.plan = run.plan + insert(run.model, run.example(), config, facts["bits"])
         with run.doing("calibration"):
             quant.calibrate(run.model, images)
+    if config.freeze_bn == "estimated" and run.resume is None:
+        shipped.estimate(run)
     if before is not None:
         log_map(run, before, config.epochs)
     train(run, qat_job(run, config, teacher))
     if not config.freeze_bn:
-        with run.doing("BatchNorm statistics"):
-            quant.reestimate_batchnorm(run.model, shipped.statistics_batches(run))
+        shipped.estimate(run)
     quant.set_bias_rounding(run.model, True)
 
 
@@ -291,7 +294,7 @@ def qat_job(run: RunContext, config: QuantizeConfig, teacher: nn.Module | None) 
         scales=quant.scale_parameters(run.model).values(),
         scale_lr=config.optimizer.lr * config.scale_lr,
         extra=point.offsets if point is not None else (),
-        as_shipped=partial(shipped.as_shipped, run, config.freeze_bn),
+        as_shipped=partial(shipped.as_shipped, run, bool(config.freeze_bn)),
         compose=in_turn(transforms),
         perturbed=point.perturbed if point is not None else not_scales(run.model, config),
     )
@@ -327,8 +330,8 @@ def callbacks(run: RunContext, config: QuantizeConfig, teacher: nn.Module | None
 
 def average(run: RunContext, config: QuantizeConfig) -> Averaging:
     """The average of weights and scales that takes the place of the best epoch."""
-    judged = partial(shipped.as_shipped, run, config.freeze_bn)
-    return Averaging(run, config.averaging, config.epochs, config.freeze_bn, judged)
+    judged = partial(shipped.as_shipped, run, bool(config.freeze_bn))
+    return Averaging(run, config.averaging, config.epochs, bool(config.freeze_bn), judged)
 
 
 def scale_conflict(model: nn.Module, config: QuantizeConfig) -> quant.ScaleConflict:

@@ -24,6 +24,12 @@ def statistics_batches(run: RunContext) -> list[Tensor]:
     return [x for x, _ in train_batches(run, STATISTICS_BATCHES * run.batch_size)]
 
 
+def estimate(run: RunContext) -> None:
+    """The quantized network's own BatchNorm statistics: the float network's no longer fit its activations."""
+    with run.doing("BatchNorm statistics"):
+        quant.reestimate_batchnorm(run.model, statistics_batches(run))
+
+
 @contextmanager
 def as_shipped(run: RunContext, keep_statistics: bool) -> Iterator[None]:
     """Inside, the model has the statistics that it ships with; ``keep_statistics``: those are the running ones.

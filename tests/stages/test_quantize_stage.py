@@ -129,6 +129,19 @@ def test_frozen_statistics_are_those_of_the_float_model():
         assert not torch.equal(weights["bn1.weight"], after["bn1.weight"])
 
 
+def test_statistics_that_are_estimated_once_are_those_of_the_calibrated_network_and_stay():
+    work, twin = context(), context()
+    run_stage("quantize", work, config("quantize", method="lsq", freeze_bn="estimated"))
+    keys = config("quantize", method="lsq")
+    quantize.insert(twin.model, twin.example(), keys)
+    quant.calibrate(twin.model, quantize.post_training.calibration(twin, keys.calibration_samples))
+    floats = {k: v.clone() for k, v in twin.model.state_dict().items() if "running" in k}
+    quant.reestimate_batchnorm(twin.model, quantize.shipped.statistics_batches(twin))
+    found, expected = work.model.state_dict(), twin.model.state_dict()
+    assert floats and all(torch.equal(found[k], expected[k]) for k in floats)
+    assert not all(torch.equal(found[k], v) for k, v in floats.items())
+
+
 def test_average_of_the_scales_is_a_scale_too():
     work = context()
     events = []

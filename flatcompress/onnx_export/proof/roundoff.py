@@ -31,7 +31,7 @@ from flatcompress.onnx_export.proof.samples import Samples
 SINGLE = 2.0**-24
 HALF = 2.0**-11
 EVALUATIONS = 256  # of one sample each; few samples are repeated more often
-FEWEST, MACS = 48, 2e10  # a large network is evaluated less often: the largest of 48 changes is near that of 256
+FEWEST, MACS = 48, 5e9  # a large network is evaluated less often: the largest of 48 changes is near that of 256
 _SAFETY = 8.0
 
 
