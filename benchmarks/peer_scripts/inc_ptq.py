@@ -15,7 +15,8 @@ def main(given: str, made: str) -> None:
     torch.set_num_threads(1)
     images = torch.load(given, weights_only=True)
     program = torch.export.load(str(Path(given).with_suffix(".pt2"))).module()
-    program._exported = True  # as its own export() says that it is one
+    program._exported = True  # its own export() marks what it made by these two
+    program.dynamic_shapes = ({0: torch.export.Dim.DYNAMIC},)
     start = time.process_time()
     model = prepare(program, StaticQuantConfig())
     with torch.no_grad():
