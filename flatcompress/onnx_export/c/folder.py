@@ -9,13 +9,16 @@ from typing import Any
 from flatcompress.errors import UserError
 from flatcompress.onnx_export.c import emit, weights
 from flatcompress.onnx_export.c.layers import Decided
+from flatcompress.onnx_export.c.text import Sources
 from flatcompress.storage import write_output
 
 KERNELS = "fc_kernels.h"
 FEATURES = (
     *("QUANTIZE", "DEQUANTIZE", "CONV", "DEPTHWISE", "FUSED", "ADD", "FLOAT_ADD", "POOL", "MAX", "TABLE", "CONCAT"),
     *("REALS", "FLOATS", "WIDE_BIAS", "BITS_1", "BITS_2", "BITS_4", "BITS_8", "PLANES", "THREE", "NARROW", "GROUPS"),
-    *("SPARSE", "SPARSE_WIDE", "SPARSE_BYTES", "SPARSE_BITS"),
+    *("SPARSE", "SPARSE_WIDE", "SPARSE_BYTES", "SPARSE_BITS", "GATE", "MOVE", "RANGE", "LATE"),
+    *("ROWS", "ROW_CODES", "ROW_COPY", "ROW_PRODUCT", "ROW_SCALE", "ROW_DIVIDE", "ROW_ADD", "ROW_TIMES", "ROW_NORM"),
+    *("ROW_SOFTMAX", "ROW_GELU", "ROW_SIGMOID", "ROW_TANH", "ROW_HARD", "ROW_RELU", "ROW_PLANES", "ROW_QUANTIZE"),
 )
 RESERVED = {"main", "in", "out", "arena", "bytes", "int", "float", "char", "void", "const", "static", "if", "for"}
 
@@ -47,7 +50,7 @@ def write(decided: Decided, name: str, folder: Path) -> dict[str, Any]:
     return {**figures, "name": name, "files": sorted(files)}
 
 
-def _figures(decided: Decided, made: emit.Sources) -> dict[str, Any]:
+def _figures(decided: Decided, made: Sources) -> dict[str, Any]:
     plan, program = decided.plan, decided.program
     return {
         "weight_bytes": made.weight_bytes,
@@ -99,7 +102,7 @@ int {name}_run(const float *in, float *out, void *arena);
 """
 
 
-def _source(decided: Decided, made: emit.Sources) -> str:
+def _source(decided: Decided, made: Sources) -> str:
     name, upper = made.name, made.name.upper()
     features = "\n".join(f"#define FC_{part} {int(part in made.uses)}" for part in FEATURES)
     constants = "\n\n".join(made.constants)
@@ -126,7 +129,7 @@ int {name}_run(const float *in, float *out, void *arena)
 """
 
 
-def _weights(made: emit.Sources) -> str:
+def _weights(made: Sources) -> str:
     arrays = "\n\n".join(made.weights)
     return f"/* {made.name}: weights, multipliers and biases; included by {made.name}.c alone. */\n\n{arrays}\n"
 
@@ -222,7 +225,24 @@ Compile `{name}.c` as ISO C (`-std=c99`: a compiler may then not fuse a multipli
 | largest set of live tensors, nothing overlapping | {figures["ram_bound_bytes"]} bytes |
 | products | {figures["macs"]} |
 
-Every output bit equals onnxruntime's. Proved when this was written: the roundings of {proof["channels"]} channels for
+{_equality(proof)} Proved when this was written: the roundings of {proof["channels"]} channels for
 all {proof["sums"]} sums that their weights can reach ({proof["channels_float"]} of them multiply in float32, as
 onnxruntime does), {proof["pools"]} pools, {proof["additions"]} additions over all {proof["pairs"]} pairs of codes.
 """
+
+
+def _equality(proof: dict[str, Any]) -> str:
+    if not proof["float_steps"]:
+        return "Every output bit equals onnxruntime's."
+    steps = [f"- {row['module'] or 'forward'}: {', '.join(row['computes']) or 'mean'}" for row in proof["float_steps"]]
+    return "\n".join(
+        [
+            "Between integers these steps compute in float32, by routines that give the same bits on every board:",
+            "",
+            *steps,
+            "",
+            "onnxruntime adds in another order there, so a value at the edge of two codes may become either;",
+            "certificate.json says how far the outputs are from the reference's. All other steps are onnxruntime's",
+            "in every bit.",
+        ]
+    )

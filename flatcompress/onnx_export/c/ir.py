@@ -7,6 +7,7 @@ memory, integers and C. Tensors lie channels last ([height, width, channels], a 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,12 +56,34 @@ class Codes:
 
 
 @dataclass(eq=False)
+class Real:
+    """A tensor of float32 in the arena, channels last as codes are."""
+
+    name: str
+    height: int
+    width: int
+    channels: int
+
+    @property
+    def bytes(self) -> int:
+        return 4 * self.height * self.width * self.channels
+
+
+Tensor = Codes | Real
+
+
+@dataclass(eq=False)
 class Step:
     """One operation. ``path``: the module that it comes from; ``out`` is None where it writes the model's output."""
 
     path: str
-    sources: list[Codes]
-    out: Codes | None
+    sources: list[Any]
+    out: Any
+
+    @property
+    def convolution(self) -> Conv | None:
+        """The convolution or linear layer that the step is, or begins with."""
+        return None
 
 
 @dataclass(eq=False)
@@ -112,6 +135,11 @@ class Conv(Step):
     width: int
     add: Fused | None = None
     pixels: int = 2  # output pixels that the kernel works on at once
+    late: NDArray[np.float32] | None = None  # a bias that is added to the real result
+
+    @property
+    def convolution(self) -> Conv | None:
+        return self
 
     @property
     def outputs(self) -> int:
@@ -163,6 +191,69 @@ class Concat(Step):
     """Channels side by side."""
 
 
+@dataclass(eq=False)
+class Move(Step):
+    """Bytes in another order: nested loops, the outermost first, as (size, stride in the source)."""
+
+    offset: int
+    loops: list[tuple[int, int]]
+
+
+@dataclass(eq=False)
+class Gate(Step):
+    """Codes times codes: ``factor``: float32, what products are multiplied by. strides: of a pixel and of a channel,
+    for both operands."""
+
+    factor: np.float32
+    strides: tuple[tuple[int, int], tuple[int, int]]
+
+
+@dataclass(eq=False)
+class Product:
+    """A product of two tensors of codes: [heads, rows, depth] times [heads, depth, columns].
+
+    first, second: where an operand begins, and its strides over heads, rows (or columns) and depth, in bytes. factor:
+    float32, what the sums are multiplied by.
+    """
+
+    heads: int
+    rows: int
+    columns: int
+    depth: int
+    first: tuple[int, int, int, int]
+    second: tuple[int, int, int, int]
+    factor: np.float32
+
+
+@dataclass(eq=False)
+class Rows(Step):
+    """Real values [rows, columns], a row at a time: brought in, changed and put away.
+
+    begin: what makes the rows: a linear layer, a product, or None where ``sources[0]`` holds them, from the element
+    ``first`` on, a row every ``stride`` elements. changes: of (name, operands), in order, see `rows`. The result is
+    quantized by its scale (where ``rounded`` it is in steps already). mean: the mean of all rows is kept. planes: the
+    model's output has its channels first.
+    """
+
+    rows: int
+    columns: int
+    begin: Conv | Product | None = None
+    first: int = 0
+    stride: int = 0
+    changes: list[tuple[str, Any]] = field(default_factory=list)
+    rounded: bool = False
+    mean: bool = False
+    planes: bool = False
+
+    @property
+    def convolution(self) -> Conv | None:
+        return self.begin if isinstance(self.begin, Conv) else None
+
+    @property
+    def exact(self) -> bool:
+        return not self.mean and all(name in ("scale", "constant", "add", "relu") for name, _ in self.changes)
+
+
 @dataclass
 class Program:
     """A model. inputs, outputs: the shapes of one sample, as in the ONNX file."""
@@ -172,14 +263,21 @@ class Program:
     steps: list[Step] = field(default_factory=list)
 
     @property
-    def tensors(self) -> list[Codes]:
+    def tensors(self) -> list[Tensor]:
         """Everything in the arena, in the order it is made."""
         return [step.out for step in self.steps if step.out is not None]
 
     @property
     def convs(self) -> list[Conv]:
-        return [step for step in self.steps if isinstance(step, Conv)]
+        return [step.convolution for step in self.steps if step.convolution is not None]
+
+    @property
+    def floats(self) -> list[Rows]:
+        """Steps whose arithmetic on real values is our own, not onnxruntime's bit for bit."""
+        return [step for step in self.steps if isinstance(step, Rows) and not step.exact]
 
     @property
     def macs(self) -> int:
-        return sum(conv.macs for conv in self.convs)
+        products = [s.begin for s in self.steps if isinstance(s, Rows) and isinstance(s.begin, Product)]
+        total = sum(product.heads * product.rows * product.columns * product.depth for product in products)
+        return total + sum(conv.macs for conv in self.convs)

@@ -9,7 +9,7 @@ import numpy as np
 
 from flatcompress.errors import UserError
 from flatcompress.onnx_export.c import ir, requantize, sums, weights
-from flatcompress.onnx_export.c.plan import Plan, lay_out
+from flatcompress.onnx_export.c.plan import ALIGNMENT, Plan, lay_out
 
 SMALL = (1 << 8) - 1
 LARGE = (1 << 16) - 1
@@ -61,6 +61,7 @@ class Decided:
     def proof(self) -> dict[str, Any]:
         """What was proved, for the certificate."""
         rules = [layer.rule for layer in self.layers.values() if layer.step.out is not None]
+        floats = self.program.floats
         added = [*self.adds.values(), *(layer.add for layer in self.layers.values() if layer.add is not None)]
         return {
             "channels": sum(len(rule.multiplier) for rule in rules),
@@ -72,6 +73,7 @@ class Decided:
             "additions_float": sum(rule.floats for rule in added),
             "pairs": sum(rule.pairs for rule in added),
             "pairs_without_fma": sum(rule.unfused for rule in added),
+            "float_steps": [{"module": s.path, "computes": [name for name, _ in s.changes]} for s in floats],
         }
 
 
@@ -79,16 +81,26 @@ def decide(program: ir.Program) -> Decided:
     """Digits, rules and the plan. UserError where a number does not fit its place in the C."""
     layers, adds, pools = {}, {}, {}
     for index, step in enumerate(program.steps):
-        if isinstance(step, ir.Conv):
-            layers[index] = _layer(step)
+        if step.convolution is not None:
+            layers[index] = _layer(step.convolution)
         elif isinstance(step, ir.Add):
             assert step.out is not None
             adds[index] = sums.solve_add(step.sources[0], step.sources[1], step.out)
         elif isinstance(step, ir.GlobalPool):
             pools[index] = _pool(step)
     _check_sizes(program)
-    scratch = [layers[index].scratch if index in layers else 0 for index in range(len(program.steps))]
+    scratch = [
+        row_bytes(step) + (layers[index].scratch if index in layers else 0) for index, step in enumerate(program.steps)
+    ]
     return Decided(program, lay_out(program, scratch), layers, adds, pools)
+
+
+def row_bytes(step: ir.Step) -> int:
+    """Of the real values that a step has at hand, before a convolution's own scratch."""
+    if not isinstance(step, ir.Rows):
+        return 0
+    rows = step.convolution.pixels if step.convolution is not None else 1
+    return -(-4 * step.columns * (rows + int(step.mean)) // ALIGNMENT) * ALIGNMENT
 
 
 # Instructions on an emulated Cortex-M4: a product of the dense kernel; of the sparse ones, where a weight is not zero.
@@ -154,6 +166,7 @@ def _check_sizes(program: ir.Program) -> None:
         for tensor in [*step.sources, *([step.out] if step.out is not None else [])]:
             if max(tensor.height, tensor.width, tensor.channels) > LARGE:
                 raise UserError(f"module {step.path!r}: a tensor has a side of more than {LARGE}.")
+        step = step.convolution or step
         window = getattr(step, "window", None)
         if window is None:
             continue

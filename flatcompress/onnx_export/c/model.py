@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from flatcompress.onnx_export.c.layers import Decided, decide
 from flatcompress.onnx_export.c.read import read
 
 FOLDER = "c"
+Judged = Callable[[NDArray[np.float32], NDArray[np.float32]], tuple[dict[str, Any], list[str]]]
 PRODUCTS = 20_000_000_000  # that a comparison may take: about half a minute on a desktop processor
 
 
@@ -57,13 +59,19 @@ def write(decided: Decided, path: Path) -> CModel:
 
 
 def section(
-    model: CModel, inputs: NDArray[np.float32], expected: NDArray[np.float32], reference: NDArray[np.float32]
+    model: CModel,
+    inputs: NDArray[np.float32],
+    expected: NDArray[np.float32],
+    reference: NDArray[np.float32],
+    judged: Judged,
 ) -> dict[str, Any]:
     """The certificate's section ``c``. inputs: float32 [N, ...]; expected, reference: what onnxruntime and the torch
     reference give for them.
 
     A processor without VNNI adds pairs of 8-bit products in 16 bits, and there onnxruntime itself may differ from the
-    reference; such samples are counted and the C is held against the reference, which is exact.
+    reference; such samples are counted and the C is held against the reference, which is exact. A model with steps on
+    real values (``float_steps``) is held to what rounding explains, as onnxruntime itself is: judged compares outputs
+    with the reference's, and says in sentences what is beyond.
     """
     count = int(np.clip(PRODUCTS // max(1, model.decided.program.macs), 1, len(inputs)))
     chosen = np.linspace(0, len(inputs) - 1, count).round().astype(np.int64)
@@ -79,8 +87,12 @@ def section(
         "bit_equal": float(same.mean()),
         "bit_equal_reference": float(exact.mean()),
         "onnxruntime_off_reference": int(straying.sum()),
-        "wrong": int((~same & ~(straying & exact)).sum()),
     }
+    if model.decided.program.floats:
+        row, sentences = judged(reference[chosen], found[0].reshape(reference[chosen].shape))
+        equality |= {**row, "bit_equal": equality["bit_equal"], "beyond": sentences}
+    else:
+        equality["wrong"] = int((~same & ~(straying & exact)).sum())
     return {**model.figures, "equality": equality}
 
 
@@ -93,4 +105,6 @@ def bit_equal(found: NDArray[np.float32], expected: NDArray[np.float32]) -> NDAr
 def failures(section: dict[str, Any]) -> list[str]:
     """Why section ``c`` keeps a certificate from holding."""
     wrong, samples = section["equality"].get("wrong", 0), section["equality"]["samples"]
+    if beyond := section["equality"].get("beyond"):
+        return [f"the C model: {sentence}" for sentence in beyond]
     return [f"the C model's output bits are not onnxruntime's on {wrong} of {samples} samples."] if wrong else []

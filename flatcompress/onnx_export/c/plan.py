@@ -48,14 +48,18 @@ def padded(taps: int, digits: int) -> int:
     return -(-taps // digits) * digits
 
 
-def lead(step: ir.Step, source: ir.Codes) -> int | None:
+def lead(step: ir.Step, source: ir.Tensor) -> int | None:
     """How far ahead of the output's first byte the source's must lie for the step to overwrite it; None: never.
 
     The step writes output up to some byte and still reads the source from some byte on; over all moments the largest
     difference between the two.
     """
-    assert step.out is not None
-    if isinstance(step, ir.Conv) and step.sources[0] is source and not step.depthwise:
+    if (
+        isinstance(step, ir.Conv)
+        and isinstance(source, ir.Codes)
+        and step.sources[0].name == source.name
+        and not step.depthwise
+    ):
         return _conv_lead(step, source)
     return None
 
@@ -73,15 +77,28 @@ def _conv_lead(step: ir.Conv, source: ir.Codes) -> int:
     return max(end * step.outputs - needed[end] for end in ends)
 
 
-def in_place(step: ir.Step, source: ir.Codes) -> bool:
+def in_place(step: ir.Step, source: ir.Tensor) -> bool:
     """Whether the output may begin exactly where the source does, because what it overwrites has been read."""
-    if isinstance(step, ir.Conv):
-        if step.add is not None and step.add.other is source and step.sources[0] is not source:
+    if isinstance(step, ir.Conv) and isinstance(source, ir.Codes):
+        if step.add is not None and step.add.other.name == source.name and step.sources[0].name != source.name:
             return True
-        return step.depthwise and step.sources[0] is source and _rows_first(step, source)
+        return step.depthwise and step.sources[0].name == source.name and _rows_first(step, source)
+    if isinstance(step, ir.Rows):
+        return _row_by_row(step, source)
     if isinstance(step, ir.Add | ir.Table) and step.out is not None:
         return step.out.bytes == source.bytes
     return False
+
+
+def _row_by_row(step: ir.Rows, source: ir.Tensor) -> bool:
+    """Whether every row is read before it is written, and from its own place alone."""
+    begins = step.begin is None and step.sources[0].name == source.name
+    if step.out is None or step.mean or type(step.out) is not type(source) or step.out.bytes != source.bytes:
+        return False
+    if begins:
+        return step.first == 0 and step.stride == step.columns
+    begun = step.convolution.sources[:1] if step.convolution is not None else step.sources[:2] if step.begin else []
+    return all(other.name != source.name for other in begun)
 
 
 def _rows_first(step: ir.Conv, source: ir.Codes) -> bool:
@@ -127,7 +144,7 @@ def _bound(program: ir.Program) -> int:
             # First the convolution beside what it is added to, then the addition, when its source may be gone.
             source, between = step.sources[0], step.add.between.bytes
             assert step.out is not None
-            dead = lives[source.name][1] == index and source is not step.add.other
+            dead = lives[source.name][1] == index and source.name != step.add.other.name
             alive = max(alive - step.out.bytes, alive - (source.bytes if dead else 0)) + between
         most = max(most, alive)
     return most
@@ -139,7 +156,7 @@ Related = dict[tuple[int, int], tuple[int | None, bool]]
 def _blocks(program: ir.Program, scratch: list[int]) -> tuple[list[Block], Related]:
     """The blocks, and of (source, output) pairs that may overlap: the lead and whether they may lie in one place."""
     lives = _lives(program)
-    blocks = [Block(t.name, t.bytes, *lives[t.name]) for t in program.tensors]
+    blocks = [Block(t.name, t.bytes, *lives[t.name], 4 if isinstance(t, ir.Real) else 1) for t in program.tensors]
     number = {block.name: index for index, block in enumerate(blocks)}
     related: Related = {}
     for index, step in enumerate(program.steps):

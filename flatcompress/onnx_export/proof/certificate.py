@@ -105,13 +105,26 @@ def certify(
     }
     certificate |= {} if learned.plain else {"task": learned.described()}
     if exported.c is not None:
-        certificate["c"] = c_model.section(exported.c, inputs.joined()[0].numpy(), measured["optimized"], reference)
+        held = _held(certificate["parity"], learned.agreement)
+        arrays = inputs.joined()[0].numpy(), measured["optimized"], reference
+        certificate["c"] = c_model.section(exported.c, *arrays, held)
     certificate["failures"] = _failures(certificate, reference, measured["optimized"], truth, learned)
     _warn(certificate, exported.profile, require_integer)
     certificate["holds"] = not certificate["failures"]
     if write:
         _store(exported.path, certificate, _evidence(inputs, reference, truth).capped(evidence_bytes), output, learned)
     return certificate
+
+
+def _held(both: dict[str, Any], agreement: str) -> c_model.Judged:
+    """How a C model with steps on real values is judged: by the limits of the file without optimizations."""
+    slack = both["unoptimized"]["roundoff_steps"] * both["step"]
+
+    def judged(ours: NDArray[np.float32], found: NDArray[np.float32]) -> tuple[dict[str, Any], list[str]]:
+        row = judging.compare(ours, found, both["step"], slack, agreement)
+        return row, judging.failures(row, row, fused=False)[:1]
+
+    return judged
 
 
 def _checked(exported: Exported) -> onnx.ModelProto:

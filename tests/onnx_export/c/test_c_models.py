@@ -6,7 +6,7 @@ import torch
 from c_nets import NETS, STRICT, Deep, Line, made, samples, wrong
 from torch import nn
 
-from flatcompress import models, quant
+from flatcompress import quant
 from flatcompress.errors import UserError
 from flatcompress.onnx_export import certify, export
 from flatcompress.onnx_export.c import build, weights
@@ -110,17 +110,6 @@ def test_what_has_no_c_form_is_refused_by_its_module(after, named, tmp_path):
     with pytest.raises(UserError, match=f"{named}.*no C form"):
         export(model.eval(), x, tmp_path / "m.onnx", "c")
     assert not list(tmp_path.iterdir())
-
-
-def test_a_transformer_is_refused_by_its_module(tmp_path):
-    model, x = (
-        models.build("vit_tiny", num_classes=4, input_shape=(3, 16, 16), seed=0, depth=1),
-        torch.randn(2, 3, 16, 16),
-    )
-    quant.quantize(model, weight_bits=4, activation_bits=4, example_input=x)
-    quant.calibrate(model, [x])
-    with pytest.raises(UserError, match=r"module '[\w.]+': .*no C form"):
-        export(model.eval(), x, tmp_path / "m.onnx", "c")
 
 
 @pytest.mark.parametrize("stem", ["9lives", "fc_net", "main", "-"])

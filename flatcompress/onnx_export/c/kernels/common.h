@@ -17,6 +17,10 @@
 #error "flatcompress: floats must be computed as floats (on 32-bit x86: -msse2 -mfpmath=sse)"
 #endif
 
+#if defined(__clang__)
+#pragma STDC FP_CONTRACT OFF /* gcc does so by itself at -std=c99 */
+#endif
+
 #if defined(__ARM_FEATURE_DSP) && !defined(FC_PORTABLE)
 #include <arm_acle.h>
 #define FC_DSP 1
@@ -74,7 +78,7 @@ FC_INLINE int32_t fc_clamp(int32_t value, int32_t low, int32_t high)
     return (result > high) ? high : result;
 }
 
-#if FC_QUANTIZE || FC_FLOATS
+#if FC_QUANTIZE || FC_FLOATS || FC_ROWS || FC_GATE
 /* A float to the nearest integer, ties to even, within low..high; NaN gives low, as onnxruntime does. */
 FC_INLINE int32_t fc_round(float value, float low, float high)
 {

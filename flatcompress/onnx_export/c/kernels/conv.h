@@ -11,6 +11,9 @@ typedef struct {
     const void *scale;     /* int32_t multipliers or float scales, one a channel */
     const void *bias;      /* int16_t or int32_t, one a channel */
     const fc_add *add;     /* a fused addition or NULL */
+#if FC_LATE
+    const float *late;     /* what is added to real results, one a channel, or NULL */
+#endif
     uint32_t source, target, scratch; /* offsets in the arena */
     uint16_t in_h, in_w, in_c, out_h, out_w, out_c;
 #if FC_GROUPS
@@ -76,7 +79,12 @@ FC_APART void fc_finish(const fc_layer *layer, uint8_t *arena, float *real, int3
     int32_t code;
 #if FC_REALS
     if (layer->kind == FC_REAL) {
-        real[(channel * layer->out_h * layer->out_w) + pixel] = (float)sum * ((const float *)layer->scale)[channel];
+        real[at] = (float)sum * ((const float *)layer->scale)[channel];
+#if FC_LATE
+        if (layer->late != NULL) {
+            real[at] += layer->late[channel];
+        }
+#endif
         return;
     }
 #else
@@ -91,6 +99,13 @@ FC_APART void fc_finish(const fc_layer *layer, uint8_t *arena, float *real, int3
 #endif
     arena[layer->target + at] = (uint8_t)code;
 }
+#endif
+
+/* Real results may be wanted of some pixels alone, from the pixel `first` on; they lie from `real` on. */
+#if FC_RANGE
+#define FC_RANGE_PARAMETERS , uint32_t first, uint32_t pixels
+#else
+#define FC_RANGE_PARAMETERS
 #endif
 
 /* What is the same for all sums of a layer. */
@@ -339,18 +354,22 @@ FC_INLINE void fc_products(const fc_layer *layer, const uint32_t *first, const u
 #endif
 }
 
-static void fc_conv(const fc_layer *layer, uint8_t *arena, float *real)
+static void fc_conv(const fc_layer *layer, uint8_t *arena, float *real FC_RANGE_PARAMETERS)
 {
     const uint32_t outputs = (uint32_t)layer->out_c / FC_GROUPS_OF(layer);
     const uint32_t row = ((uint32_t)layer->words * layer->bits) / 16u;
     const uint32_t stride = layer->out_c, width = layer->out_w, groups = FC_GROUPS_OF(layer);
+#if FC_RANGE
+    uint32_t y = first / width, x = first % width;
+#else
     const uint32_t pixels = width * layer->out_h;
+    uint32_t y = 0u, x = 0u;
+#endif
     const int32_t lowest = layer->lowest;
     uint32_t *const patch = (uint32_t *)(void *)&arena[layer->scratch];
     const uint32_t *const finish = &patch[2u * layer->words];
     fc_result result = {layer->offset, layer->low, layer->high, layer->shift, layer->out_c, 0, {0, 0}};
     uint8_t *to = &arena[layer->target];
-    uint32_t y = 0u, x = 0u;
     result.scale = (int32_t)(1ul << layer->headroom);
 #if FC_FUSED || FC_REALS || FC_FLOATS
     const uint32_t plain = ((layer->kind == FC_CODES) && (layer->add == NULL)) ? 1u : 0u;

@@ -213,9 +213,12 @@ FC_APART void fc_plain_row(const fc_result *result, const uint32_t *sums, uint32
     }
 }
 
-static void fc_sparse(const fc_layer *layer, uint8_t *arena, float *real)
+static void fc_sparse(const fc_layer *layer, uint8_t *arena, float *real FC_RANGE_PARAMETERS)
 {
-    const uint32_t pixels = (uint32_t)layer->out_h * layer->out_w, width = (uint32_t)layer->gap + layer->bits;
+#if !FC_RANGE
+    const uint32_t first = 0u, pixels = (uint32_t)layer->out_h * layer->out_w;
+#endif
+    const uint32_t width = (uint32_t)layer->gap + layer->bits;
     uint32_t *const patch = (uint32_t *)(void *)&arena[layer->scratch];
     fc_result result = {layer->offset, layer->low, layer->high, layer->shift, layer->out_c, 0, {0, 0}};
 #if FC_FUSED || FC_REALS || FC_FLOATS
@@ -227,7 +230,7 @@ static void fc_sparse(const fc_layer *layer, uint8_t *arena, float *real)
     for (uint32_t pixel = 0u; pixel < pixels; pixel += 8u) {
         const uint32_t count = ((pixel + 8u) <= pixels) ? 8u : (pixels - pixel);
         fc_entries state = {(const uint8_t *)layer->weight, 0u, 0u, 0xFFFFFFFFu, 0u};
-        fc_columns(layer, &arena[layer->source], pixel, count, patch);
+        fc_columns(layer, &arena[layer->source], first + pixel, count, patch);
 #if FC_SPARSE_BYTES
         if (layer->pairs == 2u) {
             state.digit = *state.next;

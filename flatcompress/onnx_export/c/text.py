@@ -1,0 +1,66 @@
+"""Pieces of C that every step is written with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from flatcompress.onnx_export.c import ir, requantize
+
+
+@dataclass
+class Sources:
+    """``weights``: const arrays. ``constants``: descriptors. ``calls``: the body of run. ``uses``: kernel parts."""
+
+    name: str
+    weights: list[str] = field(default_factory=list)
+    constants: list[str] = field(default_factory=list)
+    calls: list[str] = field(default_factory=list)
+    uses: set[str] = field(default_factory=set)
+    parameter_bytes: int = 0
+    weight_bytes: int = 0
+
+    def array(self, kind: str, name: str, values: Iterable[Any]) -> str:
+        """A const array; returns its name."""
+        values = list(values)
+        self.weights.append(f"static const {kind} {name}[{len(values)}] = {{\n{lines_of(values)}\n}};")
+        return name
+
+
+def lines_of(values: Sequence[Any]) -> str:
+    rows, row = [], "   "
+    for value in values:
+        text = f" {value},"
+        if len(row) + len(text) > 118:
+            rows.append(row)
+            row = "   "
+        row += text
+    return "\n".join([*rows, row])
+
+
+def number(value: float | np.floating) -> str:
+    """A float32 in C, with every bit."""
+    return float(np.float32(value)).hex() + "f"
+
+
+def struct(kind: str, name: str, fields: dict[str, Any]) -> str:
+    body = ",\n".join(f"    .{key} = {value}" for key, value in fields.items())
+    return f"static const {kind} {name} = {{\n{body},\n}};"
+
+
+def window_fields(window: ir.Window) -> dict[str, int]:
+    pairs = {"kernel": window.kernel, "stride": window.stride, "dilation": window.dilation}
+    sides = {f"{name}_{side}": pair[index] for name, pair in pairs.items() for index, side in enumerate("hw")}
+    return {**sides, "pad_t": window.pads[0], "pad_l": window.pads[1]}
+
+
+def offset_of(rule: requantize.Rule, zero: int) -> str:
+    """The rule's offset with the zero point in it, as a literal that fits its type."""
+    return f"INT64_C({rule.offset + (zero << rule.shift)})"
+
+
+def comment(path: str) -> str:
+    return path.replace("*/", "* /").replace("\\", "/")
