@@ -2,18 +2,19 @@
 
     python -m benchmarks.microcontroller [--quick] [--check]
 
-ResNet-8 (3x32x32), DS-CNN (1x49x10), MobileNetV1 x0.25 (3x96x96) and the MLPerf Tiny autoencoder (640 inputs), at W8A8,
-W4A8, W4A4 and W2A4 (first and last layer 8 bits), dense and 80 % sparse, untrained, BatchNorms as training leaves them,
-some gammas negative; compiled with arm-none-eabi-gcc -O2, run on QEMU's mps2-an386. vit_tiny stands in the table as
-what is refused. ``true``: bits per weight, or a mask and the weights that are not zero. ``bound``: the largest set of
-live tensors if none overlapped. Instructions are not cycles: flash wait states and slow loads are not in them.
+ResNet-8 (3x32x32), DS-CNN (1x49x10), MobileNetV1 x0.25 (3x96x96), the MLPerf Tiny autoencoder (640 inputs) and vit_tiny
+(3x16x16, depth 2), at W8A8, W4A8, W4A4 and W2A4 (first and last layer 8 bits), dense and 80 % sparse, untrained,
+BatchNorms as training leaves them, some gammas negative; compiled with arm-none-eabi-gcc -O2, run on QEMU's mps2-an386.
+vit_tiny's norms and softmaxes are floats: of it every bit is held against the same C on this machine. ``true``: bits per
+weight, or a mask and the weights that are not zero. ``bound``: the largest set of live tensors if none overlapped.
+Instructions are not cycles: flash wait states and slow loads are not in them.
 
 Targets (the sparse ones for networks of 4-bit activations, whose sums of two pixels fit one word)
   1. every output bit equals the integer reference's, every cell.
-  2. flash <= true + 6 B a channel + 2.5 kB (ResNet-8, autoencoder) or 5 kB (depthwise).
+  2. flash <= true + 6 B a channel + 2.5 kB (ResNet-8, autoencoder) or 5 kB (depthwise); none for vit_tiny.
   3. RAM <= bound, without packed activations.
   4. dense, at 4-bit activations: at most 1.7 instructions a product for ResNet-8, 3.0 for the depthwise networks.
-  5. at 80 % zeros at most 0.5 of the dense instructions.
+  5. at 80 % zeros at most 0.5 of the dense instructions; none for vit_tiny.
 """
 
 from __future__ import annotations
@@ -27,13 +28,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from benchmarks._common import arguments, finish
 from benchmarks.export_size import normalised
 from flatcompress import models, quant
 from flatcompress.errors import UserError
-from flatcompress.onnx_export import export
+from flatcompress.onnx_export import Exported, export
 from flatcompress.onnx_export.c import board
 from flatcompress.onnx_export.c.model import bit_equal
 from flatcompress.onnx_export.proof.parity import reference_outputs
@@ -45,6 +47,7 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "ds_cnn": (1, 49, 10),
     "mobilenet_v1_025": (3, 96, 96),
     "autoencoder": (640,),
+    "vit_tiny": (3, 16, 16),
 }
 BITS = ((8, 8), (4, 8), (4, 4), (2, 4))
 DEPTHWISE = ("ds_cnn", "mobilenet_v1_025")
@@ -66,11 +69,15 @@ def network(name: str, weights: int, activations: int, zeros: float) -> tuple[nn
     """A quantized network, and inputs for it."""
     torch.manual_seed(0)
     shape, generator = SHAPES[name], torch.Generator().manual_seed(1)
-    model = autoencoder() if name == "autoencoder" else models.build(name, num_classes=10, input_shape=shape, seed=0)
+    if name == "autoencoder":
+        model = autoencoder()
+    else:
+        depth = {"depth": 2} if name == "vit_tiny" else {}
+        model = models.build(name, num_classes=10, input_shape=shape, seed=0, **depth)
     if zeros:
         sparsify(model, zeros, scope="layer")
     x = torch.randn(8, *shape, generator=generator)
-    if name != "autoencoder":
+    if name not in ("autoencoder", "vit_tiny"):
         normalised(model, shape)  # type: ignore[arg-type]
     quant.quantize(model, weight_bits=weights, activation_bits=activations, example_input=x[:2])
     quant.calibrate(model, [x])
@@ -85,7 +92,7 @@ def measured(name: str, weights: int, activations: int, zeros: float) -> dict[st
         assert exported.c is not None
         samples = x[:SAMPLES].numpy()
         found = board.measure(exported.c.folder, "model", samples, exported.c.outputs)
-        right = bit_equal(found.outputs, reference_outputs(exported.reference, [x[:SAMPLES]]))
+        right = bit_equal(found.outputs, _expected(exported, x[:SAMPLES]))
     figures = exported.c.figures
     return {
         "net": name,
@@ -105,6 +112,17 @@ def measured(name: str, weights: int, activations: int, zeros: float) -> dict[st
     }
 
 
+def _expected(exported: Exported, x: torch.Tensor) -> NDArray[np.float32]:
+    """The reference's outputs; with steps on real values, those of the C on this machine."""
+    assert exported.c is not None
+    if not exported.c.figures["proof"]["float_steps"]:
+        return reference_outputs(exported.reference, [x])
+    here = exported.c.run(x.numpy())
+    if here is None:
+        raise UserError("vit_tiny's C is compared with itself on this machine, which needs a C compiler.")
+    return here[0]
+
+
 def missed(rows: Sequence[dict[str, Any]]) -> list[str]:
     """A sentence for every target that a row misses."""
     failures, dense = [], {(r["net"], r["bits"]): r["instructions"] for r in rows if not r["zeros"]}
@@ -113,30 +131,22 @@ def missed(rows: Sequence[dict[str, Any]]) -> list[str]:
         limit = row["true"] + 6 * row["channels"] + (5000 if row["net"] in DEPTHWISE else 2500)
         if not row["bits right"]:
             failures.append(f"{where}: output bits differ.")
-        if row["flash"] > limit:
+        if row["net"] != "vit_tiny" and row["flash"] > limit:
             failures.append(f"{where}: {row['flash']} bytes of flash, {limit} allowed.")
         if row["ram"] > row["bound"]:
             failures.append(f"{where}: {row['ram']} bytes of RAM, the bound is {row['bound']}.")
         four = row["bits"].endswith("A4")
         if four and not row["zeros"] and row["a product"] > PER_PRODUCT.get(row["net"], 99.0):
             failures.append(f"{where}: {row['a product']} instructions a product, {PER_PRODUCT[row['net']]} allowed.")
-        if four and row["zeros"] and row["instructions"] > 0.5 * dense[row["net"], row["bits"]]:
+        if (
+            four
+            and row["zeros"]
+            and row["net"] != "vit_tiny"
+            and row["instructions"] > 0.5 * dense[row["net"], row["bits"]]
+        ):
             share = row["instructions"] / dense[row["net"], row["bits"]]
             failures.append(f"{where}: {share:.2f} of the dense instructions, 0.5 allowed.")
     return failures
-
-
-def refused() -> str:
-    """What profile c says about a transformer."""
-    model, x = models.build("vit_tiny", num_classes=10, input_shape=(3, 32, 32), seed=0), torch.randn(2, 3, 32, 32)
-    quant.quantize(model, weight_bits=4, activation_bits=4, example_input=x)
-    quant.calibrate(model, [x])
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            export(model.eval(), x, Path(folder) / "model.onnx", "c")
-        except UserError as error:
-            return str(error)
-    return "not refused"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -147,7 +157,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = ("resnet8", "ds_cnn") if options.quick else tuple(SHAPES)
     bits = ((4, 4),) if options.quick else BITS
     rows = [measured(name, *pair, zeros) for name in names for pair in bits for zeros in (0.0, 0.8)]
-    print(f"vit_tiny: {refused()}")
     return finish(NAME, rows, missed(rows), options)
 
 

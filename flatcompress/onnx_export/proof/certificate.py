@@ -105,15 +105,25 @@ def certify(
     }
     certificate |= {} if learned.plain else {"task": learned.described()}
     if exported.c is not None:
-        held = _held(certificate["parity"], learned.agreement)
-        arrays = inputs.joined()[0].numpy(), measured["optimized"], reference
-        certificate["c"] = c_model.section(exported.c, *arrays, held)
+        certificate["c"] = _c(exported.c, certificate["parity"], inputs, measured, reference, learned)
     certificate["failures"] = _failures(certificate, reference, measured["optimized"], truth, learned)
     _warn(certificate, exported.profile, require_integer)
     certificate["holds"] = not certificate["failures"]
     if write:
         _store(exported.path, certificate, _evidence(inputs, reference, truth).capped(evidence_bytes), output, learned)
     return certificate
+
+
+def _c(
+    model: c_model.CModel,
+    both: dict[str, Any],
+    inputs: Samples,
+    measured: dict[str, NDArray[np.float32]],
+    reference: NDArray[np.float32],
+    task: Task,
+) -> dict[str, Any]:
+    held = _held(both, task.agreement)
+    return c_model.section(model, inputs.joined()[0].numpy(), measured["optimized"], reference, held)
 
 
 def _held(both: dict[str, Any], agreement: str) -> c_model.Judged:
