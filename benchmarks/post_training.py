@@ -120,7 +120,7 @@ def elsewhere(one: Case, bits: tuple[int, int], draw: int, tool: str = "nncf") -
         torch.save({"draw": one.draw(draw), "test": one.test[0]}, given)
         done = subprocess.run(
             [str(environment.python), "-m", f"benchmarks.peer_scripts.{tool}_ptq", str(given), str(made)],
-            env=_peer_envs.surroundings(), capture_output=True, text=True, cwd=_peer_envs.ROOT,
+            env=_peer_envs.surroundings(), capture_output=True, text=True, cwd=folder,
         )  # fmt: skip
         if done.returncode:
             print(f"{tool} on {one.name}: {done.stderr.strip().splitlines()[-1][:200]}", file=sys.stderr)
