@@ -79,7 +79,7 @@ def lite0(quick: bool) -> Case:
         model = _lite0.with_head(images, labels, len(NAMES))
         KEPT.mkdir(parents=True, exist_ok=True)
         save_file(model.state_dict(), kept)
-    return case("efficientnet-lite0", model, images, crops("test", 10 if quick else 30))
+    return case("efficientnet-lite0", model, images, crops("test", 10 if quick else 100))
 
 
 @cache
