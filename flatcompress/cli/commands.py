@@ -18,7 +18,7 @@ from flatcompress.quant import ptq
 from flatcompress.recipe import Recipe, load_recipe, parse_recipe
 from flatcompress.registry import Registry, shown
 from flatcompress.session import restore
-from flatcompress.stages import STAGES, RunContext
+from flatcompress.stages import STAGES, RunContext, members
 from flatcompress.stages import export as export_stage
 from flatcompress.stages.measure import sharpness_report
 from flatcompress.stages.prune_methods import PRUNE_METHODS
@@ -176,13 +176,13 @@ def open_run(folder: Path) -> tuple[Recipe, Pipeline]:
 
 
 def load_run(folder: Path, stage: str | None = None) -> RunContext:
-    """The run as a finished stage left it, rebuilt from the run folder alone."""
+    """The run as a finished stage left it, from the run folder alone; of a family of widths the full network."""
     _, pipeline = open_run(folder)
     found = RunFolder(folder).load(stage)
     run = pipeline.prepare(tried=False)
     restore(run, found)
     run.folder = folder
-    return run
+    return members.full(run)
 
 
 def export_checkpoint(

@@ -28,7 +28,7 @@ from flatcompress.flat.methods import (
     terms,
     trust,
 )
-from flatcompress.flat.methods.family import COMBINATIONS, METHODS, defaults_by_method
+from flatcompress.flat.methods.family import COMBINATIONS, METHODS, defaults_by_method, mix_of
 from flatcompress.flat.methods.method import Bounds, Facts, Method
 
 __all__ = [
@@ -51,6 +51,7 @@ __all__ = [
     "guards",
     "landscape",
     "masked",
+    "mix_of",
     "radius",
     "sharpness",
     "terms",

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from flatcompress import flat
+from flatcompress.errors import UserError
 from flatcompress.registry import Registry
+from flatcompress.stages.keys import KeyProblem
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,14 @@ def float_epochs(config: Any) -> int:
     """Epochs before the quantizers come in; at least one is left after them."""
     share = config.row.float_share if config.quant_start is None else config.quant_start
     return max(0, min(round(share * config.epochs), config.epochs - 1))
+
+
+def conflict_mix(config: Any) -> tuple[float, float]:
+    """What each of a scale's two gradients counts in the flat method's. KeyProblem where it is not made of the two."""
+    try:
+        return flat.mix_of(config.flat_method(), config.hyper)
+    except UserError as error:
+        raise KeyProblem("flat", str(error)) from None
 
 
 QAT_METHODS = Registry("QAT method")

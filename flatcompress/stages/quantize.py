@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from flatcompress import flat, quant
+from flatcompress import quant
 from flatcompress.errors import unknown
 from flatcompress.modules import evaluating
 from flatcompress.plan import Plan
@@ -38,7 +38,7 @@ from flatcompress.stages.keys import (
 )
 from flatcompress.stages.measure import train_batches
 from flatcompress.stages.qat_callbacks import Conflict, GridPull, Oscillation, Point, Transform, in_turn
-from flatcompress.stages.qat_methods import QAT_METHODS, QatMethod, float_epochs
+from flatcompress.stages.qat_methods import QAT_METHODS, QatMethod, conflict_mix, float_epochs
 from flatcompress.stages.stage import Facts, Phase, Stage
 from flatcompress.training.callback import Callback
 from flatcompress.training.job import Job
@@ -205,6 +205,8 @@ class QuantizeConfig(TrainingKeys):
             raise KeyProblem(
                 "flat", f"method {self.method!r} compares two gradients of a scale; 'none' takes only one."
             )
+        if method.conflict:
+            conflict_mix(self)
         if self.perturb_scales and (self.perturb_point or method.point) == "quantized":
             raise KeyProblem(
                 "perturb_scales", "not with a perturbation after the quantizer, which leaves scales alone."
@@ -337,8 +339,7 @@ def average(run: RunContext, config: QuantizeConfig) -> Averaging:
 def scale_conflict(model: nn.Module, config: QuantizeConfig) -> quant.ScaleConflict:
     """GAQAT's watch over the scales' two gradients, as the recipe has it."""
     keys = {"K", "tau", "tau_kind", "mode", "freeze_target", "granularity", "refreeze", "remedy"}
-    mix = flat.METHODS[config.flat_method()].facts.mix
-    return quant.ScaleConflict(model, **config.model_dump(include=keys), mix=mix)
+    return quant.ScaleConflict(model, **config.model_dump(include=keys), mix=conflict_mix(config))
 
 
 def not_scales(model: nn.Module, config: QuantizeConfig) -> Callable[[str, nn.Parameter], bool]:

@@ -178,3 +178,19 @@ def test_keys_that_came_later_leave_the_hash_of_older_runs_alone():
 def test_switches_that_contradict_each_other_are_refused(keys, message):
     with pytest.raises(ValueError, match=message):
         QuantizeConfig.model_validate(keys)
+
+
+@pytest.mark.parametrize(
+    ("flat_method", "hyper", "mix"),
+    [("sagm", {}, (0.5, 0.5)), ("sam", {}, (0.0, 1.0)), ("gnp", {}, (0.2, 0.8)), ("gnp", {"alpha": 0.5}, (0.5, 0.5)),
+     ("wsam", {"gamma": 0.2, "decouple": False}, (0.75, 0.25))],
+)  # fmt: skip
+def test_gaqat_composes_by_the_shares_that_the_flat_method_has_under_its_hyper_parameters(flat_method, hyper, mix):
+    run, keys = context(), config("quantize", method="gaqat", flat=flat_method, **hyper)
+    quantize.insert(run.model, run.example(), keys)
+    assert quantize.scale_conflict(run.model, keys).mix == pytest.approx(mix)
+
+
+def test_gaqat_is_refused_where_the_flat_method_moves_weights_beside_the_optimizer():
+    with pytest.raises(ValueError, match="decouple: false"):
+        config("quantize", method="gaqat", flat="wsam")

@@ -7,7 +7,7 @@ the one at w + e, and what is returned goes to the base optimizer. Programs that
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flatcompress.errors import UserError, unknown
@@ -152,6 +152,12 @@ def wsam(rho: Rho = 0.05, gamma: float = 0.9, decouple: bool = True, **ball: Any
     return Method(decoupled, ascent, update=update, keeps=True) if decouple else Method(coupled, ascent)
 
 
+def wsam_mix(hyper: Mapping[str, Any]) -> tuple[float, float] | None:
+    """What each of the two gradients counts in the gradient that the base optimizer takes; decoupled: not so made."""
+    alpha = hyper["gamma"] / (1 - hyper["gamma"])
+    return None if hyper["decouple"] else (1 - alpha, alpha)
+
+
 def looksam(rho: Rho = 0.1, k: int = 5, alpha: float = 0.7, scope: str = "all", **ball: Any) -> Method:
     """LookSAM: a SAM step every k-th time, its part v orthogonal to g0 reused in between (arXiv 2203.02714).
 
@@ -255,7 +261,7 @@ METHODS.add(
 )  # fmt: skip
 METHODS.add(
     "wsam", wsam, "sharpness as a weighted, decoupled regulariser", "2305.15817",
-    bounds={**_RADIUS, "gamma": Bounds(0, 1, open_high=True)},
+    bounds={**_RADIUS, "gamma": Bounds(0, 1, open_high=True)}, mix=wsam_mix,
 )  # fmt: skip
 METHODS.add(
     "looksam", looksam, "SAM every k-th step, its direction reused in between", "2203.02714",
@@ -297,7 +303,7 @@ METHODS.add(
 )  # fmt: skip
 METHODS.add(
     "gnp", combined.gnp, "penalised gradient norm: between the plain gradient and SAM's", "2202.03599",
-    bounds={**_RADIUS, "alpha": _NOT_NEGATIVE}, mix=(0.2, 0.8),
+    bounds={**_RADIUS, "alpha": _NOT_NEGATIVE}, mix=lambda hyper: (1 - hyper["alpha"], hyper["alpha"]),
 )  # fmt: skip
 METHODS.add(
     "stablesam", combined.stablesam, "SAM's direction at the length of the plain gradient", "2401.07250", bounds=_RADIUS
@@ -322,6 +328,22 @@ COMBINATIONS.add(
     "ignite", combined.ignite, "a bound on the gradient norm of the model's mean output", "2503.04242",
     bounds={"rho": _NOT_NEGATIVE, "epsilon": _NOT_NEGATIVE, "eta_lambda": _NOT_NEGATIVE, "lam": _NOT_NEGATIVE},
 )  # fmt: skip
+
+
+def mix_of(name: str, hyper: Mapping[str, Any]) -> tuple[float, float]:
+    """The shares of the gradient at w and of the perturbed one in what the method ``name`` returns under ``hyper``.
+
+    UserError where its gradient is not made of these two.
+    """
+    entry = METHODS[name]
+    mix = entry.facts.mix
+    found = mix({**entry.defaults, **hyper}) if callable(mix) else mix
+    if found is None:
+        raise UserError(
+            f"{name!r} moves weights by the difference of its two gradients beside the optimizer, where nothing can be "
+            "frozen: decouple: false puts both into one gradient."
+        )
+    return found
 
 
 def defaults_by_method() -> dict[str, dict[str, Any]]:

@@ -16,11 +16,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from flatcompress.flat.engine.ball import Ball
 from flatcompress.flat.engine.context import HERE, Program, Step
 from flatcompress.flat.engine.vectors import Vector
 
+Mix = tuple[float, float]
 When = Callable[[Step], bool]
 Remember = Callable[[Step, Sequence[Vector], Vector], None]
 Update = Callable[[Step, Sequence[Vector], Vector, Callable[[], None]], None]
@@ -71,11 +73,12 @@ class Facts:
     """What others must know of a row.
 
     bounds: of hyper-parameters, by name. mix: how the returned gradient is made of the one at w and the perturbed one,
-    as (share of the gradient at w, share of the perturbed one). of_logits: it takes the model's output for logits.
+    as (share of the gradient at w, share of the perturbed one), or a function of the hyper-parameters that gives them,
+    None where it is not made of these two. of_logits: it takes the model's output for logits.
     """
 
     bounds: Mapping[str, Bounds] = field(default_factory=dict)
-    mix: tuple[float, float] = (0.0, 1.0)
+    mix: Mix | Callable[[Mapping[str, Any]], Mix | None] = (0.0, 1.0)
     of_logits: bool = False
 
 

@@ -1,0 +1,160 @@
+"""Test-time adaptation of the normalisation layers: SAR, sharpness-aware and reliable (arXiv 2302.12400).
+
+A deployed network meets data that it was not trained on, without labels. SAR lowers the entropy E(x) of its answers by
+the scales and shifts of its normalisation layers alone, on samples that it is sure enough of (eq. 2), at the worst
+point near by (eqs. 3 to 5), and starts over where the entropy collapses (section 4, model recovery).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from flatcompress.errors import UserError
+from flatcompress.flat.factory import create
+from flatcompress.modules import check_patterns, logits_of, matches
+
+NORMS = (_BatchNorm, nn.LayerNorm, nn.GroupNorm)
+SMOOTHING = 0.9  # of the moving average that decides on a reset
+PAPERS_CLASSES = 1000  # the paper's recovery threshold, 0.2, is for so many
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """The entropy of each row's softmax, [B], in nats.
+
+    >>> entropy(torch.zeros(1, 4)).exp()
+    tensor([4.])
+    """
+    return -(logits.softmax(1) * logits.log_softmax(1)).sum(1)
+
+
+class Sar:
+    """Adapts ``model``, in place, to the batches that it is called with; gives the logits [B, classes] of each.
+
+    The answer to a batch is that of the model before it learns from it. ``margin``: samples of an entropy below margin
+    x ln(classes) are reliable (eq. 2). ``rho``: radius of the perturbation (eq. 4). ``lr``: of SGD with momentum 0.9,
+    for 64 samples; a smaller batch takes its share of it, at least a sixteenth. ``recovery``: where the moving average
+    of the entropy falls below it, everything is as it was at first (default: the paper's 0.2 for 1000 classes, by the
+    logarithm of the classes). ``ignore``: norm layers that stay, as names or ``re:PATTERN``.
+
+    BatchNorm normalises by the batch's statistics and its own together, as if its own were of ``prior`` samples (arXiv
+    2006.16971, eq. 2): SAR's own rule, prior 0, is the batch's alone, and with one sample that answers by chance.
+    UserError: no normalisation layer with a scale, an ignore pattern without a match, inputs without logits.
+
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+    >>> adapted = Sar(net.eval())
+    >>> adapted(torch.randn(16, 4)).shape
+    torch.Size([16, 3])
+    """
+
+    def __init__(
+        self, model: nn.Module, *, margin: float = 0.4, rho: float = 0.05, lr: float = 2.5e-4,
+        recovery: float | None = None, prior: float = 16.0, ignore: Sequence[str] = (),
+    ) -> None:  # fmt: skip
+        found = {n: m for n, m in model.named_modules() if isinstance(m, NORMS) and m.weight is not None}
+        if not found:
+            raise UserError(
+                f"{type(model).__name__} has no normalisation layer with a scale: there is nothing to adapt."
+            )
+        check_patterns("ignore", ignore, list(found))
+        self.norms = {n: m for n, m in found.items() if not any(matches(p, n) for p in ignore)}
+        if prior < 0 or margin < 0 or lr <= 0:
+            raise UserError(f"prior {prior:g} and margin {margin:g} are at least 0 and lr {lr:g} is above 0.")
+        self.model, self.margin, self.lr, self.recovery, self.prior = model.eval(), margin, lr, recovery, prior
+        self.average: float | None = None
+        self.resets = self.steps = 0
+        self._frozen = [(p, p.requires_grad) for p in model.parameters()]
+        model.requires_grad_(False)
+        params = [p for m in self.norms.values() for p in (m.weight, m.bias) if isinstance(p, nn.Parameter)]
+        for parameter in params:
+            parameter.requires_grad_(True)
+        self.params, self._first = params, [p.detach().clone() for p in params]
+        base = torch.optim.SGD(params, lr, momentum=0.9)
+        self.optimizer = create("sam", model, base, rho=rho)
+        self._fresh = copy.deepcopy(self.optimizer.state_dict())
+        self._hooks = [
+            m.register_forward_hook(partial(_shared_statistics, self))
+            for m in model.modules()
+            if isinstance(m, _BatchNorm) and m.track_running_stats
+        ]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The logits of ``x`` [B, ...]; then one step on those of its samples that are reliable."""
+        with torch.enable_grad():
+            logits = self._logits(x)
+            entropies, limit = entropy(logits), self.margin * math.log(logits.shape[1])
+            reliable = (entropies < limit).nonzero().flatten()
+            if len(reliable):
+                for group in self.optimizer.param_groups:
+                    group["lr"] = self.lr * min(1.0, max(len(x) / 64, 1 / 16))
+                self.optimizer.zero_grad()
+                self.optimizer.step(self._closure(x, entropies[reliable], reliable, limit))
+                self.steps += 1
+                self._recover(logits.shape[1])
+        return logits.detach()
+
+    def _logits(self, x: Tensor) -> Tensor:
+        logits = logits_of(self.model(x))
+        if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] < 2:
+            raise UserError("adaptation by entropy needs logits [B, classes] of at least two classes.")
+        return logits
+
+    def _closure(self, x: Tensor, first: Tensor, reliable: Tensor, limit: float) -> Callable[[], Tensor]:
+        """Entropy at the weights, which is there already, then at the perturbed ones, of what is reliable there too."""
+        known = [first]
+
+        def closure() -> Tensor:
+            if known:
+                loss = known.pop().mean()
+            else:
+                again = entropy(self._logits(x))[reliable]
+                found = float(again.detach().mean())
+                self.average = found if self.average is None else SMOOTHING * self.average + (1 - SMOOTHING) * found
+                kept = again < limit
+                loss = (again * kept).sum() / max(int(kept.sum()), 1)
+            loss.backward()
+            return loss
+
+        return closure
+
+    def _recover(self, classes: int) -> None:
+        least = 0.2 * math.log(classes) / math.log(PAPERS_CLASSES) if self.recovery is None else self.recovery
+        if self.average is not None and self.average < least:
+            self.reset()
+            self.resets += 1
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Everything as it was before the first batch."""
+        for parameter, value in zip(self.params, self._first, strict=True):
+            parameter.copy_(value)
+        self.optimizer.load_state_dict(copy.deepcopy(self._fresh))
+        self.average = None
+
+    def close(self) -> None:
+        """Let the model go, with what it has learned: BatchNorm has its own statistics again."""
+        for hook in self._hooks:
+            hook.remove()
+        for parameter, trained in self._frozen:
+            parameter.requires_grad_(trained)
+
+
+def _shared_statistics(sar: Sar, norm: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    """BatchNorm's output under the batch's statistics and its own, by the numbers of samples behind them."""
+    x = inputs[0]
+    dims = [d for d in range(x.ndim) if d != 1]
+    own = sar.prior / (sar.prior + len(x))
+    if x.numel() // x.shape[1] < 2 and sar.prior == 0:
+        raise UserError("one value for each channel has no statistics: give larger batches, or prior above 0.")
+    mean = (1 - own) * x.mean(dims) + own * norm.running_mean
+    var = (1 - own) * x.var(dims, unbiased=False) + own * norm.running_var
+    shape = [1, -1] + [1] * (x.ndim - 2)
+    scaled = (x - mean.view(shape)) * (var + norm.eps).rsqrt().view(shape)
+    return scaled if norm.weight is None else scaled * norm.weight.view(shape) + norm.bias.view(shape)
