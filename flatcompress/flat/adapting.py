@@ -45,7 +45,8 @@ class Sar:
     logarithm of the classes). ``ignore``: norm layers that stay, as names or ``re:PATTERN``.
 
     BatchNorm normalises by the batch's statistics and its own together, as if its own were of ``prior`` samples (arXiv
-    2006.16971, eq. 2): SAR's own rule, prior 0, is the batch's alone, and with one sample that answers by chance.
+    2006.16971, eq. 2) and the batch of one less than it has: a single sample says nothing about the spread of samples,
+    and is normalised by the network's own. SAR's rule, prior 0, is the batch's alone, whatever its size.
     UserError: no normalisation layer with a scale, an ignore pattern without a match, inputs without logits.
 
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
@@ -150,7 +151,7 @@ def _shared_statistics(sar: Sar, norm: Any, inputs: tuple[Tensor, ...], output: 
     """BatchNorm's output under the batch's statistics and its own, by the numbers of samples behind them."""
     x = inputs[0]
     dims = [d for d in range(x.ndim) if d != 1]
-    own = sar.prior / (sar.prior + len(x))
+    own = sar.prior / (sar.prior + len(x) - 1) if sar.prior else 0.0
     if x.numel() // x.shape[1] < 2 and sar.prior == 0:
         raise UserError("one value for each channel has no statistics: give larger batches, or prior above 0.")
     mean = (1 - own) * x.mean(dims) + own * norm.running_mean

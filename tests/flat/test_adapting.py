@@ -96,6 +96,17 @@ def test_a_quantized_model_adapts():
     assert moved == {"1.weight", "1.bias"}
 
 
+def test_statistics_are_shared_by_the_numbers_of_samples_and_a_single_one_has_none():
+    model = net()
+    sar = Sar(copy.deepcopy(model), prior=3.0, margin=0.0)
+    x, norm = torch.randn(7, 4), model[1]
+    h = model[0](x).detach()
+    mean, var = (h.mean(0) * 6 + norm.running_mean * 3) / 9, (h.var(0, unbiased=False) * 6 + norm.running_var * 3) / 9
+    expected = model[3](torch.relu((h - mean) / (var + norm.eps).sqrt()))
+    torch.testing.assert_close(sar(x), expected.detach())
+    torch.testing.assert_close(sar(x[:1]), model(x[:1]).detach())
+
+
 def test_what_cannot_be_adapted_is_refused():
     with pytest.raises(UserError, match="no normalisation layer"):
         Sar(nn.Linear(2, 2))

@@ -39,11 +39,15 @@ INT2_SINCE = 25
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a layer's integers went: the name of an int8 tensor, how it is stored, and in how many bytes."""
+    """Where a layer's integers went: the name of an int8 tensor, how it is stored, and in how many bytes.
+
+    ``shared``: another layer's tensor, which is the same; its bytes are counted there.
+    """
 
     tensor: str
     encoding: str
     bytes: int
+    shared: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,23 @@ class Profile:
         with full int8 weights, which those kernels saturate with on x86 processors without VNNI.
         """
         return self.form is None
+
+
+def stored_once(profile: Profile, builder: GraphBuilder, weights: Weights) -> dict[str, Stored]:
+    """`Profile.store` in which equal integers of equal grids lie in the file once, as those of a block that runs twice.
+
+    ``builder`` gets the tensors, ``weights`` are each layer's.
+    """
+    first: dict[tuple[Any, ...], str] = {}
+    source = {
+        name: first.setdefault((w.bits, w.headroom, w.values.shape, w.values.tobytes()), name)
+        for name, w in weights.items()
+    }
+    made = profile.store(builder, {name: weights[name] for name in first.values()})
+    return {
+        name: made[name] if origin == name else replace(made[origin], bytes=0, shared=True)
+        for name, origin in source.items()
+    }
 
 
 def store_packed(builder: GraphBuilder, weights: Weights) -> dict[str, Stored]:

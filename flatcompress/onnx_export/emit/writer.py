@@ -21,7 +21,7 @@ from torch import fx, nn
 from flatcompress.errors import UserError
 from flatcompress.graph.interface import KEY
 from flatcompress.onnx_export.emit.builder import GraphBuilder
-from flatcompress.onnx_export.emit.profiles import Integers, Profile, Stored
+from flatcompress.onnx_export.emit.profiles import Integers, Profile, Stored, stored_once
 from flatcompress.onnx_export.lower import integer
 from flatcompress.onnx_export.lower.integer import Grid
 from flatcompress.onnx_export.pack.packing import theoretical_bytes
@@ -66,7 +66,7 @@ class Writer:
 
     def write(self, metadata: dict[str, str], version: str) -> onnx.ModelProto:
         """The finished model."""
-        self.stored = self.profile.store(self.builder, self._integers())
+        self.stored = stored_once(self.profile, self.builder, self._integers())
         if self.profile.pack_vectors:
             self._store_vectors()
         self.inputs = input_names(self.gm)
@@ -237,12 +237,16 @@ class Writer:
                 "activation_bits": grid.bits if grid else None,
                 "encoding": stored.encoding if stored else np.dtype(self.profile.floats).name,
                 "bytes": stored.bytes if stored else values.size * floats,
-                "theoretical_bytes": theoretical_bytes(values, bits) if quantized else values.size * floats,
+                "theoretical_bytes": self._least_bytes(stored, values, bits) if quantized else values.size * floats,
                 "sparsity": float((values == 0).mean()),
                 "unsigned": self.unsigned(module),
                 "can_saturate": self.can_saturate(module) and not self.profile.unsigned,
             }
         )
+
+    def _least_bytes(self, stored: Stored | None, values: Any, bits: int) -> float:
+        """The least that a layer's integers take; nothing where they are another layer's."""
+        return 0 if stored is not None and stored.shared else theoretical_bytes(values, bits)
 
 
 def input_names(gm: fx.GraphModule) -> dict[fx.Node, str]:
