@@ -117,35 +117,19 @@ ABSENT = (
     ("SD-DARTS", "2302.05629", "how its teachers vote could not be read"),
     ("FQAT", "2509.00859", "the abstract alone, which leaves open whether orderly or unruly layers are frozen"),
     ("MSQ", "2507.22349", "the formula of its lowest bit could not be read; it also changes bits while training"),
-    (
-        "FlatQuant",
-        "2410.09426",
-        "its transformations run in floats before every linear layer of the deployed network; not built",
-    ),
-    (
-        "Sparse-IFT",
-        "2303.11525",
-        "wider and sparse at equal FLOPs: no kernel here skips zeros, so its networks are slower",
-    ),
-    ("Weight Compander", "2306.16993", "its compander function could not be read"),
-    ("HeSS", "", "no text or code of the score could be found"),
+    ("FlatQuant", "2410.09426", "its transformations run in floats before every linear layer once deployed; not built"),
+    ("Sparse-IFT", "2303.11525", "wider and sparse at equal FLOPs; no kernel here skips zeros, so it would be slower"),
+    ("Weight Compander", "2306.16993", "the abstract alone: its function could not be read"),
+    ("HeSS", "", "no text or code of a score of this name was found"),
     (
         "PSP-entropy",
         "2004.14765",
-        "a measure of single neurons for unstructured masks; what to do with it is left open",
+        "a measure for unstructured masks, without a rule for what follows from it; not built",
     ),
-    (
-        "three-regime diagnosis",
-        "2305.18383",
-        "needs many trainings to tell the regimes apart; the report is of one run",
-    ),
-    (
-        "FlattenGPT",
-        "",
-        "merges neighbouring transformer blocks by distillation on text; no language model is trained here",
-    ),
+    ("three-regime diagnosis", "2305.18383", "needs many trainings to tell the regimes apart; a report is of one run"),
+    ("FlattenGPT", "2602.08858", "no code; merges blocks of large language models, which are not trained here"),
     ("DFedSAM", "2302.04083", "federated: many clients with data of their own; a run here has one data set"),
-    ("GETA / QASSO", "2502.16638", "its optimizer's projections could not be read; prune and quantize are stages here"),
+    ("GETA / QASSO", "2502.16638", "one optimizer in the place of the stages prune and quantize; not built"),
     ("SAM for long tails", "2212.13827", "`sam` with re-weighting; no long-tailed data set here to show it on"),
     ("SAMformer", "2402.10198", "`sam` on its own forecasting network; there is no forecasting task here"),
     ("SAM against relearning", "2502.05374", "for language models that forget on purpose; no such task here"),
@@ -177,7 +161,12 @@ def page() -> str:
         tests = TESTS[kind]
         lines += [row(entry, tests[entry.name]) for entry in CATALOGUE[kind].values() if entry.name in tests]
         lines.append("")
-    lines += ["## Not here, and why", "", "A method whose equations could not be read is left out, not guessed.", ""]
+    lines += [
+        "## Not here, and why",
+        "",
+        "A method whose equations could not be read is left out, not guessed. Others have no setting here, or are not built.",
+        "",
+    ]
     lines += ["| name | paper | why not |", "|---|---|---|"]
     lines += [f"| {name} | {_paper(paper)} | {why} |" for name, paper, why in ABSENT]
     return "\n".join(lines) + "\n"
