@@ -164,7 +164,8 @@ def page() -> str:
     lines += [
         "## Not here, and why",
         "",
-        "A method whose equations could not be read is left out, not guessed. Others have no setting here, or are not built.",
+        "A method whose equations could not be read is left out, not guessed. Others have no setting here, or are not",
+        "built.",
         "",
     ]
     lines += ["| name | paper | why not |", "|---|---|---|"]
