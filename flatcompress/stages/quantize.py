@@ -258,8 +258,7 @@ def _train_float(run: RunContext, config: QuantizeConfig, facts: Facts) -> None:
 def _train_quantized(run: RunContext, config: QuantizeConfig, teacher: nn.Module | None, facts: Facts) -> None:
     images = post_training.calibration(run, config.calibration_samples)
     if members.family_of(run) is not None:
-        quantizers = partial(insert, example=run.example(), config=config, bits=facts["bits"])
-        families.quantize(run, config, quantizers, images)
+        families.quantize(run, config, partial(insert, example=run.example(), config=config, bits=facts["bits"]), images)
         return
     mapped = config.flatness_map and run.measuring != "off" and run.resume is None
     before = copy.deepcopy(run.model) if mapped else None
