@@ -256,20 +256,20 @@ def _train_float(run: RunContext, config: QuantizeConfig, facts: Facts) -> None:
 
 
 def _train_quantized(run: RunContext, config: QuantizeConfig, teacher: nn.Module | None, facts: Facts) -> None:
-    images = post_training.calibration(run, config.calibration_samples)
+    given = post_training.calibration(run, config.calibration_samples)
     if members.family_of(run) is not None:
-        families.quantize(run, config, partial(insert, example=run.example(), config=config, bits=facts["bits"]), images)
+        families.quantize(run, config, partial(insert, example=run.example(), config=config, bits=facts["bits"]), given)
         return
     mapped = config.flatness_map and run.measuring != "off" and run.resume is None
     before = copy.deepcopy(run.model) if mapped else None
     if config.from_post_training and run.resume is None:
         settings = post_training.settings(run, config, {**placement(config), "bits": facts["bits"]})
         with run.doing("post-training quantization"):
-            post_training.start(run, images, config.weight_bits, settings)
+            post_training.start(run, given, config.weight_bits, settings)
     else:
         run.plan = run.plan + insert(run.model, run.example(), config, facts["bits"])
         with run.doing("calibration"):
-            quant.calibrate(run.model, images)
+            quant.calibrate(run.model, given)
     if config.freeze_bn == "estimated" and run.resume is None:
         shipped.estimate(run)
     if before is not None:
