@@ -29,6 +29,8 @@ app = typer.Typer(
 RecipePath = Annotated[Path, typer.Argument(help="the recipe, a YAML file", show_default=False)]
 Setting = Annotated[list[str] | None, typer.Option("--set", help="override a key: stages.1.prune.ratio=0.7")]
 Json = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
+On = Annotated[str, typer.Option("--on", help="where runs are computed: local | ray | ray://HOST:PORT")]
+StoragePath = Annotated[str | None, typer.Option(help="on Ray: folder or URL (s3://...) that all machines reach")]
 
 
 def show(value: Any, as_json: bool, text: str) -> None:
@@ -65,6 +67,8 @@ def run(
 def sweep(
     file: Annotated[Path, typer.Argument(help="the sweep, a YAML file", show_default=False)],
     jobs: Annotated[int | None, typer.Option(min=1, max=256, help="runs at the same time")] = None,
+    on: On = "local",
+    storage_path: StoragePath = None,
     plan: Annotated[bool, typer.Option("--plan", help="write every run's recipe and print its command")] = False,
     as_json: Json = False,
 ) -> None:
@@ -75,7 +79,7 @@ def sweep(
         commands = plan_sweep(file)
         show(commands, as_json, "\n".join(commands))
         return
-    text, data = run_sweep_file(file, jobs)
+    text, data = run_sweep_file(file, jobs, on, storage_path)
     show(data, as_json, text)
 
 

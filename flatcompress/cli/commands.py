@@ -25,7 +25,8 @@ from flatcompress.stages.prune_methods import PRUNE_METHODS
 from flatcompress.stages.qat_methods import QAT_METHODS
 from flatcompress.storage import write_text_atomic
 from flatcompress.store.runfolder import RunFolder
-from flatcompress.sweep import pool, table
+from flatcompress.sweep import on_ray, pool, table
+from flatcompress.sweep.executor import Executor
 from flatcompress.sweep.spec import load_sweep
 from flatcompress.tasks import TASKS
 from flatcompress.yaml_source import parse_yaml
@@ -63,11 +64,19 @@ def run_recipe(
     return Pipeline.from_recipe(load_recipe(path, settings)).run(output, restart=restart, display=display)
 
 
-def run_sweep_file(path: Path, jobs: int | None) -> tuple[str, dict[str, Any]]:
-    """Run a sweep file and write its table; returns the Markdown and the data."""
+def run_sweep_file(
+    path: Path, jobs: int | None, on: str = "local", storage_path: str | None = None
+) -> tuple[str, dict[str, Any]]:
+    """Run a sweep file, ``on`` the local pool or a Ray cluster, and write its table; the Markdown and the data."""
     sweep = load_sweep(path)
-    sweep.jobs = jobs or sweep.jobs
-    return table.write(sweep, pool.run_sweep(sweep, pool.stderr))
+    local, where = jobs or sweep.jobs, storage_path if on == "local" else storage_path or sweep.storage_path
+    device = str(sweep.recipe.get("device", "auto")) if isinstance(sweep.recipe, dict) else "auto"
+
+    def made() -> Executor:
+        asked = local if on == "local" else jobs
+        return on_ray.executor(on, sweep.folder, asked, where, sweep.resources, device, pool.stderr)
+
+    return table.write(sweep, pool.run_sweep(sweep, pool.stderr, made))
 
 
 def plan_sweep(path: Path) -> list[str]:

@@ -1,32 +1,23 @@
-"""Running a sweep: a pool of processes on this machine, each run in its own folder; what is done is skipped.
+"""Running a sweep: every run in its own folder, by an executor (processes here, or Ray); what is done is skipped.
 
-Where one machine is too small, ``plan`` writes every run's recipe and the command that runs it, so that any queue
-(Slurm job arrays, submitit, Ray) can do them; the sweep command then finds the finished folders and makes the table.
+``plan`` writes every run's recipe and the command that runs it, so that any other queue (Slurm job arrays, submitit)
+can do them; the sweep command then finds the finished folders and makes the table.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-import multiprocessing
-import os
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flatcompress.errors import Interrupted, RunError, UserError
-from flatcompress.pipeline import Pipeline
+from flatcompress.errors import RunError, UserError
 from flatcompress.recipe import SCHEMA, Recipe, identity, parse_recipe
-from flatcompress.session import stage_id
 from flatcompress.storage import write_text_atomic
-from flatcompress.store import checkpoint
 from flatcompress.store.runfolder import RunFolder
+from flatcompress.sweep.executor import Executor, Job, LocalPool, interruptible
 from flatcompress.sweep.spec import MethodEntry, Run, Sweep, Task, folder_name, runs_of, tasks_of
 from flatcompress.tasks import build as learned
 from flatcompress.yaml_source import parse_yaml
@@ -44,8 +35,12 @@ class Finished:
     val_accuracy: float | None
 
 
-def run_sweep(sweep: Sweep, show: Show = lambda line: None) -> list[Finished]:
+def run_sweep(
+    sweep: Sweep, show: Show = lambda line: None, executor: Callable[[], Executor] | None = None
+) -> list[Finished]:
     """Run everything that is not done yet; returns the finished runs of every method's chosen setting.
+
+    ``executor`` makes what the runs are computed by (default: `LocalPool`, ``jobs`` processes on this machine).
 
     A method with a grid is first run on the tuning seeds and domains, and the setting with the best mean validation
     accuracy on the source domains is run on all of them. UserError for a wrong sweep, before anything runs; RunError
@@ -53,13 +48,14 @@ def run_sweep(sweep: Sweep, show: Show = lambda line: None) -> list[Finished]:
     """
     chosen: dict[str, dict[str, Any]] = {m.name: m.settings()[0] for m in sweep.methods}
     check_all(sweep)
+    made = executor or (lambda: LocalPool(sweep.folder, sweep.jobs, show))
     tuned = [m for m in sweep.methods if len(m.settings()) > 1]
     if tuned:
-        done = _execute(sweep, [r for m in tuned for s in m.settings() for r in _tuning_runs(sweep, m, s)], show)
+        done = _execute(sweep, [r for m in tuned for s in m.settings() for r in _tuning_runs(sweep, m, s)], show, made)
         for method in tuned:
             chosen[method.name] = _best(sweep, method, done)
             show(f"{method.name}: chosen {chosen[method.name]}")
-    return _execute(sweep, _chosen_runs(sweep, chosen), show)
+    return _execute(sweep, _chosen_runs(sweep, chosen), show, made)
 
 
 def finished_runs(sweep: Sweep) -> list[Finished]:
@@ -131,14 +127,17 @@ def _best(sweep: Sweep, method: MethodEntry, done: list[Finished]) -> dict[str, 
     return max(method.settings(), key=mean)
 
 
-def _execute(sweep: Sweep, runs: list[Run], show: Show) -> list[Finished]:
+def _execute(sweep: Sweep, runs: list[Run], show: Show, executor: Callable[[], Executor]) -> list[Finished]:
     # Seed by seed: a sweep that is stopped early has every method under the first seeds.
     tasks = tasks_of(sorted(runs, key=lambda run: sweep.seeds.index(run.seed) if run.seed in sweep.seeds else -1))
     root = sweep.folder
     todo = {key: task for key, task in tasks.items() if not is_done(root / task.name, task.recipe)}
     todo = {key: task for key, task in todo.items() if not _needed_by_nobody(key, task, tasks, todo)}
     show(f"{len(tasks)} runs, {len(tasks) - len(todo)} done or not needed, {len(todo)} to do")
-    failed = _Pool(root, tasks, todo, sweep.jobs, show).work() if todo else {}
+    failed: dict[str, str] = {}
+    if todo:
+        with executor() as computed_by:
+            failed = _Schedule(tasks, todo, computed_by, show).work()
     finished = [_finished(run, root / tasks[run.key].name) for run in runs if run.key not in failed]
     if failed:
         lines = "\n".join(f"  {tasks[key].name}: {reason}" for key, reason in failed.items())
@@ -162,151 +161,46 @@ def _begins_with(task: Task, key: str, tasks: dict[str, Task]) -> bool:
     return False
 
 
-class _Pool:
-    """Tasks whose base is done go to free processes, in order."""
+class _Schedule:
+    """Tasks whose base is done go to the executor, in order."""
 
-    def __init__(self, root: Path, tasks: dict[str, Task], todo: dict[str, Task], jobs: int, show: Show) -> None:
-        self.root, self.tasks, self.waiting, self.jobs, self.show = root, tasks, dict(todo), jobs, show
+    def __init__(self, tasks: dict[str, Task], todo: dict[str, Task], executor: Executor, show: Show) -> None:
+        self.tasks, self.waiting, self.executor, self.show = tasks, dict(todo), executor, show
         self.total, self.count = len(todo), 0
+        self.running: set[str] = set()
         self.failed: dict[str, str] = {}
 
     def work(self) -> dict[str, str]:
         """Run everything; returns the failures by key."""
-        context = multiprocessing.get_context("spawn")
-        with _terminable(), _one_thread(), ProcessPoolExecutor(self.jobs, context, _worker_start) as pool:
-            running: dict[Future[str | None], Task] = {}
-            try:
-                while self.waiting or running:
-                    self._start_ready(pool, running)
-                    self._collect(running)
-            except BrokenProcessPool:
-                raise RunError(
-                    "a process of the sweep was killed (out of memory?). The same command resumes the sweep."
-                ) from None
-            except KeyboardInterrupt as stop:
-                # A terminal interrupts the workers itself; a second signal would stop them before they have saved.
-                if isinstance(stop, _Terminated):
-                    for worker in multiprocessing.active_children():
-                        worker.terminate()
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise Interrupted(
-                    "the sweep was stopped; every run is saved, and the same command resumes it"
-                ) from None
+        with interruptible(self.executor, "the sweep"):
+            while self.waiting or self.running:
+                self._start_ready()
+                self._collect()
         return self.failed
 
-    def _start_ready(self, pool: ProcessPoolExecutor, running: dict[Future[str | None], Task]) -> None:
-        busy = {task.key for task in running.values()}
+    def _start_ready(self) -> None:
         for key, task in list(self.waiting.items()):
-            if len(running) >= self.jobs:
+            if len(self.running) >= self.executor.slots:
                 return
-            if task.base in self.waiting or task.base in busy:
+            if task.base in self.waiting or task.base in self.running:
                 continue
             del self.waiting[key]
             if task.base in self.failed:
                 self.failed[key] = f"it begins with {self.tasks[task.base].name}, which failed"
                 continue
-            base = None if task.base is None else self.tasks[task.base]
-            beginning = None if base is None else str(self.root / base.name)
-            running[pool.submit(execute, task.recipe.to_dict(), str(self.root / task.name), beginning)] = task
+            base = None if task.base is None else self.tasks[task.base].name
+            self.executor.submit(Job(key, task.name, task.recipe.to_dict(), base))
+            self.running.add(key)
 
-    def _collect(self, running: dict[Future[str | None], Task]) -> None:
-        if not running:
+    def _collect(self) -> None:
+        if not self.running:
             return
-        for future in wait(running, return_when=FIRST_COMPLETED).done:
-            task = running.pop(future)
-            problem = future.result()
+        for key, problem in self.executor.finished():
+            self.running.remove(key)
             self.count += 1
             if problem is not None:
-                self.failed[task.key] = problem
-            self.show(f"[{self.count}/{self.total}] {task.name}: {problem or 'done'}")
-
-
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM, which reached this process alone."""
-
-
-def _terminate(number: int, frame: Any) -> None:
-    raise _Terminated
-
-
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM stops the sweep as an interrupt of the terminal does; only the main thread can take signals."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    old = signal.signal(signal.SIGTERM, _terminate)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, old)
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Processes that are started while it is open load libraries that count on one thread."""
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["OMP_NUM_THREADS"]
-        else:
-            os.environ["OMP_NUM_THREADS"] = before
-
-
-def _worker_start() -> None:
-    """A worker has one thread, and leaves an interrupt of the terminal to the run it is in."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_outlive_no_parent, daemon=True).start()
-    import torch
-
-    torch.set_num_threads(1)
-
-
-def _outlive_no_parent() -> None:
-    """End this worker when the sweep was killed: at once if idle, after saving the present step if in a run."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os.kill(os.getpid(), signal.SIGTERM)
-
-
-def _orphaned() -> bool:
-    parent = multiprocessing.parent_process()
-    return parent is not None and not parent.is_alive()
-
-
-def execute(recipe: dict[str, Any], folder: str, base: str | None) -> str | None:
-    """Do one run in this process; returns what went wrong, or None."""
-    try:
-        checked = parse_recipe(recipe, folder)
-        if base is not None:
-            adopt(Path(base), Path(folder), checked)
-        Pipeline.from_recipe(checked).run(folder)
-    except (UserError, RunError, Interrupted) as error:
-        return str(error)
-    except Exception as error:  # one broken run must not end the others; the text goes into the sweep's report
-        return f"{type(error).__name__}: {error}"
-    finally:
-        if _orphaned():
-            os._exit(1)
-    return None
-
-
-def adopt(base: Path, folder: Path, recipe: Recipe) -> None:
-    """Begin ``folder`` with the finished stages of the run in ``base``, unless it has begun already."""
-    source, target = RunFolder(base), RunFolder(folder)
-    if target.checkpoints.is_dir() and any(target.checkpoints.iterdir()):
-        return
-    finished = source.finished_stages()
-    for index in range(len(recipe.stages) - 1):
-        stage = stage_id(recipe, index)
-        if stage not in finished:
-            return
-        found = source.load(stage)
-        checkpoint.save_stage(target.checkpoints, found.stage, found.plan, found.state_dict, extra=found.extra)
+                self.failed[key] = problem
+            self.show(f"[{self.count}/{self.total}] {self.tasks[key].name}: {problem or 'done'}")
 
 
 def is_done(folder: Path, recipe: Recipe) -> bool:

@@ -48,6 +48,15 @@ class MethodEntry(Strict):
         return [dict(zip(self.grid, values)) for values in itertools.product(*self.grid.values())]
 
 
+class Resources(Strict):
+    """What a run asks a Ray cluster for."""
+
+    cpu: Annotated[float, Field(gt=0)] = Field(1.0, description="CPUs of a run")
+    gpu: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="GPUs of a run (default: one where the recipe's device is cuda, or auto and there are GPUs)"
+    )
+
+
 class Sweep(Strict):
     """A sweep file."""
 
@@ -58,7 +67,9 @@ class Sweep(Strict):
     held_out: list[str] = Field(default_factory=list, description="domains to hold out in turn (none: as the recipe)")
     tune_seeds: list[int] = Field(default_factory=list, description="seeds to choose from a grid on (none: all)")
     tune_held_out: list[str] = Field(default_factory=list, description="domains held out while choosing (none: all)")
-    jobs: Annotated[int, Field(ge=1, le=256)] = Field(1, description="runs at the same time")
+    jobs: Annotated[int, Field(ge=1, le=256)] = Field(1, description="runs at the same time in the local pool")
+    storage_path: str | None = Field(None, description="on Ray: folder or fsspec URL that all machines reach")
+    resources: Resources = Field(default_factory=lambda: Resources(), description="on Ray: {cpu, gpu} of a run")
     methods: Annotated[list[MethodEntry], Field(min_length=1)] = Field(description="rows of the table")
 
     @model_validator(mode="after")
