@@ -15,6 +15,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from flatcompress import __version__
+from flatcompress.cli import sweeping
 from flatcompress.errors import Interrupted, RunError, UserError, unknown
 
 app = typer.Typer(
@@ -29,8 +30,6 @@ app = typer.Typer(
 RecipePath = Annotated[Path, typer.Argument(help="the recipe, a YAML file", show_default=False)]
 Setting = Annotated[list[str] | None, typer.Option("--set", help="override a key: stages.1.prune.ratio=0.7")]
 Json = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
-On = Annotated[str, typer.Option("--on", help="where runs are computed: local | ray | ray://HOST:PORT")]
-StoragePath = Annotated[str | None, typer.Option(help="on Ray: folder or URL (s3://...) that all machines reach")]
 
 
 def show(value: Any, as_json: bool, text: str) -> None:
@@ -61,26 +60,6 @@ def run(
         printing.print_result(result.summary())
     if result.certificate is not None and not result.certificate["holds"]:
         raise typer.Exit(3)
-
-
-@app.command()
-def sweep(
-    file: Annotated[Path, typer.Argument(help="the sweep, a YAML file", show_default=False)],
-    jobs: Annotated[int | None, typer.Option(min=1, max=256, help="runs at the same time")] = None,
-    on: On = "local",
-    storage_path: StoragePath = None,
-    plan: Annotated[bool, typer.Option("--plan", help="write every run's recipe and print its command")] = False,
-    as_json: Json = False,
-) -> None:
-    """Run methods x seeds x held-out domains and write one table; the same command again resumes it."""
-    from flatcompress.cli.commands import plan_sweep, run_sweep_file
-
-    if plan:
-        commands = plan_sweep(file)
-        show(commands, as_json, "\n".join(commands))
-        return
-    text, data = run_sweep_file(file, jobs, on, storage_path)
-    show(data, as_json, text)
 
 
 @app.command()
@@ -353,6 +332,10 @@ def debug(
         show(found, True, "")
     else:
         printing.print_diagnosis(found)
+
+
+app.command()(sweeping.sweep)
+app.command()(sweeping.search)
 
 
 @app.callback(invoke_without_command=True)

@@ -17,6 +17,8 @@ from flatcompress.pipeline import Pipeline, Result
 from flatcompress.quant import ptq
 from flatcompress.recipe import Recipe, load_recipe, parse_recipe
 from flatcompress.registry import Registry, shown
+from flatcompress.search.driver import run_search
+from flatcompress.search.spec import load_search, parse_search
 from flatcompress.session import restore
 from flatcompress.stages import STAGES, RunContext, members
 from flatcompress.stages import export as export_stage
@@ -77,6 +79,20 @@ def run_sweep_file(
         return on_ray.executor(on, sweep.folder, asked, where, sweep.resources, device, pool.stderr)
 
     return table.write(sweep, pool.run_sweep(sweep, pool.stderr, made))
+
+
+def run_search_file(path: Path, given: dict[str, Any], on: str = "local") -> tuple[str, dict[str, Any]]:
+    """Run a search file with some keys ``given`` instead, and write its front; the Markdown and the data."""
+    found = load_search(path)
+    found = parse_search({**found.model_dump(exclude_unset=True), **given}, str(path))
+    device = str(found.recipe.get("device", "auto")) if isinstance(found.recipe, dict) else "auto"
+    where = given.get("storage_path") if on == "local" else found.storage_path
+
+    def made() -> Executor:
+        asked = found.jobs if on == "local" else given.get("jobs")
+        return on_ray.executor(on, found.folder, asked, where, found.resources, device, pool.stderr)
+
+    return run_search(found, pool.stderr, made).write()
 
 
 def plan_sweep(path: Path) -> list[str]:

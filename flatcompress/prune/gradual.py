@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -149,12 +149,22 @@ class ChannelSchedule:
         """The budget of one event; None while there is nothing to remove yet."""
         if event >= self.events:
             return self.budget
+        if self.budget.ratios is not None:
+            return self._ratios_after(self.budget.ratios, event)
         if self.costs is None:
             ratio = 1 - left_after(self.kind, 1.0, 1 - self.budget.value, event, self.events)
             return Budget("ratio", ratio) if ratio > 0 else None
         dense = self.budget.measure(self.costs)(self.costs.dense)
         left = left_after(self.kind, dense, self.budget.limit(dense), event, self.events)
         return replace(self.budget, value=left, absolute=True)
+
+    def _ratios_after(self, ratios: Mapping[str, float], event: int) -> Budget:
+        """Every group on its own way to its ratio."""
+
+        def now(share: float) -> float:
+            return 1 - left_after(self.kind, 1.0, 1 - share, event, self.events)
+
+        return replace(self.budget, value=now(self.budget.value), ratios={n: now(s) for n, s in ratios.items()})
 
     def finish(self) -> None:
         """Go to the final budget now, whatever events are missing."""

@@ -42,6 +42,7 @@ from flatcompress.stages.regularizer import SparsityRegularizer
 from flatcompress.stages.stage import Facts, Phase, Stage
 from flatcompress.training.callback import Callback
 
+ShareOrNone = Annotated[float, Field(ge=0.0, lt=1.0)]
 _LARGE = 0.5  # of a weight, on average over a neuron; AdaSAP's radii are not meant to go further
 PRUNE_BUDGETS = ("ratio", "macs", "params", "bytes", "latency", "latency_ms")
 
@@ -51,6 +52,11 @@ class PruneConfig(RemovalKeys):
 
     method: str = Field("adasap", description="pruning method; see `flatcompress list prune-methods`")
     ratio: Share | None = Field(None, description="share of channels to remove (default 0.5 when no budget is given)")
+    ratios: dict[str, ShareOrNone] | None = Field(
+        None,
+        description="share to remove of the group that holds a layer: {layer1.0.conv1: 0.5, 're:layer3.*': 0.25}; of "
+        "every other group `ratio` (default here: 0)",
+    )
     macs: Share | None = Field(None, description="budget: multiply-accumulates to keep, as a share")
     params: Share | None = Field(None, description="budget: parameters to keep, as a share")
     bytes: Size | None = Field(
@@ -99,7 +105,9 @@ class PruneConfig(RemovalKeys):
         given = [name for name in PRUNE_BUDGETS if getattr(self, name) is not None]
         if len(given) > 1:
             raise KeyProblem(given[1], f"give one budget, not {' and '.join(given)}.")
-        if not given:
+        if self.ratios is not None and given not in ([], ["ratio"]):
+            raise KeyProblem("ratios", f"goes with ratio alone, not with {given[0]}.")
+        if not given and self.ratios is None:
             self.ratio = 0.5
         if self.rho_min > self.rho_max:
             raise KeyProblem("rho_min", f"must not exceed rho_max ({self.rho_max}), found {self.rho_min}.")
@@ -283,6 +291,8 @@ def budget(config: PruneConfig, model: nn.Module, example: torch.Tensor) -> prun
         absolute = config.latency_ms is not None
         called = "latency_ms" if absolute else "latency"
         return prune.Budget("cost", milliseconds, LatencyTable(model, example), absolute=absolute, called=called)
+    if config.ratios is not None:
+        return prune.Budget("ratio", config.ratio or 0.0, ratios=config.ratios)
     return prune.Budget("ratio", config.ratio if config.ratio is not None else 0.5)
 
 

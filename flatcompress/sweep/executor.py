@@ -28,12 +28,16 @@ Outcome = tuple[str, str | None]  # a job's key, and what went wrong
 
 @dataclass(frozen=True)
 class Job:
-    """One run: the folder ``name`` in the executor's root, and the folder whose finished stages it begins with."""
+    """One run: the folder ``name`` in the executor's root, and the folder whose finished stages it begins with.
+
+    ``whole``: its weights are wanted in the root too, wherever it is computed.
+    """
 
     key: str
     name: str
     recipe: dict[str, Any]
     base: str | None = None
+    whole: bool = False
 
 
 class Executor(Protocol):

@@ -16,6 +16,7 @@ from typing import Any
 
 from flatcompress.errors import RunError, UserError
 from flatcompress.storage import TEMPORARY_PREFIX
+from flatcompress.store.checkpoint import PLAN
 
 EVERY = 10.0  # seconds between two looks for something new to copy
 CHECKPOINTS = "checkpoints"
@@ -56,14 +57,17 @@ class SharedFolder:
         return bool(self.files.exists(str(self.root / name)))
 
     def pull(self, name: str, folder: Path, *, part: str = "", without: str | None = None) -> None:
-        """Copy the folder ``name`` (or its ``part``) from the storage into ``folder``; nothing where there is none."""
+        """Copy the folder ``name`` (or its ``part``) from the storage into ``folder``; nothing where there is none.
+
+        ``without``: a folder in it that is left out, its plans excepted.
+        """
         self.files.invalidate_cache()
         top = self.root / name
         if not self.files.exists(str(top / part)):
             return
         for found in self.files.find(str(top / part)):
             inside = PurePosixPath(self.files._strip_protocol(found)).relative_to(top)
-            if without is None or inside.parts[0] != without:
+            if without is None or inside.parts[0] != without or inside.name == PLAN:
                 target = folder / inside
                 target.parent.mkdir(parents=True, exist_ok=True)
                 self.files.get_file(found, str(target))

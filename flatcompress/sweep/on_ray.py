@@ -132,7 +132,7 @@ class RayCluster:
         except errors.RayError as error:
             return job.key, str(error).strip().splitlines()[-1]
         if problem is None and not self._in_storage():
-            self.storage.pull(job.name, self.root / job.name, without=CHECKPOINTS)
+            self.storage.pull(job.name, self.root / job.name, without=None if job.whole else CHECKPOINTS)
         return job.key, problem
 
     def stop(self, told: bool) -> None:

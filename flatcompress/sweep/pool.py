@@ -220,10 +220,10 @@ def _finished(run: Run, folder: Path) -> Finished:
     rows = there.read_ledger()
     if "metric" in rows[-1] and rows[-1]["accuracy"]["test"] is None:  # the data brought the task
         raise _no_accuracy(f"the data's task (it has {', '.join(rows[-1]['metrics'])})")
-    return Finished(run, folder, rows, _val_accuracy(there.log))
+    return Finished(run, folder, rows, val_accuracy(there.log))
 
 
-def _val_accuracy(log: Path) -> float | None:
+def val_accuracy(log: Path) -> float | None:
     """Validation accuracy, on the source domains, of what the last training stage kept."""
     found = None
     for line in log.read_text(encoding="utf-8").splitlines():

@@ -98,7 +98,7 @@ def load_sweep(path: str | Path) -> Sweep:
     raw, _ = parse_yaml(text, str(path))
     sweep = parse_sweep(raw, str(path))
     if isinstance(sweep.recipe, str):
-        sweep.recipe = _base_recipe(path, sweep.recipe)
+        sweep.recipe = base_recipe(path, sweep.recipe)
     return sweep
 
 
@@ -115,8 +115,8 @@ def parse_sweep(raw: Any, where: str = "sweep") -> Sweep:
         raise UserError("\n".join(lines)) from None
 
 
-def _base_recipe(sweep: Path, name: str) -> dict[str, Any]:
-    """The recipe file that a sweep names, relative to the sweep or to where we are."""
+def base_recipe(sweep: Path, name: str) -> dict[str, Any]:
+    """The recipe file that a sweep or search names, relative to it or to where we are."""
     for path in (sweep.parent / name, Path(name)):
         if path.is_file():
             raw, _ = parse_yaml(path.read_text(encoding="utf-8"), str(path))

@@ -222,7 +222,7 @@ def page(title: str, rows: Sequence[Row]) -> str:
     header = "".join(f"<th>{html.escape(h)}</th>" for h in head)
     return (
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-        f"<title>{html.escape(title)}</title><style>{_STYLE}</style><h1>{html.escape(title)}</h1>{plots}"
+        f"<title>{html.escape(title)}</title><style>{STYLE}</style><h1>{html.escape(title)}</h1>{plots}"
         f"<div class=scroll><table><thead><tr>{header}</tr></thead><tbody>{body}</tbody></table></div>"
         f"<p>{html.escape(RULE)}</p></html>\n"
     )
@@ -255,7 +255,7 @@ def _at(value: float, low: float, high: float) -> float:
     return 245 + 400 * (value - low) / (high - low)
 
 
-_STYLE = (
+STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:60rem;padding:0 1rem;color:#1c2024;"
     "background:#fff}"
     "table{border-collapse:collapse;font-variant-numeric:tabular-nums}th,td{padding:.3rem .7rem;text-align:right;"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from flatcompress.errors import UserError, unknown
+from flatcompress.modules import check_patterns, matches
 from flatcompress.prune.budgets.cost import Cost, CostModel
 from flatcompress.prune.budgets.knapsack import cheapest, solve
 from flatcompress.prune.dependency.groups import Group
@@ -26,7 +27,8 @@ class Budget:
     widths of all layers ({name: Width(inputs, outputs, groups)}) to a number, such as milliseconds from a latency
     table; ``absolute`` says that ``value`` is absolute even below 1. ``weight_bits`` is for kind bytes. ``knapsack``:
     weigh importance against cost (`knapsack.solve`) instead of going down the ranking; None does so for kind cost only.
-    ``called``: what messages call it, the kind by default.
+    ``called``: what messages call it, the kind by default. ``ratios`` (kind ratio): the share of each group that holds
+    the named layer (or ``re:PATTERN``), which then is ranked on its own; ``value`` of every other group, may be 0.
     """
 
     kind: str = "ratio"
@@ -36,11 +38,15 @@ class Budget:
     absolute: bool = False
     knapsack: bool | None = None
     called: str = ""
+    ratios: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise unknown("pruning budget", self.kind, KINDS)
         object.__setattr__(self, "called", self.called or self.kind)
+        if self.ratios is not None:
+            self._check_ratios()
+            return
         if self.kind == "ratio" and not 0 < self.value < 1:
             raise UserError(
                 f"ratio is the share of channels to remove, above 0 and below 1; found {self.value}"
@@ -50,6 +56,13 @@ class Budget:
             raise UserError(f"a {self.called} budget must be above 0, found {self.value}.")
         if (self.kind == "cost") != (self.cost is not None):
             raise UserError("a budget of kind 'cost' needs a cost function, and only that kind takes one.")
+
+    def _check_ratios(self) -> None:
+        if self.kind != "ratio":
+            raise UserError(f"ratios go with a budget of kind ratio, not {self.kind!r}.")
+        for name, share in [*(self.ratios or {}).items(), ("ratio", self.value)]:
+            if not 0 <= share < 1:
+                raise UserError(f"ratios: {name}: the share of channels to remove, from 0 to below 1; found {share}.")
 
     @property
     def weighs(self) -> bool:
@@ -73,6 +86,8 @@ class Budget:
 def settled(limits: Limits | None, budget: Budget) -> Limits:
     """``limits``, or the default ones, with the floor that goes with ``budget``."""
     limits = limits or Limits()
+    if budget.ratios is not None:
+        return replace(limits, ranking="uniform")
     return limits.for_ratio(budget.value) if budget.kind == "ratio" else limits
 
 
@@ -93,7 +108,9 @@ def choose(
     """
     limits = settled(limits, budget)
     ladder = Ladder(groups, scores, limits, keep)
-    if budget.kind == "ratio":
+    if budget.ratios is not None:
+        gone = _for_ratios(ladder, budget)
+    elif budget.kind == "ratio":
         gone = _for_ratio(ladder, budget.value)
     elif budget.weighs and limits.ranking == "global":
         gone = _knapsack(ladder, scores, limits, budget, costs, keep)
@@ -111,6 +128,37 @@ def _for_ratio(ladder: Ladder, ratio: float) -> list[int]:
             "and floor. Lower the ratio or loosen those."
         )
     return ladder.at_share(ratio)
+
+
+def shares(groups: Sequence[Group], budget: Budget) -> list[float]:
+    """The share of each group that ``budget.ratios`` asks to remove; of several that fit a group the first counts.
+
+    UserError for a name or pattern that no group's layers have.
+    """
+    ratios = budget.ratios or {}
+    names = [[member.name for member in group.outs or group.members] for group in groups]
+    check_patterns("ratios", list(ratios), [name for found in names for name in found])
+    return [
+        next((s for pattern, s in ratios.items() if any(matches(pattern, n) for n in found)), budget.value)
+        for found in names
+    ]
+
+
+def _for_ratios(ladder: Ladder, budget: Budget) -> list[int]:
+    wanted = shares(ladder.groups, budget)
+    most = [0] * len(ladder.groups)
+    gone = [0] * len(ladder.groups)
+    for rung in ladder.rungs:
+        most[rung.group] += rung.units
+        if rung.share <= wanted[rung.group] + 1e-9:
+            gone[rung.group] += rung.units
+    for group, share, limit in zip(ladder.groups, wanted, most, strict=True):
+        if share > limit / group.units + 1e-9:
+            raise UserError(
+                f"ratios: {share:g} of {group.name} cannot go: at most {limit / group.units:.4g} of its channels may, "
+                "within round_to, min_channels and floor. Lower it or loosen those."
+            )
+    return gone
 
 
 def _for_cost(ladder: Ladder, budget: Budget, costs: CostModel | None) -> list[int]:

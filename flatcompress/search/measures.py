@@ -1,0 +1,77 @@
+"""What a finished run says of its point: accuracies from the ledger, costs of the widths that its plan leaves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from flatcompress.errors import UserError
+from flatcompress.latency.table import LatencyTable
+from flatcompress.plan import Plan, apply_plan
+from flatcompress.prune import CostModel
+from flatcompress.recipe import Recipe
+from flatcompress.search.spec import Search
+from flatcompress.session import stage_id
+from flatcompress.stages.context import RunContext
+from flatcompress.store.runfolder import RunFolder
+from flatcompress.sweep.pool import val_accuracy
+
+
+def _table(run: RunContext) -> LatencyTable:
+    try:
+        return LatencyTable(run.model.cpu(), run.example().cpu())
+    except UserError as error:
+        raise UserError(f"objective 'ms': {error} Leave it out, or take latency_ms with an export stage.") from None
+
+
+class Measuring:
+    """Measures of runs of one search. ``run``: as it is before its first stage."""
+
+    def __init__(self, search: Search, run: RunContext) -> None:
+        self.run = run
+        wanted = {*search.objectives, *search.budgets}
+        self._check(wanted, search)
+        self.table = _table(run) if "ms" in wanted else None
+
+    def _check(self, wanted: set[str], search: Search) -> None:
+        """UserError for what this data and recipe cannot say."""
+        data = self.run.data
+        kinds = data.corrupted if self.run.measuring != "off" else {}
+        there = {"held_out": data.held_out is not None, "corrupted": bool(kinds)}
+        there["robust"] = any(there.values())
+        missing = [name for name, found in there.items() if name in wanted and not found]
+        if missing:
+            raise UserError(
+                f"objective {missing[0]!r}: the data has no held-out domain and no corrupted images"
+                f"{' (measure: off)' if self.run.measuring == 'off' else ''}. Give data.held_out or data.corruptions, "
+                "or another objective (val, test)."
+            )
+        stages = search.recipe["stages"] if isinstance(search.recipe, dict) else []
+        if "latency_ms" in wanted and not any("export" in s or s == "export" for s in stages):
+            raise UserError("objective 'latency_ms' is of an exported file: put an export stage last, or use 'ms'.")
+
+    def of(self, folder: Path, recipe: Recipe) -> dict[str, float | None]:
+        """Every measure of a finished run; None for what it does not have."""
+        there = RunFolder(folder)
+        rows = there.read_ledger()
+        last = rows[-1]
+        accuracy = last["metrics"][last["metric"]["name"]] if "metric" in last else last["accuracy"]
+        seen = [v for v in (accuracy["held_out"], accuracy["corrupted"]) if v is not None]
+        found: dict[str, Any] = {
+            **{k: accuracy[k] for k in ("test", "held_out", "corrupted")},
+            "robust": sum(seen) / len(seen) if seen else None,
+            "val": val_accuracy(there.log),
+            **{k: last.get(k) for k in ("bytes", "macs", "params", "latency_ms", "sharpness")},
+            "passes": sum(row["passes"] or 0 for row in rows),
+            "seconds": sum(row["seconds"] or 0 for row in rows),
+        }
+        found["sharpness"] = next((r["sharpness"] for r in reversed(rows) if r.get("sharpness") is not None), None)
+        found["ms"] = None if self.table is None else self.table(self._widths(there, recipe))
+        return found
+
+    def _widths(self, there: RunFolder, recipe: Recipe) -> Any:
+        """Widths of every layer of the network that the run's plan leaves."""
+        plan = Plan.load(there.checkpoints / stage_id(recipe, len(recipe.stages) - 1) / "plan.json")
+        cut = Plan([step for step in plan.steps if step.kind != "quantizers"])
+        twin = apply_plan(self.run.build().cpu(), cut, self.run.example().cpu())
+        return CostModel(twin, self.run.example().cpu()).dense

@@ -1,0 +1,214 @@
+"""The space: what a search file lets vary as single parameters, and the recipe that values of them make."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from flatcompress import prune
+from flatcompress.errors import UserError
+from flatcompress.graph import trace
+from flatcompress.pipeline import Pipeline
+from flatcompress.quant.placement import Settings, place
+from flatcompress.recipe import Recipe, parse_recipe
+from flatcompress.search.spec import Range, Search
+from flatcompress.stages.context import RunContext
+from flatcompress.yaml_source import override
+
+Values = Mapping[str, Any]  # parameter -> value, as it is stored in the study
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One thing that varies: ``key`` of the recipe, for ``part`` (a layer's or group's name) of it, or for all of it.
+
+    ``choices``: texts (JSON) in their order; a number has ``low`` and ``high`` instead.
+    """
+
+    name: str
+    key: str
+    range: Range
+    part: str | None = None
+    choices: tuple[str, ...] = ()
+
+    def value(self, stored: Any) -> Any:
+        """The recipe's value for what the study holds."""
+        return json.loads(stored) if self.choices else stored
+
+    def stored(self, value: Any) -> Any:
+        """What the study holds for a recipe's value: the text of a choice."""
+        return json.dumps(value) if self.choices else value
+
+
+@dataclass
+class Space:
+    """Every parameter, and the recipes that it makes. ``shared``: leading stages that nothing varies in."""
+
+    search: Search
+    parameters: list[Parameter]
+    shared: int
+    base: dict[str, Any] = field(default_factory=dict)
+
+    def recipe(self, values: Values, fidelity: Any = "full", where: str = "trial") -> Recipe:
+        """The recipe of one point at one fidelity. UserError where the values do not go together."""
+        raw = copy.deepcopy(self.base)
+        for key, value in self._by_key(values).items():
+            override(raw, f"{key}={json.dumps(value)}")
+        raw["stages"] = _kept_stages(raw["stages"], self.shared, fidelity)
+        raw["name"] = "trial"
+        return parse_recipe(raw, where)
+
+    def beginning(self) -> Recipe | None:
+        """The stages that every trial begins with, None where the first stage varies."""
+        raw = {**copy.deepcopy(self.base), "stages": copy.deepcopy(self.base["stages"][: self.shared]), "name": "start"}
+        return parse_recipe(raw, "recipe") if self.shared else None
+
+    def _by_key(self, values: Values) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for parameter in self.parameters:
+            value = parameter.value(values[parameter.name])
+            if parameter.part is None:
+                found[parameter.key] = value
+            else:
+                found.setdefault(parameter.key, {})[parameter.part] = value
+        return found
+
+
+def _kept_stages(stages: list[Any], shared: int, fidelity: Any) -> list[Any]:
+    """The stages at a fidelity: fewer epochs of what varies, no export, no prune stage where nothing is to go."""
+    kept = []
+    for index, entry in enumerate(stages):
+        ((kind, keys),) = entry.items() if isinstance(entry, dict) else ((entry, None),)
+        keys = dict(keys or {})
+        ratios = keys.get("ratios")
+        if kind == "prune" and ratios is not None and not keys.get("ratio") and not any(ratios.values()):
+            continue
+        if fidelity != "full" and index >= shared:
+            if kind == "export":
+                continue
+            most = 0 if kind == "quantize" and fidelity == "post_training" else 1
+            most = most if fidelity == "post_training" else int(fidelity)
+            keys["epochs"] = min(most, int(keys.get("epochs", 10)))
+            if not keys["epochs"]:
+                keys.pop("patience", None)
+        kept.append({kind: keys})
+    return kept
+
+
+def expand(search: Search) -> tuple[Space, RunContext]:
+    """The space of a search, and the run as it is before its first stage. UserError for whatever does not fit."""
+    if not isinstance(search.recipe, dict):
+        raise UserError("search: the recipe is a file name; load the search with load_search.")
+    base = copy.deepcopy(search.recipe)
+    stages = base.get("stages")
+    if not isinstance(stages, list) or not stages:
+        raise UserError("search: the recipe has no stages.")
+    base["stages"] = [s if isinstance(s, dict) else {s: {}} for s in stages]
+    parse_recipe(base, "recipe")
+    touched = [_stage_index(key, base) for key in search.space]
+    space = Space(search, [], 0 if -1 in touched else min(touched), base)
+    _check_keys(search, base)
+    run = Pipeline.from_recipe(parse_recipe({**base, "name": "search"}, "recipe")).prepare(tried=False)
+    for key, found in search.space.items():
+        space.parameters += _parameters(key, found, run, base)
+    return space, run
+
+
+def _stage_index(key: str, base: dict[str, Any]) -> int:
+    """The stage that a key belongs to; -1 for one of the whole recipe. UserError where there is no such stage."""
+    parts = key.split(".")
+    if parts[0] != "stages":
+        return -1
+    kinds = [next(iter(s)) for s in base["stages"]]
+    if len(parts) < 4 or not parts[1].isdigit() or int(parts[1]) >= len(kinds) or kinds[int(parts[1])] != parts[2]:
+        known = ", ".join(f"stages.{i}.{kind}" for i, kind in enumerate(kinds))
+        raise UserError(f"space: {key}: no such key in the recipe; its stages are {known} (then .KEY).")
+    return int(parts[1])
+
+
+def _check_keys(search: Search, base: dict[str, Any]) -> None:
+    """Every end of every range by itself in the recipe. UserError names the key and what is wrong with it."""
+    for key, found in search.space.items():
+        last = key.rpartition(".")[2]
+        if (found.per_layer is not None) != (last == "bits") and found.per_layer is not None:
+            raise UserError(f"space: {key}: per_layer is for bits of a quantize stage.")
+        if found.per_group is not None and last != "ratios":
+            raise UserError(f"space: {key}: per_group is for ratios of a prune stage.")
+        if found.per_layer is not None or found.per_group is not None:
+            _check_parts(key, found, base)
+            continue
+        for value in found.choice or (found.low, found.high):
+            raw = copy.deepcopy(base)
+            override(raw, f"{key}={json.dumps(value)}")
+            for other, range_ in search.space.items():  # a method's radius is a key only with that method
+                if other != key and range_.choice and len(search.space) > 1:
+                    override(raw, f"{other}={json.dumps(range_.choice[0])}")
+            _parsed(raw, base, key, value)
+
+
+def _parsed(raw: dict[str, Any], base: dict[str, Any], key: str, value: Any) -> None:
+    try:
+        parse_recipe(raw, f"space: {key} {value!r}")
+    except UserError:
+        plain = copy.deepcopy(base)
+        override(plain, f"{key}={json.dumps(value)}")
+        parse_recipe(plain, f"space: {key} {value!r}")
+
+
+def _check_parts(key: str, found: Range, base: dict[str, Any]) -> None:
+    parts = key.split(".")
+    kind = {"bits": "quantize", "ratios": "prune"}[parts[-1]]
+    if len(parts) != 4 or parts[2] != kind:
+        raise UserError(f"space: {key}: expected stages.N.{kind}.{parts[-1]}.")
+    for value in found.per_layer or found.per_group or ():
+        raw = copy.deepcopy(base)
+        override(raw, f"{key}={json.dumps({'layer': value})}")
+        keys = raw["stages"][int(parts[1])][kind]
+        if kind == "prune":
+            for budget in ("macs", "params", "bytes", "latency", "latency_ms"):
+                keys.pop(budget, None)
+        parse_recipe(raw, f"space: {key} {value!r}")
+
+
+def _parameters(key: str, found: Range, run: RunContext, base: dict[str, Any]) -> list[Parameter]:
+    if found.per_layer is not None:
+        texts = tuple(json.dumps(v) for v in sorted(found.per_layer))
+        names = free_layers(key, run, base)
+        return [Parameter(f"{key}:{name}", key, found, name, texts) for name in names]
+    if found.per_group is not None:
+        texts = tuple(json.dumps(v) for v in sorted(found.per_group))
+        names = [name for name, _ in groups(key, run, base)]
+        return [Parameter(f"{key}:{name}", key, found, name, texts) for name in names]
+    if found.choice is not None:
+        return [Parameter(key, key, found, None, tuple(json.dumps(v) for v in found.choice))]
+    return [Parameter(key, key, found)]
+
+
+def _keys(key: str, base: dict[str, Any]) -> dict[str, Any]:
+    _, index, kind, _ = key.split(".")
+    return dict(base["stages"][int(index)][kind] or {})
+
+
+def free_layers(key: str, run: RunContext, base: dict[str, Any]) -> list[str]:
+    """Layers whose bits the recipe leaves open: not the first, the last, or one that stays float."""
+    keys = _keys(key, base)
+    names = ("first_last_bits", "activation_bits", "weight_bits")
+    given = {name: keys[name] for name in names if name in keys}
+    rows, _, _ = place(
+        trace(run.model, run.example()), run.model, Settings(**given, ignore=tuple(keys.get("ignore", ())))
+    )
+    free = [row.name for row in rows if row.why == "weight_bits"]
+    if not free:
+        raise UserError(f"space: {key}: no layer is free to choose its bits: all are first, last or ignored.")
+    return free
+
+
+def groups(key: str, run: RunContext, base: dict[str, Any]) -> list[tuple[str, Any]]:
+    """(name of its first layer, group) of every group of channels that may be cut."""
+    found = prune.find_groups(run.model, run.example(), _keys(key, base).get("ignore", ()))
+    if not found:
+        raise UserError(f"space: {key}: the model has no channels that can be cut.")
+    return [((group.outs or group.members)[0].name, group) for group in found]

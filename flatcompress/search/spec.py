@@ -1,0 +1,189 @@
+"""A search file: the base recipe, what may vary, what is wanted, how long, and where the study is kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
+
+from flatcompress.errors import UserError, nearest
+from flatcompress.stages.keys import Size, Strict
+from flatcompress.sweep.spec import Resources, base_recipe
+from flatcompress.yaml_source import MAX_BYTES, parse_yaml
+
+_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
+OBJECTIVES = {  # what a trial can be judged by -> what it is
+    "robust": "mean of the accuracies on the held-out domain and under corruption, those that there are",
+    "held_out": "accuracy on the held-out domain",
+    "corrupted": "mean accuracy under corruption",
+    "test": "accuracy on the test split",
+    "val": "validation accuracy, on the source domains, of what the last stage kept",
+    "sharpness": "one-step sharpness of the last stage's minimum",
+    "bytes": "of the weights at their bits; of the file where the recipe exports",
+    "macs": "multiply-accumulates of one sample",
+    "params": "parameters",
+    "ms": "milliseconds in onnxruntime here, int8, by a table of measured layers (same widths, same figure)",
+    "latency_ms": "milliseconds of the exported file, measured anew each time (needs an export stage)",
+}
+COSTS = ("bytes", "macs", "params", "ms", "latency_ms")
+
+
+def _seconds(value: Any) -> Any:
+    if isinstance(value, str) and value[-1:] in ("s", "m", "h"):
+        try:
+            return float(value[:-1]) * {"s": 1, "m": 60, "h": 3600}[value[-1]]
+        except ValueError:
+            return value
+    return value
+
+
+Seconds = Annotated[float, BeforeValidator(_seconds), Field(gt=0)]
+
+
+class Range(Strict):
+    """What one key of the recipe may be. One of: ``choice``; ``low`` and ``high``; ``per_layer``; ``per_group``."""
+
+    choice: Annotated[list[Any], Field(min_length=1)] | None = Field(None, description="one of these values")
+    low: float | int | None = Field(None, description="smallest number")
+    high: float | int | None = Field(None, description="largest number, included")
+    step: Annotated[float | int, Field(gt=0)] | None = Field(None, description="distance of the numbers tried")
+    log: bool = Field(False, description="drawn evenly on a logarithmic scale")
+    per_layer: Annotated[list[int], Field(min_length=1)] | None = Field(
+        None, description="bits to choose from for every layer that is free to choose (key quantize.bits)"
+    )
+    per_group: Annotated[list[float], Field(min_length=1)] | None = Field(
+        None, description="shares of channels to remove, to choose from for every group (key prune.ratios)"
+    )
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Range:
+        numbers = self.low is not None or self.high is not None
+        given = [self.choice is not None, numbers, self.per_layer is not None, self.per_group is not None]
+        if sum(given) != 1:
+            raise ValueError("give one of choice, low with high, per_layer, per_group")
+        if numbers:
+            self._check_numbers()
+        elif self.log or self.step is not None:
+            raise ValueError("log and step go with low and high")
+        every: tuple[list[Any] | None, ...] = (self.choice, self.per_layer, self.per_group)
+        for values in every:
+            if values is not None and any(values.count(v) > 1 for v in values):
+                raise ValueError("a value is given twice")
+        return self
+
+    def _check_numbers(self) -> None:
+        if self.low is None or self.high is None:
+            raise ValueError("low and high go together")
+        if self.low > self.high:
+            raise ValueError(f"the range is empty: low {self.low} is above high {self.high}")
+        if self.log and self.low <= 0:
+            raise ValueError("log needs low above 0")
+        if self.log and self.step is not None:
+            raise ValueError("log and step do not go together")
+
+    @property
+    def whole(self) -> bool:
+        """Whole numbers alone?"""
+        return all(isinstance(v, int) for v in (self.low, self.high, 1 if self.step is None else self.step))
+
+
+Fidelity = Literal["post_training", "full"] | Annotated[int, Field(ge=1)]
+
+
+class Search(Strict):
+    """A search file."""
+
+    name: Annotated[str, Field(pattern=_NAME)] = Field("search", description="name of the folder and of the study")
+    output_dir: str = Field("runs", description="where the search's folder goes")
+    recipe: str | dict[str, Any] = Field(description="base recipe: a file, or its keys")
+    space: Annotated[dict[str, Range], Field(min_length=1)] = Field(description="recipe key -> what it may be")
+    objectives: Annotated[dict[str, Literal["maximize", "minimize"]], Field(min_length=1)] = Field(
+        {"robust": "maximize", "bytes": "minimize", "ms": "minimize"}, description="what the front is of"
+    )
+    budgets: dict[str, Size] = Field(default_factory=dict, description="what a point may cost at most: {bytes: 40k}")
+    n_trials: Annotated[int, Field(ge=1, le=100_000)] = Field(40, description="points that are tried")
+    timeout: Seconds | None = Field(None, description="begin nothing after so long (90s, 5m, 2h)")
+    patience: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="stop after so many fully trained points in a row that leave the front as it was"
+    )
+    sampler: Literal["tpe", "nsga2", "random"] = Field("tpe", description="Optuna's sampler")
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="of what is tried; a recipe's is its own")
+    fidelities: Annotated[list[Fidelity], Field(min_length=1)] = Field(
+        ["post_training", 1, "full"], description="from cheap to full: post_training, epochs a stage, full"
+    )
+    reduction_factor: Annotated[int, Field(ge=2, le=16)] = Field(
+        2, description="one in so many goes on to the next fidelity (eta of successive halving)"
+    )
+    warm_start: Annotated[int, Field(ge=0, le=1000)] = Field(
+        8, description="first points by sensitivities of layers and importances of groups"
+    )
+    storage: str | None = Field(None, description="Optuna storage: a URL (default: SQLite in the search's folder)")
+    jobs: Annotated[int, Field(ge=1, le=256)] = Field(1, description="runs at the same time in the local pool")
+    storage_path: str | None = Field(None, description="on Ray: folder or fsspec URL that all machines reach")
+    resources: Resources = Field(default_factory=lambda: Resources(), description="on Ray: {cpu, gpu} of a run")
+
+    @model_validator(mode="after")
+    def _sensible(self) -> Search:
+        for name in self.objectives:
+            _known(name, OBJECTIVES, "objective")
+        for name in self.budgets:
+            _known(name, COSTS, "budget")
+        if self.fidelities[-1] != "full":
+            raise ValueError("fidelities: the last is full")
+        order = [0 if f == "post_training" else 10**9 if f == "full" else int(f) for f in self.fidelities]
+        if order != sorted(set(order)):
+            raise ValueError("fidelities: from cheap to full, each once: post_training, epochs, full")
+        return self
+
+    @property
+    def folder(self) -> Path:
+        """Where everything of this search is."""
+        return Path(self.output_dir) / self.name
+
+    @property
+    def top(self) -> int:
+        """Index of the last fidelity."""
+        return len(self.fidelities) - 1
+
+
+def _known(name: str, known: Any, kind: str) -> None:
+    if name not in known:
+        guess = nearest(name, known)
+        hint = f" Did you mean {guess!r}?" if guess else ""
+        raise ValueError(f"unknown {kind} {name!r}.{hint} Allowed: {', '.join(known)}")
+
+
+def load_search(path: str | Path) -> Search:
+    """Read and check a search file. UserError for everything that is wrong with it."""
+    path = Path(path)
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise UserError(f"{path}: too large for a search file; at most {MAX_BYTES} bytes are read.")
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8 text'}).") from None
+    raw, _ = parse_yaml(text, str(path))
+    search = parse_search(raw, str(path))
+    if isinstance(search.recipe, str):
+        search.recipe = base_recipe(path, search.recipe)
+    return search
+
+
+def parse_search(raw: Any, where: str = "search") -> Search:
+    """Check plain data and return the `Search`. UserError lists every problem, one a line."""
+    if not isinstance(raw, dict):
+        raise UserError(f"{where}: a search is a mapping of keys (recipe, space, objectives ...).")
+    try:
+        return Search.model_validate(raw)
+    except ValidationError as error:
+        lines = []
+        for e in error.errors():
+            key, message = ".".join(map(str, e["loc"])) or "search", e["msg"].removeprefix("Value error, ")
+            if e["type"] == "extra_forbidden":
+                fields = Range.model_fields if e["loc"][0] == "space" else Search.model_fields
+                guess = nearest(str(e["loc"][-1]), fields)
+                hint = f" Did you mean {guess!r}?" if guess else ""
+                message = f"unknown key.{hint} Allowed: {', '.join(fields)}"
+            lines.append(f"{where}: {key}: {message}.")
+        raise UserError("\n".join(lines)) from None
