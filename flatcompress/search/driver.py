@@ -18,7 +18,7 @@ from flatcompress.search.halving import promotion
 from flatcompress.search.measures import Measuring
 from flatcompress.search.space import Space, expand
 from flatcompress.search.spec import Search
-from flatcompress.search.study import Record, Study
+from flatcompress.search.study import Record, Study, imported
 from flatcompress.session import restore
 from flatcompress.stages.context import RunContext
 from flatcompress.store.runfolder import RunFolder
@@ -36,16 +36,21 @@ def run_search(search: Search, show: Show, executor: Callable[[], Executor]) -> 
     UserError for a wrong search, before anything is trained; RunError where no point could be trained; Interrupted
     after a signal.
     """
+    optuna = imported()
     space, run = expand(search)
-    study = Study(search, space)
     measuring = Measuring(search, run)
     _check_ends(space)
-    with executor() as computed_by:
-        driver = _Driver(search, space, run, study, measuring, computed_by, show)
-        with interruptible(computed_by, "the search"):
-            driver.begin()
-            driver.work()
-    return Front.of(search, space, study.records())
+    study = Study(search, space)
+    try:
+        with executor() as computed_by:
+            driver = _Driver(search, space, run, study, measuring, computed_by, show)
+            with interruptible(computed_by, "the search"):
+                driver.begin()
+                driver.work()
+        return Front.of(search, space, study.records())
+    except optuna.exceptions.StorageInternalError as error:
+        reason = (str(error.__cause__ or error).strip().splitlines() or ["no reason given"])[0][:300]
+        raise RunError(f"the study's storage failed ({reason}). Every run is kept; the same command goes on.") from None
 
 
 def _check_ends(space: Space) -> None:

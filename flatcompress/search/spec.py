@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from flatcompress.errors import UserError, nearest
-from flatcompress.stages.keys import Size, Strict
+from flatcompress.stages.keys import Bits, Size, Strict
 from flatcompress.sweep.spec import Resources, base_recipe
 from flatcompress.yaml_source import MAX_BYTES, parse_yaml
 
@@ -38,6 +38,7 @@ def _seconds(value: Any) -> Any:
     return value
 
 
+Removed = Annotated[float, Field(ge=0.0, lt=1.0)]
 Seconds = Annotated[float, BeforeValidator(_seconds), Field(gt=0)]
 
 
@@ -49,10 +50,10 @@ class Range(Strict):
     high: float | int | None = Field(None, description="largest number, included")
     step: Annotated[float | int, Field(gt=0)] | None = Field(None, description="distance of the numbers tried")
     log: bool = Field(False, description="drawn evenly on a logarithmic scale")
-    per_layer: Annotated[list[int], Field(min_length=1)] | None = Field(
+    per_layer: Annotated[list[Bits], Field(min_length=1)] | None = Field(
         None, description="bits to choose from for every layer that is free to choose (key quantize.bits)"
     )
-    per_group: Annotated[list[float], Field(min_length=1)] | None = Field(
+    per_group: Annotated[list[Removed], Field(min_length=1)] | None = Field(
         None, description="shares of channels to remove, to choose from for every group (key prune.ratios)"
     )
 

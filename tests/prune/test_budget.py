@@ -328,3 +328,34 @@ def test_smallest_cost_is_found_where_narrower_is_dearer() -> None:
     floors = [round(0.1 * g.units) or 1 for g in groups]
     narrowest = [torch.arange(g.units) < k for g, k in zip(groups, floors, strict=True)]
     assert least < dense < staircase(costs.widths(groups, narrowest))
+
+
+def test_ratios_take_their_share_of_each_named_group_and_nothing_else() -> None:
+    model, x = resnet8(), torch.randn(2, 3, 16, 16)
+    groups = find_groups(model, x)
+    names = [(g.outs or g.members)[0].name for g in groups]
+    scores = score(groups)
+    keep = choose(groups, scores, Budget("ratio", 0.0, ratios={names[0]: 0.5, f"re:{names[1]}": 0.25}))
+    left = [float(k.float().mean()) for k in keep]
+    assert left == [0.5, 0.75, *[1.0] * (len(groups) - 2)]
+    for units, values, group in zip(keep[:1], scores[:1], groups[:1], strict=True):
+        assert values[~units].max() <= values[units].min() and group.units == len(units)
+    rest = choose(groups, scores, Budget("ratio", 0.5, ratios={names[0]: 0.0}))
+    assert bool(rest[0].all()) and all(float(k.float().mean()) == 0.5 for k in rest[1:])
+    schedule = ChannelSchedule(model, x, Budget("ratio", 0.0, ratios={names[0]: 0.5}), events=3, every=1)
+    shares = []
+    while not schedule.done:
+        schedule.step()
+        shares.append(float(schedule.mask.keep[0].float().mean()))
+    assert shares == sorted(shares, reverse=True) and shares[-1] == 0.5
+
+
+def test_ratios_that_fit_no_group_or_leave_too_little_are_refused() -> None:
+    model, x = resnet8(), torch.randn(2, 3, 16, 16)
+    groups = find_groups(model, x)
+    name = (groups[0].outs or groups[0].members)[0].name
+    for ratios, message in (({"nowhere": 0.5}, "nowhere"), ({name: 0.99}, "cannot go"), ({name: 1.0}, "below 1")):
+        with pytest.raises(UserError, match=message):
+            choose(groups, score(groups), Budget("ratio", 0.0, ratios=ratios))
+    with pytest.raises(UserError, match="kind ratio"):
+        Budget("macs", 0.5, ratios={name: 0.5})

@@ -9,7 +9,7 @@ from flatcompress.search.spec import Search, parse_search
 RECIPE: dict[str, Any] = {
     "device": "cpu",
     "checkpoint_every": 1,
-    "data": {"name": "rotated-digits", "domains": ["0", "75"], "held_out": "75", "size": 8, "test_fraction": 0.8,
+    "data": {"name": "rotated-digits", "domains": ["0"], "held_out": "75", "size": 8, "test_fraction": 0.8,
              "corruptions": "none", "batch_size": 128},
     "model": {"name": "resnet8", "width": 4},
     "stages": [

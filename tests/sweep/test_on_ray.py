@@ -22,7 +22,7 @@ RECIPE = {
     "device": "cpu",
     "measure": "off",
     "checkpoint_every": 1,
-    "data": {"name": "rotated-digits", "domains": ["0", "30", "75"], "size": 8, "test_fraction": 0.6,
+    "data": {"name": "rotated-digits", "domains": ["30"], "size": 8, "test_fraction": 0.6,
              "corruptions": "none", "batch_size": 256},
     "model": {"name": "resnet8", "width": 4},
     "stages": [
