@@ -90,7 +90,7 @@ def run_search_file(path: Path, given: dict[str, Any], on: str = "local") -> tup
 
     def made() -> Executor:
         asked = found.jobs if on == "local" else given.get("jobs")
-        return on_ray.executor(on, found.folder, asked, where, found.resources, device, pool.stderr)
+        return on_ray.executor(on, found.folder, asked, where, found.resources, device, pool.stderr, ahead=0)
 
     return run_search(found, pool.stderr, made).write()
 

@@ -137,7 +137,7 @@ class _Driver:
         """Why nothing more is to begin; None while there is."""
         if self.search.timeout is not None and time.monotonic() - self.started > self.search.timeout:
             return f"stopped after {self.search.timeout:g} s; the same command goes on"
-        full = [r for r in records if self.search.top in r.results]
+        full = sorted((r for r in records if self.search.top in r.results), key=lambda r: r.ended)
         if self.search.patience is not None and len(full) > self.search.patience:
             before = Front.of(self.search, self.space, full[: -self.search.patience])
             if {p.number for p in before.points} == {p.number for p in Front.of(self.search, self.space, full).points}:

@@ -16,6 +16,7 @@ from flatcompress.quant.placement import Settings, place
 from flatcompress.recipe import Recipe, parse_recipe
 from flatcompress.search.spec import Range, Search
 from flatcompress.stages.context import RunContext
+from flatcompress.stages.prune import PRUNE_BUDGETS
 from flatcompress.yaml_source import override
 
 Values = Mapping[str, Any]  # parameter -> value, as it is stored in the study
@@ -56,6 +57,8 @@ class Space:
         """The recipe of one point at one fidelity. UserError where the values do not go together."""
         raw = copy.deepcopy(self.base)
         for key, value in self._by_key(values).items():
+            if key.endswith(".ratios"):
+                _without_budget(raw, key)
             override(raw, f"{key}={json.dumps(value)}")
         raw["stages"] = _kept_stages(raw["stages"], self.shared, fidelity)
         raw["name"] = "trial"
@@ -77,6 +80,14 @@ class Space:
         return found
 
 
+def _without_budget(raw: dict[str, Any], key: str) -> None:
+    """Every group's ratio is given: what the base recipe says of the whole network goes."""
+    _, index, kind, _ = key.split(".")
+    keys = raw["stages"][int(index)][kind]
+    for budget in PRUNE_BUDGETS:
+        (keys or {}).pop(budget, None)
+
+
 def _kept_stages(stages: list[Any], shared: int, fidelity: Any) -> list[Any]:
     """The stages at a fidelity: fewer epochs of what varies, no export, no prune stage where nothing is to go."""
     kept = []
@@ -84,7 +95,7 @@ def _kept_stages(stages: list[Any], shared: int, fidelity: Any) -> list[Any]:
         ((kind, keys),) = entry.items() if isinstance(entry, dict) else ((entry, None),)
         keys = dict(keys or {})
         ratios = keys.get("ratios")
-        if kind == "prune" and ratios is not None and not keys.get("ratio") and not any(ratios.values()):
+        if kind == "prune" and ratios and not keys.get("ratio") and not any(ratios.values()):
             continue
         if fidelity != "full" and index >= shared:
             if kind == "export":
@@ -166,10 +177,8 @@ def _check_parts(key: str, found: Range, base: dict[str, Any]) -> None:
     for value in found.per_layer or found.per_group or ():
         raw = copy.deepcopy(base)
         override(raw, f"{key}={json.dumps({'layer': value})}")
-        keys = raw["stages"][int(parts[1])][kind]
         if kind == "prune":
-            for budget in ("macs", "params", "bytes", "latency", "latency_ms"):
-                keys.pop(budget, None)
+            _without_budget(raw, key)
         parse_recipe(raw, f"space: {key} {value!r}")
 
 

@@ -43,6 +43,7 @@ class Record:
     open: bool = True
     failed: str | None = None
     sampler: dict[str, Any] = field(default_factory=dict)
+    ended: float = 0.0
 
     @property
     def pending(self) -> int | None:
@@ -101,8 +102,9 @@ class Study:
         attrs = trial.user_attrs
         results = {int(k.split(":")[1]): v for k, v in attrs.items() if k.startswith("result:")}
         running = trial.state == self.optuna.trial.TrialState.RUNNING
+        ended = 0.0 if trial.datetime_complete is None else trial.datetime_complete.timestamp()
         return Record(trial.number, trial._trial_id, dict(trial.params), results, attrs.get("claim"), running,
-                      attrs.get("failed"), attrs.get("sampler") or {})  # fmt: skip
+                      attrs.get("failed"), attrs.get("sampler") or {}, ended)  # fmt: skip
 
     def add(self, values: Mapping[str, Any], sampler: Mapping[str, Any] | None = None) -> Record:
         """A new trial, claimed for the first fidelity by this process."""
@@ -115,7 +117,9 @@ class Study:
             )
         )  # fmt: skip
         return next(
-            self._record(t) for t in reversed(self.study.get_trials(deepcopy=False)) if t.user_attrs["token"] == token
+            self._record(t)
+            for t in reversed(self.study.get_trials(deepcopy=False))
+            if t.user_attrs.get("token") == token
         )
 
     def _claim(self, rung: int) -> dict[str, Any]:
@@ -250,7 +254,7 @@ def opened(optuna: Any, url: str) -> Any:
         server = parsed.get_backend_name() in ("postgresql", "mysql")
         arguments = {"connect_timeout": CONNECT_SECONDS} if server else {"timeout": 60}
         full = parsed.render_as_string(hide_password=False)
-        return optuna.storages.RDBStorage(full, {"connect_args": arguments, "pool_pre_ping": True})
+        return _connected(optuna, full, {"connect_args": arguments, "pool_pre_ping": True})
     except (ImportError, sqlalchemy.exc.NoSuchModuleError) as error:
         raise UserError(
             f"storage {_shown(url)}: its driver is not installed ({error}). PostgreSQL: pip install "
@@ -259,6 +263,17 @@ def opened(optuna: Any, url: str) -> Any:
     except Exception as error:
         reason = (str(getattr(error, "orig", None) or error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"storage {_shown(url)}: cannot be reached ({reason[:300]}).") from None
+
+
+def _connected(optuna: Any, url: str, arguments: dict[str, Any]) -> Any:
+    """The storage; of several processes that make its tables at the same moment all but one are refused once."""
+    try:
+        return optuna.storages.RDBStorage(url, arguments)
+    except Exception as error:
+        if not any(word in str(error).lower() for word in ("already exist", "duplicate", "unique")):
+            raise
+        time.sleep(2)
+        return optuna.storages.RDBStorage(url, arguments)
 
 
 def _shown(url: str) -> str:

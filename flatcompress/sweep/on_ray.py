@@ -33,11 +33,10 @@ class RayCluster:
 
     ``root``: where finished runs are on this machine. ``storage_path``: a folder or URL that every machine of the
     cluster reaches (None: ``root``, which is enough on one machine). ``resources``: of a run; ``device``: the
-    recipe's. ``jobs``: CPUs of a Ray that is started here (None: all). UserError: ray is not installed, nothing
+    recipe's. ``jobs``: CPUs of a Ray that is started here (None: all). ``ahead``: jobs taken beyond what fits now, so
+    that a cluster that grows sees what waits. UserError: ray is not installed, nothing
     answers, the storage cannot be written, or no machine has such resources.
     """
-
-    slots = PENDING
 
     def __init__(
         self,
@@ -48,10 +47,12 @@ class RayCluster:
         jobs: int | None = None,
         device: str = "auto",
         show: Show = lambda line: None,
+        ahead: int = PENDING,
     ) -> None:
         self.root, self.on, self.show, self.jobs = root, on, show, jobs
         self.resources, self.device = resources or Resources(), device
-        self.storage_path = storage_path
+        self.storage_path, self.ahead = storage_path, ahead
+        self.slots = 1 + ahead
         self._running: dict[Any, Job] = {}
         self._losses: Counter[str] = Counter()
         self._ours = False
@@ -88,6 +89,8 @@ class RayCluster:
                 f"no machine of the Ray cluster has the {cpu:g} CPUs and {gpu:g} GPUs that a run asks for (resources); "
                 f"the largest has {most[1]:g} CPUs and {most[0]:g} GPUs."
             )
+        per = [("CPU", cpu), *([("GPU", gpu)] if gpu else [])]
+        self.slots = self.ahead + sum(int(min(n["Resources"].get(k, 0) / need for k, need in per)) for n in nodes)
         names = {node["NodeManagerHostname"] for node in nodes}
         if self.storage_path is None and names != {socket.gethostname()}:
             raise UserError(
@@ -165,14 +168,21 @@ def run_job(recipe: dict[str, Any], url: str, name: str, base: str | None) -> st
 
 
 def executor(
-    on: str, root: Path, jobs: int | None, storage_path: str | None, resources: Resources, device: str, show: Show
+    on: str,
+    root: Path,
+    jobs: int | None,
+    storage_path: str | None,
+    resources: Resources,
+    device: str,
+    show: Show,
+    ahead: int = PENDING,
 ) -> Executor:
     """The executor that ``on`` names: local, ray or ray://HOST:PORT. UserError for anything else."""
     if on == "local":
         if storage_path is not None:
             raise UserError("storage_path is for --on ray: the local pool's runs are in the sweep's own folder.")
         return LocalPool(root, jobs or 1, show)
-    return RayCluster(root, checked(on), storage_path, resources, jobs, device, show)
+    return RayCluster(root, checked(on), storage_path, resources, jobs, device, show, ahead)
 
 
 def imported() -> Any:

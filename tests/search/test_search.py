@@ -87,7 +87,7 @@ def test_a_storage_out_of_reach_is_refused_without_its_password(url):
 
 def test_objectives_that_the_data_cannot_answer_are_refused(tmp_path):
     pytest.importorskip("optuna")
-    recipe = {**RECIPE, "data": {k: v for k, v in RECIPE["data"].items() if k != "held_out"}}
+    recipe = {**RECIPE, "data": {**RECIPE["data"], "held_out": "none"}}
     for objectives, message in (({"robust": "maximize"}, "no held-out domain"), ({"latency_ms": "minimize"}, "export")):
         with pytest.raises(UserError, match=message):
             run_search(search(tmp_path, recipe=recipe, objectives=objectives), print, None)
