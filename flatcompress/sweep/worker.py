@@ -62,6 +62,7 @@ def adopt(base: Path, folder: Path, recipe: Recipe) -> None:
     if target.checkpoints.is_dir() and any(target.checkpoints.iterdir()):
         return
     finished = source.finished_stages()
+    target.create().write_recipe(recipe.to_yaml())  # checkpoints without a recipe are nobody's, and not resumed
     for index in range(len(recipe.stages) - 1):
         stage = stage_id(recipe, index)
         if stage not in finished:

@@ -42,6 +42,7 @@ def spec(folder, **keys):
 def cluster():
     """Two raylets on this machine, one CPU each."""
     os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - Ray's spelling; workers give way to everything otherwise
+    os.environ["RAY_raylet_start_wait_time_s"] = "300"  # noqa: SIM112 - on a busy machine
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     ray = pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
