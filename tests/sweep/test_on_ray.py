@@ -23,7 +23,7 @@ RECIPE = {
     "measure": "off",
     "checkpoint_every": 1,
     "data": {"name": "rotated-digits", "domains": ["30"], "size": 8, "test_fraction": 0.6,
-             "corruptions": "none", "batch_size": 256},
+             "corruptions": "none", "batch_size": 64},
     "model": {"name": "resnet8", "width": 4},
     "stages": [
         {"train": {"method": "none", "epochs": 2}},
