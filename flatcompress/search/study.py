@@ -25,7 +25,7 @@ from flatcompress.search.halving import Point
 from flatcompress.search.space import Space
 from flatcompress.search.spec import Search
 
-CONNECT_SECONDS = 10
+CONNECT_SECONDS = 30
 STALE_SECONDS = 120.0  # without a sign of life, after which another process takes a trial over
 STARTUP = 10  # results of a fidelity, from which on the sampler learns from it
 Measures = dict[str, float | None]
@@ -250,9 +250,10 @@ def opened(optuna: Any, url: str) -> Any:
     try:
         parsed = sqlalchemy.engine.make_url(url)
         if parsed.drivername == "postgresql":  # the driver of the extra, whatever SQLAlchemy's own default is
-            parsed = parsed.set(drivername="postgresql+psycopg")
-        server = parsed.get_backend_name() in ("postgresql", "mysql")
-        arguments = {"connect_timeout": CONNECT_SECONDS} if server else {"timeout": 60}
+            parsed = parsed.set(drivername="postgresql+pg8000")
+        driver = parsed.get_driver_name()  # pg8000's is that of every answer, not of the connection alone
+        wait = "timeout" if driver in ("pg8000", "pysqlite") else "connect_timeout"
+        arguments = {wait: 60 if driver == "pysqlite" else CONNECT_SECONDS}
         full = parsed.render_as_string(hide_password=False)
         return _connected(optuna, full, {"connect_args": arguments, "pool_pre_ping": True})
     except (ImportError, sqlalchemy.exc.NoSuchModuleError) as error:

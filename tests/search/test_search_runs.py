@@ -79,7 +79,7 @@ def test_a_killed_search_ends_in_the_front_of_one_that_was_not(tmp_path, capsys)
 @pytest.fixture
 def postgresql(tmp_path_factory):
     """A PostgreSQL server of this test's own; its URL."""
-    pytest.importorskip("psycopg", reason="needs the extra postgresql")
+    pytest.importorskip("pg8000", reason="needs the extra postgresql")
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin/pg_ctl")) or [Path(shutil.which("pg_ctl") or "")]
     if not found[-1].name:
         pytest.skip("needs a PostgreSQL server (pg_ctl)")
