@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -77,18 +78,17 @@ def test_a_killed_search_ends_in_the_front_of_one_that_was_not(tmp_path, capsys)
 
 
 @pytest.fixture
-def postgresql(tmp_path_factory):
+def postgresql():
     """A PostgreSQL server of this test's own; its URL."""
     pytest.importorskip("pg8000", reason="needs the extra postgresql")
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin/pg_ctl")) or [Path(shutil.which("pg_ctl") or "")]
     if not found[-1].name:
         pytest.skip("needs a PostgreSQL server (pg_ctl)")
-    tools, folder = found[-1].parent, tmp_path_factory.mktemp("postgresql")
+    # not below pytest's own folder, which every new run of pytest closes to other users
+    tools, folder = found[-1].parent, Path(tempfile.mkdtemp(prefix="postgresql-"))
     as_user: list[str] = []
     if os.getuid() == 0:  # the server refuses to run as root
         as_user = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"]
-        for parent in (folder, *folder.parents[:3]):
-            parent.chmod(parent.stat().st_mode | 0o055)
         shutil.chown(folder, "postgres", "postgres")
 
     def call(*command: str) -> None:
@@ -104,6 +104,7 @@ def postgresql(tmp_path_factory):
         yield f"postgresql://tester@127.0.0.1:{port}/postgres"
     finally:
         call(str(tools / "pg_ctl"), "-D", str(folder / "data"), "-m", "fast", "stop")
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def test_forty_trials_of_two_workers_on_postgresql_one_killed_lose_nothing(tmp_path, postgresql):
