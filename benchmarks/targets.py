@@ -4,18 +4,19 @@
 
 Networks: the built-in ones (`_ptq_networks.OPTIONS` makes three of them narrower), trained for an epoch on rotated
 digits (ResNet-8, ResNet-20 and DS-CNN on all 6,295, the others on 2,000 images), quantized without training as
-`flatcompress compress --target` does: the target's own weight bits (8; OpenVINO's 7), and for onnxruntime and OpenVINO
-W4A4. ``lint``: breaches of the tool's published rules. ``run``: the package that loaded the file here; a dash where
-there is none. None of the targets was run on a device. ``integer``: the layers that it computes on integers. ``equal``:
-share of 1,000 real test inputs with the reference's class, ``steps``: the largest difference in output steps,
+`flatcompress compress --target` does: the target's own weight bits (8; OpenVINO's 7), and for onnxruntime, OpenVINO
+and LiteRT W4A4. ``lint``: breaches of the tool's published rules. ``run``: the package that loaded the file here; a
+dash where there is none. None of the targets was run on a device. ``integer``: the layers that it computes on
+integers. ``equal``: share of 1,000 real test inputs with the reference's class, ``steps``: the largest difference in
+output steps,
 ``further``: the share that is more than 1.5 of them away. A sum that lies on a rounding boundary may go either way, and
 with few bits one code is many output steps: that is what ``further`` counts.
 
 ``--quick``: ResNet-8 and DS-CNN, 200 inputs. What is measured is kept in ``benchmarks/results/targets.partial``:
 a run that was stopped goes on, and ``--kept`` measures nothing and writes the page docs/results/targets.md from it.
 
-Targets: no breach of a rule; onnxruntime and OpenVINO give the reference's class on at least 99.9 % of the inputs and
-are at most 1.5 output steps away.
+Targets: no breach of a rule; onnxruntime, OpenVINO and LiteRT give the reference's class on at least 99.9 % of the
+inputs and are at most 1.5 output steps away.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ FEWER = dict.fromkeys(NETWORKS[3:], 2000)  # images to train on: the others take
 BITS = ((8, 8), (4, 4))
 INPUTS = {False: 1000, True: 200}
 EQUAL, STEPS = 0.999, 1.5
-HELD = ("onnxruntime-cpu", "openvino")
+HELD = ("onnxruntime-cpu", "openvino", "litert")
 PAGE = Path(__file__).parent.parent / "docs" / "results" / "targets.md"
 
 

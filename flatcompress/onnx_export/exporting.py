@@ -17,6 +17,7 @@ from flatcompress.onnx_export.c import model as c_model
 from flatcompress.onnx_export.emit.catalogue import PROFILES, emitters
 from flatcompress.onnx_export.emit.profiles import Profile
 from flatcompress.onnx_export.emit.writer import WEIGHTED, Writer
+from flatcompress.onnx_export.litert import model as litert_model
 from flatcompress.onnx_export.lower.lowering import lower
 from flatcompress.storage import write_output
 
@@ -27,7 +28,7 @@ class Exported:
 
     ``bytes``: of the file. ``theoretical_bytes``: of its weights, bits per weight or mask plus non-zeros. ``tensors``
     and ``paths``: the file's tensor and the module path of every quantized node of the reference; ``shifts``: what its
-    codes there lack. ``c``: what profile ``c`` wrote beside the file.
+    codes there lack. ``c``, ``litert``: what the profiles of these names wrote beside the file.
     """
 
     path: Path
@@ -41,6 +42,7 @@ class Exported:
     paths: dict[str, str] = field(default_factory=dict, repr=False)
     shifts: dict[str, int] = field(default_factory=dict, repr=False)
     c: c_model.CModel | None = None
+    litert: litert_model.LiteRTModel | None = None
 
 
 def export(
@@ -61,13 +63,16 @@ def export(
     that the profile and the model's operators allow. metadata: text for the file's metadata_props, beside the writer's
     own ``flatcompress`` entries. class_names: of the outputs, in order, for the file's metadata. UserError when the
     model cannot be traced or written, or does not go with the profile; nothing is left at ``path`` then. Profile ``c``
-    writes its sources into the folder ``c`` beside ``path``, or beside it where that is its folder.
+    writes its sources into the folder ``c`` beside ``path``, or beside it where that is its folder. ``litert`` writes a
+    .tflite file beside ``path``; UserError where ai-edge-litert is not installed.
     """
     chosen: Profile = PROFILES[profile]()
     reference = lower(model, example_input)
     _check_fits(reference, chosen)
     decided = c_model.prepare(reference) if chosen.c else None
-    writer, made = _write(reference, chosen, opset, _metadata(chosen, metadata, class_names))
+    entries = _metadata(chosen, metadata, class_names)
+    lite = litert_model.prepare(reference, entries, chosen.litert == 4) if chosen.litert else None
+    writer, made = _write(reference, chosen, opset, entries)
     onnx.checker.check_model(made, full_check=True)
     target = Path(path)
     data = made.SerializeToString()
@@ -83,6 +88,7 @@ def export(
         writer.builder.opset,
         *_quantized(writer),
         c=None if decided is None else c_model.write(decided, target),
+        litert=None if lite is None else litert_model.write(lite, target),
     )
 
 

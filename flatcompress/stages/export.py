@@ -86,11 +86,9 @@ class ExportConfig(StageKeys):
 
     @model_validator(mode="after")
     def _known_profile(self) -> ExportConfig:
-        if self.profile.lower() in ("tflite", "litert"):
+        if self.profile.lower() == "tflite":
             raise KeyProblem(
-                "profile",
-                "no LiteRT (TFLite) file is written. For microcontrollers take profile: c; elsewhere "
-                "onnxruntime runs the ONNX file.",
+                "profile", "TFLite is called LiteRT now: write profile: litert; for microcontrollers take profile: c."
             )
         if self.profile not in onnx_export.PROFILES:
             raise KeyProblem("profile", str(unknown("profile", self.profile, onnx_export.PROFILES)))

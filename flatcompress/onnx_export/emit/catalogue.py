@@ -76,6 +76,16 @@ def c() -> Profile:
     return Profile("c", store_packed, pack_vectors=True, c=True)
 
 
+def litert() -> Profile:
+    """The packed file, and a LiteRT file with int8 weights beside it."""
+    return Profile("litert", store_packed, pack_vectors=True, unsigned=True, litert=8)
+
+
+def litert_int4() -> Profile:
+    """The packed file, and a LiteRT file that keeps weights of up to 4 bits as int4 beside it."""
+    return Profile("litert_int4", store_packed, pack_vectors=True, unsigned=True, litert=4)
+
+
 def float32() -> Profile:
     """A float model as it is, BatchNorms folded."""
     return Profile("float32", store_int8, integer=False)
@@ -95,5 +105,7 @@ PROFILES.add("qdq_int8", qdq_int8, "plain QDQ, int8 activations: ST Edge AI for 
 PROFILES.add("qdq_symmetric", qdq_symmetric, "plain QDQ, int8 activations with zero point 0, real biases: TensorRT")
 PROFILES.add("qonnx", qonnx, "Quant nodes for FINN, hls4ml and qonnx; runs in onnxruntime too, on floats")
 PROFILES.add("c", c, "C99 for microcontrollers beside the packed file, every output bit proved equal")
+PROFILES.add("litert", litert, "LiteRT (TFLite) beside the packed file, int8 weights; needs ai-edge-litert")
+PROFILES.add("litert_int4", litert_int4, "the same with weights of up to 4 bits as int4: smaller, slower, less exact")
 PROFILES.add("float32", float32, "a float model, for comparison")
 PROFILES.add("float16", float16, "a float model in half precision, for comparison")

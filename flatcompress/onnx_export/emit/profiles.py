@@ -82,8 +82,9 @@ class Profile:
     and biases are stored in the bits they need. ``integer_kernels``: onnxruntime is expected to run the layers on
     integers. ``unsigned``: weights whose products can saturate in 16 bits are handed to the kernel as uint8 with zero
     point 128, whose kernels do not. ``functions``: of the opset, definitions that the file carries. ``c``: C sources
-    are written beside it. ``modules``: writers of modules in place of the ordinary ones. ``form``: of plain QDQ.
-    ``moved``: what is written behind a node that has been written.
+    are written beside it; ``litert``: a LiteRT file is, of weights with 8 bits, or with 4 where they fit. ``modules``:
+    writers of modules in place of the ordinary ones. ``form``: of plain QDQ. ``moved``: what is written behind a node
+    that has been written.
     """
 
     name: str
@@ -97,6 +98,7 @@ class Profile:
     unsigned: bool = False
     functions: tuple[Callable[[int], onnx.FunctionProto], ...] = ()
     c: bool = False
+    litert: int = 0
     modules: dict[type, Callable[..., str]] = field(default_factory=dict)
     form: Form | None = None
     moved: Callable[..., Any] | None = None

@@ -11,6 +11,8 @@ The certificate is JSON beside the model. It holds when
 - of the samples whose argmax changed by more than roundoff explains there are not more than 0.1 %, on or off
   (`judging`; how far roundoff reaches is measured on the reference, see `roundoff`, and stands beside it);
 - with profile ``c``, the C model, compiled and run here, gives every output bit that onnxruntime gives;
+- with profile ``litert``, the LiteRT file, run here, has not more than 1 % of samples further than 1.5 steps from the
+  reference and not more than 0.1 % with another argmax;
 - the task metric through onnxruntime differs by at most 0.1 points from the reference's, on samples that roundoff
   does not explain.
 
@@ -38,7 +40,7 @@ from flatcompress.errors import UserError
 from flatcompress.onnx_export.c import model as c_model
 from flatcompress.onnx_export.emit.catalogue import PROFILES
 from flatcompress.onnx_export.exporting import Exported
-from flatcompress.onnx_export.proof import inspect_file, integers, judging, others, parity, trained
+from flatcompress.onnx_export.proof import inspect_file, integers, judging, lite, others, parity, trained
 from flatcompress.onnx_export.proof.diverging import first_diverging_layer
 from flatcompress.onnx_export.proof.evidence import BYTES, Evidence
 from flatcompress.onnx_export.proof.roundoff import EVALUATIONS, HALF, SINGLE, real_operators, roundoff
@@ -104,14 +106,31 @@ def certify(
         "latency": _latency(exported.path, latency_runs, threads),
     }
     certificate |= {} if learned.plain else {"task": learned.described()}
-    if exported.c is not None:
-        certificate["c"] = _c(exported.c, certificate["parity"], inputs, measured, reference, learned)
+    certificate |= _companions(exported, certificate["parity"], inputs, output, measured, reference, learned)
     certificate["failures"] = _failures(certificate, reference, measured["optimized"], truth, learned)
     _warn(certificate, exported.profile, require_integer)
     certificate["holds"] = not certificate["failures"]
     if write:
         _store(exported.path, certificate, _evidence(inputs, reference, truth).capped(evidence_bytes), output, learned)
     return certificate
+
+
+def _companions(
+    exported: Exported,
+    both: dict[str, Any],
+    inputs: Samples,
+    output: int,
+    measured: dict[str, NDArray[np.float32]],
+    reference: NDArray[np.float32],
+    task: Task,
+) -> dict[str, Any]:
+    """Sections of what was written beside the ONNX file."""
+    found: dict[str, Any] = {}
+    if exported.c is not None:
+        found["c"] = _c(exported.c, both, inputs, measured, reference, task)
+    if exported.litert is not None:
+        found["litert"] = lite.section(exported.litert, inputs, output, reference, task.agreement)
+    return found
 
 
 def _c(
@@ -170,6 +189,8 @@ def _failures(
     if reasons:
         reasons += judging.saturation(certificate["kernels"]["can_saturate"], both["optimized"])
     reasons += c_model.failures(certificate["c"]) if "c" in certificate else []
+    narrow = PROFILES[certificate["file"]["profile"]]().litert == 4
+    reasons += lite.failures(certificate["litert"], narrow) if "litert" in certificate else []
     return reasons + others.failures(certificate["outputs"])
 
 

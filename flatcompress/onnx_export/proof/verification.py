@@ -70,6 +70,8 @@ def verify(path: str | Path, key: str | Path | None = None) -> Verification:
         result.failures.append("the certificate itself says that it does not hold: " + _reasons(certificate))
     model = _beside(result, certificate["file"], "model")
     kept = _beside(result, certificate["evidence"], "evidence")
+    if isinstance(certificate.get("litert"), dict):
+        _beside(result, certificate["litert"], "LiteRT file")
     _judge_signature(result, key)
     _note_versions(result)
     if model is not None and kept is not None:

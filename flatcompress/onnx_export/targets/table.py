@@ -97,11 +97,20 @@ def stm32n6() -> Target:
 
 
 def litert() -> Target:
+    """int8 per channel, written without a converter; XNNPACK rounds a product once, as onnxruntime does."""
+    return Target(
+        "litert", "litert", rules=(lint.operators(), lint.opset(13)),
+        page="https://ai.google.dev/edge/litert/conversion/tensorflow/quantization/quantization_spec",
+        tool=tools.Tool("ai-edge-litert", "litert", tools.litert), device="run here, on this processor",
+    )  # fmt: skip
+
+
+def executorch() -> Target:
     """There is no writer for it."""
     return Target(
-        "litert", instead="no LiteRT (.tflite) file is written. For microcontrollers take profile: c; for phones "
-        "target: onnxruntime-cpu runs through onnxruntime's mobile builds (export/to_ort.py).",
-        page="https://ai.google.dev/edge/litert/conversion/tensorflow/quantization/quantization_spec",
+        "executorch", instead="no ExecuTorch (.pte) file is written. On the same phones target: litert runs the same "
+        "XNNPACK kernels, and target: onnxruntime-cpu onnxruntime's own; for microcontrollers take profile: c.",
+        page="https://docs.pytorch.org/executorch/stable/backends-xnnpack.html",
     )  # fmt: skip
 
 
@@ -121,5 +130,6 @@ TARGETS.add("openvino", openvino, "OpenVINO on Intel processors; run here where 
 TARGETS.add("tensorrt", tensorrt, "NVIDIA TensorRT, int8 with zero point 0; linted, not run")
 TARGETS.add("qnn", qnn, "Qualcomm NPUs through onnxruntime's QNN provider; emulated here where it is installed")
 TARGETS.add("stm32n6", stm32n6, "ST Edge AI's Neural-ART compiler, int8 QDQ; linted, not run")
-TARGETS.add("litert", litert, "LiteRT (TFLite): refused, no such file is written")
+TARGETS.add("litert", litert, "LiteRT (TFLite) on phones and boards; run here where ai-edge-litert is installed")
+TARGETS.add("executorch", executorch, "ExecuTorch: refused, no such file is written")
 TARGETS.add("hls4ml", hls4ml, "hls4ml and FINN by QONNX; executed by qonnx here where it is installed")

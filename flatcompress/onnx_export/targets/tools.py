@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from flatcompress.onnx_export.litert import model as litert_model
 from flatcompress.onnx_export.runtime import sessions
 
 Batches = Sequence[tuple[NDArray[Any], ...]]
@@ -64,6 +65,11 @@ def qonnx(path: Path, names: list[str], batches: Batches, output: int) -> Ran:
     result, names = model.graph.output[output].name, [value.name for value in model.graph.input]  # cleaning renames
     rows = [onnx_exec.execute_onnx(model, sample)[result] for sample in _one_by_one(names, batches)]
     return np.concatenate(rows), {"how": "qonnx.core.onnx_exec, cleaned"}
+
+
+def litert(path: Path, names: list[str], batches: Batches, output: int) -> Ran:
+    """The LiteRT file beside the ONNX file, in the default interpreter."""
+    return litert_model.run(litert_model.place(path), names, batches, output)
 
 
 def qnn(path: Path, names: list[str], batches: Batches, output: int) -> Ran:
