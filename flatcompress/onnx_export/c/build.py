@@ -8,6 +8,7 @@ import subprocess
 import tempfile
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,13 +48,18 @@ def host_program(folder: Path, name: str, target: Path, command: str, flags: tup
         raise RunError(f"{folder / name}.c does not compile with {command}:\n{done.stderr[:4000]}")
 
 
-def outputs(program: Path, samples: NDArray[np.float32], count: int) -> NDArray[np.float32]:
-    """The program's outputs [N, count] for float32 samples [N, ...]."""
+def traced() -> tuple[str, ...]:
+    """Flags with which a model writes every step's result before its outputs, where it was written to be traced."""
+    return ("-include", str(resources.files(__package__) / "harness" / "trace.h"))
+
+
+def outputs(program: Path, samples: NDArray[np.float32], count: int, kind: type = np.float32) -> NDArray[Any]:
+    """The program's outputs [N, count] for float32 samples [N, ...], as numbers of ``kind``."""
     data = np.ascontiguousarray(samples, np.float32).tobytes()
     done = subprocess.run([str(program)], input=data, capture_output=True, check=False)
     if done.returncode:
         raise RunError(f"the C model stopped with {done.returncode}: {done.stderr[-2000:].decode(errors='replace')}")
-    return np.frombuffer(done.stdout, np.float32).reshape(len(samples), count)
+    return np.frombuffer(done.stdout, kind).reshape(len(samples), count)
 
 
 def run_here(

@@ -29,6 +29,8 @@ def write(decided: Decided, name: str) -> Sources:
             rows.write(made, decided, index, step)
         else:
             _WRITERS[type(step)](made, decided, index, step)
+        if decided.program.floats and step.out is not None:
+            made.calls.append(f"FC_TRACE(&bytes[{decided.plan.offsets[step.out.name]}u], {step.out.bytes}u);")
     return made
 
 

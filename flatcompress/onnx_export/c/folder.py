@@ -20,6 +20,11 @@ FEATURES = (
     *("ROWS", "ROW_CODES", "ROW_COPY", "ROW_PRODUCT", "ROW_SCALE", "ROW_DIVIDE", "ROW_ADD", "ROW_TIMES", "ROW_NORM"),
     *("ROW_SOFTMAX", "ROW_GELU", "ROW_SIGMOID", "ROW_TANH", "ROW_HARD", "ROW_RELU", "ROW_PLANES", "ROW_QUANTIZE"),
 )
+TRACE = """
+#ifndef FC_TRACE
+#define FC_TRACE(from, count) ((void)0) /* for whoever wants to see a step's result */
+#endif
+"""
 RESERVED = {"main", "in", "out", "arena", "bytes", "int", "float", "char", "void", "const", "static", "if", "for"}
 
 
@@ -106,6 +111,7 @@ def _source(decided: Decided, made: Sources) -> str:
     name, upper = made.name, made.name.upper()
     features = "\n".join(f"#define FC_{part} {int(part in made.uses)}" for part in FEATURES)
     constants = "\n\n".join(made.constants)
+    trace = "" if not decided.program.floats else TRACE
     calls = "\n".join(f"    {call}" for call in made.calls)
     return f"""/* {name}: written by flatcompress; see README.md. */
 #include "{name}.h"
@@ -114,7 +120,7 @@ def _source(decided: Decided, made: Sources) -> str:
 #include "{KERNELS}"
 
 #include "{name}_weights.h"
-
+{trace}
 {constants}
 
 int {name}_run(const float *in, float *out, void *arena)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import fx
 
-from flatcompress.onnx_export.c import build, folder
+from flatcompress.onnx_export.c import build, checking, folder
 from flatcompress.onnx_export.c.layers import Decided, decide
 from flatcompress.onnx_export.c.read import read
 
@@ -90,7 +90,10 @@ def section(
     }
     if model.decided.program.floats:
         row, sentences = judged(reference[chosen], found[0].reshape(reference[chosen].shape))
-        equality |= {**row, "bit_equal": equality["bit_equal"], "beyond": sentences}
+        steps = checking.check(model.folder, model.name, model.decided.program, inputs[chosen])
+        wrong = [] if steps is None else steps["wrong"]
+        sentences += [f"{w['module']}: {w['values']} values are not what its own inputs give." for w in wrong[:3]]
+        equality |= {**row, "bit_equal": equality["bit_equal"], "steps": steps, "beyond": sentences}
     else:
         equality["wrong"] = int((~same & ~(straying & exact)).sum())
     return {**model.figures, "equality": equality}

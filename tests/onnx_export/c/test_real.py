@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from flatcompress import models, quant
 from flatcompress.errors import UserError
 from flatcompress.onnx_export import certify, export
-from flatcompress.onnx_export.c import board, build, emit, folder, layout
+from flatcompress.onnx_export.c import board, build, checking, emit, folder, layout
 from flatcompress.onnx_export.c.model import bit_equal
 from flatcompress.onnx_export.proof.parity import reference_outputs
 
@@ -97,6 +97,14 @@ def test_attention_is_within_what_rounding_explains_and_says_where_it_is_no_bit(
     assert equal.mean() > 0.5  # a sum at the edge of two codes may fall to either; most do not
     step = np.ptp(reference) / 255
     assert np.median(np.abs(found - reference)) <= step
+    checked = checking.check(exported.c.folder, "m", exported.c.decided.program, x.numpy())
+    assert checked["wrong"] == [] and checked["steps"] >= 6 and checked["other"] <= 0.001 * checked["values"]
+    text = exported.c.folder / "m_weights.h"
+    before, gain, after = text.read_text().partition("float gain_")  # one weight of a norm, a sixteenth larger
+    first = after.index("0x1.")
+    text.write_text(before + gain + after[: first + 4] + "1" + after[first + 5 :])
+    spoilt = checking.check(exported.c.folder, "m", exported.c.decided.program, x.numpy())
+    assert [row["module"] for row in spoilt["wrong"]] == ["norm"]
     computed = [name for row in exported.c.figures["proof"]["float_steps"] for name in row["computes"]]
     assert {"norm", "softmax"} <= set(computed)
     assert ": scale, softmax" in (exported.c.folder / "README.md").read_text()
@@ -115,6 +123,7 @@ def test_a_transformers_certificate_judges_its_c(tmp_path):
     assert found["holds"], found["failures"]
     assert "wrong" not in equality and equality["beyond"] == [] and equality["largest_error_steps"] <= 1.0
     text = exported.c.folder / "m_weights.h"
+    assert equality["steps"]["steps"] >= 8 and equality["steps"]["other"] < 0.01 * equality["steps"]["values"]
     before, gain, after = text.read_text().rpartition("float gain_")  # the last norm, its weights negated
     values, end, rest = after.partition("};")
     text.write_text(before + gain + values.replace(" 0x1.", " -0x1.") + end + rest)

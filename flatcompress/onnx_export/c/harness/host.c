@@ -9,6 +9,13 @@ static uint64_t arena[(HOST_ARENA_BYTES + 7u) / 8u];
 static float in[HOST_INPUT_COUNT];
 static float out[HOST_OUTPUT_COUNT];
 
+#ifdef FC_TRACE
+void host_trace(const void *from, size_t count)
+{
+    (void)fwrite(from, 1u, count, stdout);
+}
+#endif
+
 int main(void)
 {
     while (fread(in, sizeof in[0], HOST_INPUT_COUNT, stdin) == HOST_INPUT_COUNT) {
