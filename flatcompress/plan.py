@@ -25,6 +25,7 @@ SCHEMA = 1
 # stays below every package: they import Plan, and one is loaded only when a plan needs it.
 APPLIERS: dict[str, str] = {
     "channels": "flatcompress.prune.channels:apply",
+    "blocks": "flatcompress.prune.depth:apply",
     "masks": "flatcompress.prune.masks:apply",
     "quantizers": "flatcompress.quant.layers:apply",
     "elastic": "flatcompress.prune.elastic:apply",
