@@ -34,6 +34,8 @@ IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".pgm", ".ppm", ".npy")
 class Model:
     """An exported file: its session, its preprocessing and its class names."""
 
+    inside = False  # whether the file computes its features from samples
+
     def __init__(self, path: str | Path, threads: int = 1) -> None:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
@@ -50,7 +52,7 @@ class Model:
         self.classes: list[str] = json.loads(meta.get("classes", "[]"))
         self.intensity: list[float] | None = made.get("intensity")
         self.features: dict[str, object] | None = made.get("features")
-        self.inside = meta.get("features") == "inside"  # the file computes them from samples
+        self.inside = meta.get("features") == "inside"
         self.task: dict[str, object] = json.loads(meta.get("task", '{"name": "classification", "output": "argmax"}'))
         self.metadata = dict(meta)
 

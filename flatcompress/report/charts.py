@@ -167,7 +167,7 @@ def _linear_ticks(low: float, high: float) -> list[float]:
 
 def _log_ticks(low: float, high: float) -> list[float]:
     """1, 2, 5, 10, ... around the values; whole decades, then fewer of them, where that would be too many."""
-    first, last = math.floor(math.log10(low) - 1e-9), math.ceil(math.log10(high) + 1e-9)
+    first, last = math.floor(math.log10(low) - 1e-9), min(308, math.ceil(math.log10(high) + 1e-9))
     if last - first > 3:
         return [10.0**e for e in range(first, last + 1, math.ceil((last - first) / 6))] + [10.0**last] * (
             (last - first) % math.ceil((last - first) / 6) != 0

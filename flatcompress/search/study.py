@@ -28,6 +28,7 @@ from flatcompress.search.spec import Search
 CONNECT_SECONDS = 30
 STALE_SECONDS = 120.0  # without a sign of life, after which another process takes a trial over
 STARTUP = 10  # results of a fidelity, from which on the sampler learns from it
+TRIES, DRAWS = 20, 200  # points that the sampler may propose in vain, and points drawn evenly after that
 Measures = dict[str, float | None]
 
 
@@ -200,7 +201,7 @@ class Study:
         tried = {json.dumps(r.values, sort_keys=True) for r in records}
         rungs = [k for k in range(self.search.top + 1) if sum(k in r.results for r in records) >= STARTUP]
         rung, distributions = (rungs or [0])[-1], self.distributions()
-        for attempt in range(20):
+        for attempt in range(TRIES + DRAWS):
             view = self.optuna.create_study(
                 directions=list(self.search.objectives.values()), sampler=self._sampler(len(records), attempt)
             )
@@ -221,7 +222,9 @@ class Study:
         )  # fmt: skip
 
     def _sampler(self, number: int, attempt: int) -> Any:
-        samplers, seed = self.optuna.samplers, (self.search.seed * 1_000_003 + number * 101 + attempt) % 2**32
+        samplers, seed = self.optuna.samplers, (self.search.seed * 1_000_003 + number * 1_009 + attempt) % 2**32
+        if attempt >= TRIES:  # the sampler proposes nothing but what was tried
+            return samplers.RandomSampler(seed=seed)
         if self.search.sampler == "tpe":
             return samplers.TPESampler(seed=seed, n_startup_trials=STARTUP)
         if self.search.sampler == "nsga2":
