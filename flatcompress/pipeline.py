@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from flatcompress import data as datasets
-from flatcompress import environment, models
+from flatcompress import models
 from flatcompress.data import DataBundle
 from flatcompress.data.tokens import vocabulary_size
 from flatcompress.errors import UserError
@@ -169,7 +169,6 @@ class Pipeline:
         recipe = self.recipe
         if recipe.threads:
             torch.set_num_threads(recipe.threads)
-        environment.keep_freed_memory()
         path = Path(folder) if folder is not None else self.folder
         session = Session(path, recipe, restart, display)
         session.show("doing", what="reading the data, trying every stage on a copy", measuring=False)
