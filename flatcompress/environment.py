@@ -37,6 +37,17 @@ def machine() -> dict[str, Any]:
     return {"platform": platform.platform(terse=True), "processor": processor(), "cores": os.cpu_count()}
 
 
+def process_is_alive(pid: int) -> bool:
+    """Whether this machine has a process of that number, whoever's it is; a number that none can have counts as one."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True
+
+
 def versions(*packages: str) -> dict[str, str]:
     """The versions of installed ``packages`` by name; one that has none is left out with a warning.
 

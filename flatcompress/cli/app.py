@@ -10,12 +10,13 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
 from flatcompress import __version__
 from flatcompress.cli import sweeping
+from flatcompress.cli.results import Json, show
 from flatcompress.errors import Interrupted, RunError, UserError, unknown
 
 app = typer.Typer(
@@ -29,12 +30,6 @@ app = typer.Typer(
 
 RecipePath = Annotated[Path, typer.Argument(help="the recipe, a YAML file", show_default=False)]
 Setting = Annotated[list[str] | None, typer.Option("--set", help="override a key: stages.1.prune.ratio=0.7")]
-Json = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
-
-
-def show(value: Any, as_json: bool, text: str) -> None:
-    """Print a result: JSON for machines, else text."""
-    typer.echo(json.dumps(value, indent=1) if as_json else text)
 
 
 @app.command()

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-Json = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
+from flatcompress.cli.results import Json, show
+
 Jobs = Annotated[int | None, typer.Option(min=1, max=256, help="runs at the same time")]
 On = Annotated[str, typer.Option("--on", help="where runs are computed: local | ray | ray://HOST:PORT")]
 StoragePath = Annotated[str | None, typer.Option(help="on Ray: folder or URL (s3://...) that all machines reach")]
-
-
-def _show(value: Any, as_json: bool, text: str) -> None:
-    typer.echo(json.dumps(value, indent=1) if as_json else text)
 
 
 def sweep(
@@ -31,10 +27,10 @@ def sweep(
 
     if plan:
         commands = plan_sweep(file)
-        _show(commands, as_json, "\n".join(commands))
+        show(commands, as_json, "\n".join(commands))
         return
     text, data = run_sweep_file(file, jobs, on, storage_path)
-    _show(data, as_json, text)
+    show(data, as_json, text)
 
 
 def search(
@@ -52,4 +48,4 @@ def search(
 
     given = {"jobs": jobs, "n_trials": n_trials, "timeout": timeout, "storage": storage, "storage_path": storage_path}
     text, data = run_search_file(file, {k: v for k, v in given.items() if v is not None}, on)
-    _show(data, as_json, text)
+    show(data, as_json, text)

@@ -26,6 +26,8 @@ from flatcompress.registry import shown
 from flatcompress.stages import STAGES, StageKeys, order_problem, stage_of
 from flatcompress.stages.keys import KeyProblem, Strict
 
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"  # of a run, a sweep or a search, which is its folder's
+
 
 class DataConfig(BaseModel):
     """Which data set. Keys beyond these go to the data set itself (`flatcompress list data`)."""
@@ -113,7 +115,7 @@ def _plain_no(value: Any) -> Any:
 class Recipe(Strict):
     """Everything a run needs, every default written out."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")] = Field(
+    name: Annotated[str, Field(pattern=NAME)] = Field(
         "run", description="name of the run folder: letters, digits, . _ -"
     )
     seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="fixes every random choice")

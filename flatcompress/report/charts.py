@@ -18,6 +18,7 @@ from flatcompress.report.numbers import count, percent, significant
 
 MAX_POINTS = 400
 SIDE = 1000.0
+LARGEST = 1e300  # beyond it ticks are no floats: what is larger is drawn there; logarithms begin at its reciprocal
 
 
 UNITS: dict[str, tuple[Callable[[Any], str], Callable[[float], str]]] = {
@@ -142,23 +143,26 @@ class _Scale:
 
     def __init__(self, low: float, high: float, log: bool, zero: bool) -> None:
         self.log = log
+        low, high = self._within(low), self._within(high)
         if log:
             self.ticks = _log_ticks(low, high)
         else:
             self.ticks = _linear_ticks(min(low, 0.0) if zero else low, max(high, 0.0) if zero else high)
         self._low, self._high = self._at(self.ticks[0]), self._at(self.ticks[-1])
 
+    def _within(self, value: float) -> float:
+        return min(max(value, 1 / LARGEST if self.log else -LARGEST), LARGEST)
+
     def _at(self, value: float) -> float:
         return math.log10(value) if self.log else value
 
     def y(self, value: float) -> float:
-        return SIDE * (1 - (self._at(value) - self._low) / (self._high - self._low))
+        return SIDE * (1 - (self._at(self._within(value)) - self._low) / (self._high - self._low))
 
 
 def _linear_ticks(low: float, high: float) -> list[float]:
-    low, high = max(low, -1e300), min(high, 1e300)
     if high - low <= 1e-9 * max(abs(low), abs(high), 1e-300):
-        pad = abs(high) * 0.1 or 1.0
+        pad = abs(high) * 0.1 if abs(high) > 1 / LARGEST else 1.0
         low, high = (0.0 if low == 0 else low - pad), high + pad
     step = _nice((high - low) / 4)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
@@ -167,7 +171,7 @@ def _linear_ticks(low: float, high: float) -> list[float]:
 
 def _log_ticks(low: float, high: float) -> list[float]:
     """1, 2, 5, 10, ... around the values; whole decades, then fewer of them, where that would be too many."""
-    first, last = math.floor(math.log10(low) - 1e-9), min(308, math.ceil(math.log10(high) + 1e-9))
+    first, last = math.floor(math.log10(low) - 1e-9), math.ceil(math.log10(high) + 1e-9)
     if last - first > 3:
         return [10.0**e for e in range(first, last + 1, math.ceil((last - first) / 6))] + [10.0**last] * (
             (last - first) % math.ceil((last - first) / 6) != 0

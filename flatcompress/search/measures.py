@@ -61,7 +61,7 @@ class Measuring:
             **{k: accuracy[k] for k in ("test", "held_out", "corrupted")},
             "robust": sum(seen) / len(seen) if seen else None,
             "val": val_accuracy(there.log),
-            **{k: last.get(k) for k in ("bytes", "macs", "params", "latency_ms", "sharpness")},
+            **{k: last.get(k) for k in ("bytes", "macs", "params", "latency_ms")},
             "passes": sum(row["passes"] or 0 for row in rows),
             "seconds": sum(row["seconds"] or 0 for row in rows),
         }

@@ -144,7 +144,7 @@ def _check_keys(search: Search, base: dict[str, Any]) -> None:
     """Every end of every range by itself in the recipe. UserError names the key and what is wrong with it."""
     for key, found in search.space.items():
         last = key.rpartition(".")[2]
-        if (found.per_layer is not None) != (last == "bits") and found.per_layer is not None:
+        if found.per_layer is not None and last != "bits":
             raise UserError(f"space: {key}: per_layer is for bits of a quantize stage.")
         if found.per_group is not None and last != "ratios":
             raise UserError(f"space: {key}: per_group is for ratios of a prune stage.")

@@ -8,11 +8,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from flatcompress.errors import UserError, nearest
+from flatcompress.recipe.schema import NAME
 from flatcompress.stages.keys import Bits, Size, Strict
-from flatcompress.sweep.spec import Resources, base_recipe
-from flatcompress.yaml_source import MAX_BYTES, parse_yaml
+from flatcompress.sweep.spec import Resources, load_file
 
-_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 OBJECTIVES = {  # what a trial can be judged by -> what it is
     "robust": "mean of the accuracies on the held-out domain and under corruption, those that there are",
     "held_out": "accuracy on the held-out domain",
@@ -95,7 +94,7 @@ Fidelity = Literal["post_training", "full"] | Annotated[int, Field(ge=1)]
 class Search(Strict):
     """A search file."""
 
-    name: Annotated[str, Field(pattern=_NAME)] = Field("search", description="name of the folder and of the study")
+    name: Annotated[str, Field(pattern=NAME)] = Field("search", description="name of the folder and of the study")
     output_dir: str = Field("runs", description="where the search's folder goes")
     recipe: str | dict[str, Any] = Field(description="base recipe: a file, or its keys")
     space: Annotated[dict[str, Range], Field(min_length=1)] = Field(description="recipe key -> what it may be")
@@ -157,18 +156,7 @@ def _known(name: str, known: Any, kind: str) -> None:
 
 def load_search(path: str | Path) -> Search:
     """Read and check a search file. UserError for everything that is wrong with it."""
-    path = Path(path)
-    try:
-        if path.stat().st_size > MAX_BYTES:
-            raise UserError(f"{path}: too large for a search file; at most {MAX_BYTES} bytes are read.")
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8 text'}).") from None
-    raw, _ = parse_yaml(text, str(path))
-    search = parse_search(raw, str(path))
-    if isinstance(search.recipe, str):
-        search.recipe = base_recipe(path, search.recipe)
-    return search
+    return load_file(path, "search", parse_search)
 
 
 def parse_search(raw: Any, where: str = "search") -> Search:

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from flatcompress.environment import process_is_alive
 from flatcompress.errors import UserError
 from flatcompress.search.halving import Point
 from flatcompress.search.space import Space
@@ -142,7 +143,7 @@ class Study:
         claim = record.claim or {}
         if claim.get("worker") == self.worker:
             return False
-        if claim.get("host") == socket.gethostname() and not _alive(int(claim.get("pid", 0))):
+        if claim.get("host") == socket.gethostname() and not process_is_alive(int(claim.get("pid", 0))):
             return True
         return time.time() - float(claim.get("at", 0)) > STALE_SECONDS
 
@@ -201,13 +202,12 @@ class Study:
         tried = {json.dumps(r.values, sort_keys=True) for r in records}
         rungs = [k for k in range(self.search.top + 1) if sum(k in r.results for r in records) >= STARTUP]
         rung, distributions = (rungs or [0])[-1], self.distributions()
+        seen = [self._seen(r, rung, distributions) for r in records if rung in r.results]
         for attempt in range(TRIES + DRAWS):
             view = self.optuna.create_study(
                 directions=list(self.search.objectives.values()), sampler=self._sampler(len(records), attempt)
             )
-            for r in records:
-                if rung in r.results:
-                    view.add_trial(self._seen(r, rung, distributions))
+            view.add_trials(seen)
             trial = view.ask(distributions)
             if json.dumps(trial.params, sort_keys=True) not in tried:
                 return dict(trial.params), dict(view.trials[-1].system_attrs)
@@ -285,13 +285,3 @@ def _shown(url: str) -> str:
     head, at, rest = url.rpartition("@")
     scheme, separator, user = head.partition("://")
     return f"{scheme}{separator}{user.partition(':')[0]}:***@{rest}" if at else url
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True

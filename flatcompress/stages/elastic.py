@@ -15,21 +15,20 @@ from torch import Tensor, nn
 
 from flatcompress import prune
 from flatcompress.errors import UserError, unknown
-from flatcompress.plan import Plan, apply_plan
+from flatcompress.plan import Plan
 from flatcompress.prune import elastic
 from flatcompress.stages import families
 from flatcompress.stages.context import RunContext
 from flatcompress.stages.job import check_trainable
-from flatcompress.stages.keys import KeyProblem, TrainingKeys, known_flat_method
-from flatcompress.stages.stage import Facts, Phase, Stage
+from flatcompress.stages.keys import FlatKeys, KeyProblem
+from flatcompress.stages.stage import Facts, Phase, Stage, repeated
 
 Width = Annotated[float, Field(gt=0.0, le=1.0)]
 
 
-class ElasticConfig(TrainingKeys):
+class ElasticConfig(FlatKeys):
     """Train nested widths at once; every width can be exported afterwards."""
 
-    method: str = Field("sam", description="flat-minima method; see `flatcompress list methods`")
     widths: Annotated[list[Width], Field(min_length=1)] = Field(
         default_factory=lambda: [0.25, 0.5, 0.75, 1.0], description="shares of the channels, rising to 1"
     )
@@ -41,13 +40,6 @@ class ElasticConfig(TrainingKeys):
     )
     min_channels: Annotated[int, Field(ge=1)] = Field(2, description="channels that every layer keeps at least")
     ignore: list[str] = Field(default_factory=list, description="layers that keep their width: names or re:PATTERN")
-
-    @property
-    def label(self) -> str:
-        return self.method
-
-    def flat_method(self) -> str:
-        return known_flat_method(self.method)
 
     @model_validator(mode="after")
     def _known(self) -> ElasticConfig:
@@ -63,14 +55,16 @@ class ElasticConfig(TrainingKeys):
 def phases(run: RunContext, config: ElasticConfig) -> list[Phase]:
     """The nested widths, then their training."""
     return [
-        Phase("nest", partial(_nest, run, config), partial(_repeat, run)),
+        Phase("nest", partial(_nest, run, config), repeated(run, "plan")),
         Phase("train", partial(_train, run, config)),
     ]
 
 
-def nested(model: nn.Module, example: Tensor, config: ElasticConfig) -> tuple[elastic.Family, Plan]:
-    """``model`` as a family, and its plan. UserError: nothing can be cut, or widths that are no different."""
-    found = prune.survey(model, example, config.ignore)
+def nested(model: nn.Module, found: prune.Survey, config: ElasticConfig) -> tuple[elastic.Family, Plan]:
+    """``model``, of which ``found`` says what can be cut, as a family, and its plan.
+
+    UserError: nothing can be cut, or widths that are no different.
+    """
     if not found.groups and len(config.widths) > 1:
         raise UserError(f"nothing in {type(model).__name__} can be narrower: {found.explain()}")
     orders = elastic.orders_of(found.groups, prune.score(found.groups, config.importance))
@@ -78,30 +72,25 @@ def nested(model: nn.Module, example: Tensor, config: ElasticConfig) -> tuple[el
 
 
 def _nest(run: RunContext, config: ElasticConfig, facts: Facts) -> Facts:
-    for group in prune.survey(run.model, run.example(), config.ignore).protected:
+    found = prune.survey(run.model, run.example(), config.ignore)
+    for group in found.protected:
         run.emit("protected", name=group.name, reason=group.reason)
-    run.model, plan = nested(run.model, run.example(), config)
+    run.model, plan = nested(run.model, found, config)
     run.plan = run.plan + plan
     return {"plan": plan.to_json()}
-
-
-def _repeat(run: RunContext, facts: Facts) -> None:
-    plan = Plan.from_json(facts["plan"])
-    run.model = apply_plan(run.model, plan, run.example())
-    run.plan = run.plan + plan
 
 
 def _train(run: RunContext, config: ElasticConfig, facts: Facts) -> None:
     families.fit(run, config, config.sampling, [])
     if len(config.widths) > 1:  # each width has seen a part of the steps
-        with run.doing("BatchNorm statistics"):
-            families.estimate_statistics(run)
+        families.estimate_statistics(run)
 
 
 def dry_run(model: nn.Module, example: Tensor, config: ElasticConfig) -> None:
     """Nest a copy, so that a network that has nothing to cut is known before anything runs."""
     check_trainable(model)
-    nested(copy.deepcopy(model), example, config)
+    model = copy.deepcopy(model)
+    nested(model, prune.survey(model, example, config.ignore), config)
 
 
 STAGE = Stage(

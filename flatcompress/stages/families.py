@@ -125,13 +125,14 @@ def estimate_statistics(run: RunContext) -> None:
     """BatchNorm's running statistics of every width, estimated on training data."""
     family = members.family_of(run)
     assert family is not None
-    batches = shipped.statistics_batches(run)
-    for index in range(len(family.widths)):
-        network = family.network(index)
-        quant.reestimate_batchnorm(network, batches)
-        mine = family.full if index == len(family.narrower) else family.narrower[index]
-        found = network.state_dict()
-        mine.load_state_dict({name: found[name] for name in mine.state_dict()})
+    with run.doing("BatchNorm statistics"):
+        batches = shipped.statistics_batches(run)
+        for index in range(len(family.widths)):
+            network = family.network(index)
+            quant.reestimate_batchnorm(network, batches)
+            mine = family.full if index == len(family.narrower) else family.narrower[index]
+            found = network.state_dict()
+            mine.load_state_dict({name: found[name] for name in mine.state_dict()})
 
 
 def quantize(run: RunContext, config: Any, insert: Callable[[nn.Module], Plan], images: Sequence[Tensor]) -> None:
@@ -148,8 +149,7 @@ def quantize(run: RunContext, config: Any, insert: Callable[[nn.Module], Plan], 
     first = config.epochs - config.bias_rounding_epochs
     callbacks: list[Callback] = [BiasRounding(network, first) for network in networks]
     if config.freeze_bn == "estimated" and run.resume is None:
-        with run.doing("BatchNorm statistics"):
-            estimate_statistics(run)
+        estimate_statistics(run)
     if config.freeze_bn:
         callbacks.append(FrozenBatchNorm(family))
     fit(
@@ -158,8 +158,7 @@ def quantize(run: RunContext, config: Any, insert: Callable[[nn.Module], Plan], 
         perturbed=lambda name, parameter: config.perturb_scales or id(parameter) not in own,
     )  # fmt: skip
     if not config.freeze_bn:
-        with run.doing("BatchNorm statistics"):
-            estimate_statistics(run)
+        estimate_statistics(run)
     for network in networks:
         quant.set_bias_rounding(network, True)
 

@@ -292,6 +292,19 @@ def known_flat_method(name: str, key: str = "method") -> str:
     return name
 
 
+class FlatKeys(TrainingKeys):
+    """Keys of a stage whose method is a flat-minima method and nothing else."""
+
+    method: str = Field("sam", description="flat-minima method; see `flatcompress list methods`")
+
+    @property
+    def label(self) -> str:
+        return self.method
+
+    def flat_method(self) -> str:
+        return known_flat_method(self.method)
+
+
 class RemovalKeys(TrainingKeys):
     """Keys shared by the stages that take something away while training: before, during, after."""
 

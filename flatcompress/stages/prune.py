@@ -19,7 +19,6 @@ from torch import nn
 from flatcompress import prune
 from flatcompress.errors import unknown
 from flatcompress.latency.table import LatencyTable
-from flatcompress.plan import Plan, apply_plan
 from flatcompress.stages.callbacks import MaskedWeights
 from flatcompress.stages.context import RunContext
 from flatcompress.stages.job import check_trainable, make_job, train
@@ -39,7 +38,7 @@ from flatcompress.stages.keys import (
 )
 from flatcompress.stages.prune_methods import PRUNE_METHODS, PruneMethod
 from flatcompress.stages.regularizer import SparsityRegularizer
-from flatcompress.stages.stage import Facts, Phase, Stage
+from flatcompress.stages.stage import Facts, Phase, Stage, repeated
 from flatcompress.training.callback import Callback
 
 ShareOrNone = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -218,7 +217,7 @@ class Removal(prune.ChannelSchedule, Callback):
 def phases(run: RunContext, config: PruneConfig) -> list[Phase]:
     """Steps 1 and 2 and the cut, then step 3. UserError when the budget cannot be met."""
     return [
-        Phase("remove", partial(_remove, run, config), partial(_repeat_cut, run)),
+        Phase("remove", partial(_remove, run, config), repeated(run, "cut")),
         Phase("recover", partial(_recover, run, config)),
     ]
 
@@ -235,12 +234,6 @@ def _remove(run: RunContext, config: PruneConfig, facts: Facts) -> Facts:
     cut = removal.shrink()
     run.plan = run.plan + cut
     return {"cut": cut.to_json()}
-
-
-def _repeat_cut(run: RunContext, facts: Facts) -> None:
-    cut = Plan.from_json(facts["cut"])
-    run.model = apply_plan(run.model, cut, run.example())
-    run.plan = run.plan + cut
 
 
 def _recover(run: RunContext, config: PruneConfig, facts: Facts) -> None:

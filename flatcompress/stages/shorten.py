@@ -9,40 +9,31 @@ from typing import Annotated
 from pydantic import Field
 from torch import Tensor, nn
 
-from flatcompress.plan import Plan, apply_plan
 from flatcompress.prune import depth
 from flatcompress.stages.callbacks import Distillation, MaskedWeights
 from flatcompress.stages.context import RunContext
 from flatcompress.stages.job import check_trainable, make_job, train
-from flatcompress.stages.keys import NonNegative, TrainingKeys, known_flat_method
+from flatcompress.stages.keys import FlatKeys, NonNegative
 from flatcompress.stages.measure import train_batches
-from flatcompress.stages.stage import Facts, Phase, Stage
+from flatcompress.stages.stage import Facts, Phase, Stage, repeated
 from flatcompress.training.callback import Callback
 
 SAMPLES = 512
 
 
-class ShortenConfig(TrainingKeys):
+class ShortenConfig(FlatKeys):
     """Take out the residual blocks that change least, then train on."""
 
-    method: str = Field("sam", description="flat-minima method; see `flatcompress list methods`")
     blocks: Annotated[int, Field(ge=1)] = Field(1, description="how many blocks go, those of the least influence")
     distill: NonNegative = Field(1.0, description="weight of distillation from the network before")
     ignore: list[str] = Field(default_factory=list, description="blocks that stay: names or re:PATTERN")
-
-    @property
-    def label(self) -> str:
-        return self.method
-
-    def flat_method(self) -> str:
-        return known_flat_method(self.method)
 
 
 def phases(run: RunContext, config: ShortenConfig) -> list[Phase]:
     """The cut, then the training; the plan gains the blocks that went."""
     teacher = copy.deepcopy(run.model).eval().requires_grad_(False) if config.distill else None
     return [
-        Phase("cut", partial(_cut, run, config), partial(_repeat, run)),
+        Phase("cut", partial(_cut, run, config), repeated(run, "plan")),
         Phase("train", partial(_train, run, config, teacher)),
     ]
 
@@ -53,12 +44,6 @@ def _cut(run: RunContext, config: ShortenConfig, facts: Facts) -> Facts:
     run.emit("blocks", removed=plan.steps[0].data["removed"], influence=found)
     run.plan = run.plan + plan
     return {"plan": plan.to_json()}
-
-
-def _repeat(run: RunContext, facts: Facts) -> None:
-    plan = Plan.from_json(facts["plan"])
-    run.model = apply_plan(run.model, plan, run.example())
-    run.plan = run.plan + plan
 
 
 def _train(run: RunContext, config: ShortenConfig, teacher: nn.Module | None, facts: Facts) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from flatcompress.errors import RunError
+from flatcompress.plan import Plan, apply_plan
 from flatcompress.registry import Registry
 from flatcompress.stages.context import RunContext
 from flatcompress.stages.keys import StageKeys, TrainingKeys
@@ -33,6 +34,17 @@ class Phase:
     name: str
     run: Callable[[Facts], Facts | None]
     restore: Callable[[Facts], None] = _nothing
+
+
+def repeated(run: RunContext, key: str) -> Callable[[Facts], None]:
+    """The ``restore`` of a phase whose facts hold, under ``key``, the plan of what it did to the model."""
+
+    def restore(facts: Facts) -> None:
+        plan = Plan.from_json(facts[key])
+        run.model = apply_plan(run.model, plan, run.example())
+        run.plan = run.plan + plan
+
+    return restore
 
 
 def _no_dry_run(model: nn.Module, example: Tensor, config: Any) -> None:

@@ -11,23 +11,15 @@ from flatcompress.stages.averaging import Averaging
 from flatcompress.stages.callbacks import MaskedWeights
 from flatcompress.stages.context import RunContext
 from flatcompress.stages.job import check_trainable, make_job, train
-from flatcompress.stages.keys import AveragingKind, TrainingKeys, known_flat_method
+from flatcompress.stages.keys import AveragingKind, FlatKeys
 from flatcompress.stages.stage import Facts, Phase, Stage
 from flatcompress.training.callback import Callback
 
 
-class TrainConfig(TrainingKeys):
+class TrainConfig(FlatKeys):
     """Train the model into a flat minimum."""
 
-    method: str = Field("sam", description="flat-minima method; see `flatcompress list methods`")
     averaging: AveragingKind = Field("none", description="average the weights over steps")
-
-    @property
-    def label(self) -> str:
-        return self.method
-
-    def flat_method(self) -> str:
-        return known_flat_method(self.method)
 
 
 def dry_run(model: nn.Module, example: Tensor, config: TrainConfig) -> None:

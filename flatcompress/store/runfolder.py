@@ -18,6 +18,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from flatcompress import storage
+from flatcompress.environment import process_is_alive
 from flatcompress.errors import UserError, nearest
 from flatcompress.store import checkpoint
 from flatcompress.store.checkpoint import Checkpoint
@@ -164,10 +165,4 @@ def read_ledger(path: str | Path) -> list[dict[str, Any]]:
 def _alive(owner: dict[str, Any] | None) -> bool:
     if owner is None or owner["host"] != socket.gethostname():
         return owner is not None
-    try:
-        os.kill(owner["pid"], 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, OverflowError):
-        return True
-    return True
+    return process_is_alive(owner["pid"])

@@ -12,18 +12,18 @@ import itertools
 import json
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
 
 from flatcompress.errors import UserError
 from flatcompress.recipe import Recipe, identity, parse_recipe
+from flatcompress.recipe.schema import NAME
 from flatcompress.stages.keys import Strict
 from flatcompress.yaml_source import MAX_BYTES, override, parse_yaml
-
-_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 
 
 class MethodEntry(Strict):
@@ -60,7 +60,7 @@ class Resources(Strict):
 class Sweep(Strict):
     """A sweep file."""
 
-    name: Annotated[str, Field(pattern=_NAME)] = Field("sweep", description="name of the sweep's folder")
+    name: Annotated[str, Field(pattern=NAME)] = Field("sweep", description="name of the sweep's folder")
     output_dir: str = Field("runs", description="where the sweep's folder goes")
     recipe: str | dict[str, Any] = Field(description="base recipe: a file, or its keys")
     seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = Field([0, 1, 2], description="seeds")
@@ -86,20 +86,37 @@ class Sweep(Strict):
         return Path(self.output_dir) / self.name
 
 
+class WithRecipe(Protocol):
+    """What is said on top of a recipe, or of a recipe's file."""
+
+    recipe: str | dict[str, Any]
+
+
+Checked = TypeVar("Checked", bound=WithRecipe)
+
+
 def load_sweep(path: str | Path) -> Sweep:
     """Read and check a sweep file. UserError for everything that is wrong with it."""
+    return load_file(path, "sweep", parse_sweep)
+
+
+def load_file(path: str | Path, kind: str, parse: Callable[[Any, str], Checked]) -> Checked:
+    """Read a file of that ``kind`` (sweep, search), ``parse`` it, and read the recipe that it names.
+
+    UserError for everything that is wrong with either.
+    """
     path = Path(path)
     try:
         if path.stat().st_size > MAX_BYTES:
-            raise UserError(f"{path}: too large for a sweep file; at most {MAX_BYTES} bytes are read.")
+            raise UserError(f"{path}: too large for a {kind} file; at most {MAX_BYTES} bytes are read.")
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8 text'}).") from None
     raw, _ = parse_yaml(text, str(path))
-    sweep = parse_sweep(raw, str(path))
-    if isinstance(sweep.recipe, str):
-        sweep.recipe = base_recipe(path, sweep.recipe)
-    return sweep
+    found = parse(raw, str(path))
+    if isinstance(found.recipe, str):
+        found.recipe = base_recipe(path, found.recipe)
+    return found
 
 
 def parse_sweep(raw: Any, where: str = "sweep") -> Sweep:

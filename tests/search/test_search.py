@@ -182,6 +182,17 @@ def test_what_is_tried_next_depends_on_seed_and_results_alone(tmp_path, space, s
     assert len({json.dumps(v, sort_keys=True) for v in first}) == 13
 
 
+def test_a_small_space_is_tried_to_its_end_whatever_the_sampler_prefers(tmp_path):
+    pytest.importorskip("optuna")
+    mine = search(tmp_path, space={"stages.2.quantize.K": {"choice": list(range(2, 18))}}, n_trials=30)
+    study, records = Study(mine, expand(mine)[0]), []
+    for n in range(16):
+        values, kept = study.suggest(records)
+        records.append(Record(n, n, values, {0: {"robust": float(n == 0), "bytes": 10.0}}, sampler=kept))
+    assert len({json.dumps(r.values) for r in records}) == 16
+    assert study.suggest(records) is None
+
+
 def test_a_file_finds_its_recipe_beside_it(tmp_path):
     (tmp_path / "base.yaml").write_text(json.dumps(RECIPE))
     (tmp_path / "search.yaml").write_text(json.dumps({"recipe": "base.yaml", "space": SPACE, "timeout": "2h"}))

@@ -8,7 +8,7 @@ from typing import Any
 from flatcompress.onnx_export.c import ir, rows
 from flatcompress.onnx_export.c.layer_text import add_fields, layer_struct, ranged, uses_of_add
 from flatcompress.onnx_export.c.layers import Decided
-from flatcompress.onnx_export.c.text import Sources, comment, number, offset_of, struct, window_fields
+from flatcompress.onnx_export.c.text import Sources, comment, number, offset_of, window_fields
 
 KERNELS = ("common.h", "conv.h", "sparse.h", "depthwise.h", "others.h", "rows.h")
 
@@ -60,8 +60,7 @@ def _add(made: Sources, decided: Decided, index: int, step: ir.Add) -> None:
     fields = add_fields(rule, step.sources, out)
     places = {"a": where[step.sources[0].name], "b": where[step.sources[1].name], "target": where[out.name]}
     fields |= {**places, "count": out.bytes}
-    made.constants.append(struct("fc_add", f"add_{index}", fields))
-    made.calls.append(f"fc_addition(&add_{index}, bytes); /* {comment(step.path)} */")
+    made.step("fc_addition", "fc_add", f"add_{index}", fields, step.path)
 
 
 def _conv(made: Sources, decided: Decided, index: int, step: ir.Conv) -> None:
@@ -90,8 +89,7 @@ def _pool(made: Sources, decided: Decided, index: int, step: ir.GlobalPool) -> N
         "zero": out.zero,
         "floats": int(rule.floats),
     }
-    made.constants.append(struct("fc_mean", f"mean_{index}", fields))
-    made.calls.append(f"fc_pool(&mean_{index}, bytes); /* {comment(step.path)} */")
+    made.step("fc_pool", "fc_mean", f"mean_{index}", fields, step.path)
 
 
 def _max_pool(made: Sources, decided: Decided, index: int, step: ir.MaxPool) -> None:
@@ -108,8 +106,7 @@ def _max_pool(made: Sources, decided: Decided, index: int, step: ir.MaxPool) -> 
         "out_w": out.width,
         **window_fields(window),
     }
-    made.constants.append(struct("fc_window", f"window_{index}", fields))
-    made.calls.append(f"fc_max_pool(&window_{index}, bytes); /* {comment(step.path)} */")
+    made.step("fc_max_pool", "fc_window", f"window_{index}", fields, step.path)
 
 
 def _table(made: Sources, decided: Decided, index: int, step: ir.Table) -> None:
@@ -156,8 +153,7 @@ def _gate(made: Sources, decided: Decided, index: int, step: ir.Gate) -> None:
         "low": out.low,
         "high": out.high,
     }
-    made.constants.append(struct("fc_gate", f"gate_{index}", fields))
-    made.calls.append(f"fc_gates(&gate_{index}, bytes); /* {comment(step.path)} */")
+    made.step("fc_gates", "fc_gate", f"gate_{index}", fields, step.path)
 
 
 def _move(made: Sources, decided: Decided, index: int, step: ir.Move) -> None:
@@ -166,8 +162,7 @@ def _move(made: Sources, decided: Decided, index: int, step: ir.Move) -> None:
     sizes, strides = (", ".join(str(pair[i]) for pair in filled) for i in (0, 1))
     fields: dict[str, Any] = {"source": where[step.sources[0].name] + step.offset, "target": where[step.out.name]}
     fields |= {"sizes": f"{{{sizes}}}", "strides": f"{{{strides}}}"}
-    made.constants.append(struct("fc_loops", f"loops_{index}", fields))
-    made.calls.append(f"fc_move(&loops_{index}, bytes); /* {comment(step.path)} */")
+    made.step("fc_move", "fc_loops", f"loops_{index}", fields, step.path)
 
 
 _WRITERS: dict[type, Any] = {

@@ -29,6 +29,11 @@ class Sources:
         self.weights.append(f"static const {kind} {name}[{len(values)}] = {{\n{lines_of(values)}\n}};")
         return name
 
+    def step(self, kernel: str, kind: str, name: str, fields: dict[str, Any], path: str) -> None:
+        """A step that one descriptor says all of: the descriptor ``name``, and the call of its kernel."""
+        self.constants.append(struct(kind, name, fields))
+        self.calls.append(f"{kernel}(&{name}, bytes); /* {comment(path)} */")
+
 
 def lines_of(values: Sequence[Any]) -> str:
     rows, row = [], "   "
