@@ -219,10 +219,16 @@ class Pipeline:
             seed=recipe.seed,
             batch_size=recipe.data.batch_size,
             workers=recipe.data.workers,
+            balanced=self._balanced(bundle),
             measuring=recipe.measure,
             recipe_hash=identity.digest(recipe),
             callbacks=self._callbacks,
         )
+
+    def _balanced(self, bundle: DataBundle) -> bool:
+        if self.recipe.data.balance_domains and len(bundle.train.domain_ids.unique()) < 2:
+            raise UserError("data.balance_domains: the training part has one domain alone. Leave it out.")
+        return self.recipe.data.balance_domains
 
     def _stage(self, run: RunContext, session: Session, index: int) -> None:
         entry = self.recipe.stages[index]

@@ -15,7 +15,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from flatcompress import __version__
-from flatcompress.cli import sweeping
+from flatcompress.cli import building, sweeping
 from flatcompress.cli.results import Json, show
 from flatcompress.errors import Interrupted, RunError, UserError, unknown
 
@@ -329,6 +329,7 @@ def debug(
         printing.print_diagnosis(found)
 
 
+app.add_typer(building.app, name="data")
 app.command()(sweeping.sweep)
 app.command()(sweeping.search)
 

@@ -109,7 +109,8 @@ class DataBundle:
     """A loaded data set. ``mean`` and ``std`` are per channel and apply to pixels in 0..1.
 
     ``train``, ``val`` and ``test`` come from the source domains and share no source image; ``val`` is for model
-    selection alone. ``held_out`` is the unseen domain. ``corrupted`` maps "kind/severity" to a corrupted part of
+    selection alone. ``held_out`` is the unseen domain, ``held_out_seen`` what it has of identities
+    that other domains have shown in training. ``corrupted`` maps "kind/severity" to a corrupted part of
     ``test``. ``skipped`` says which files were left out, and why, where the recipe allowed that. ``notes``: what else
     the user should know of the data. ``intensity``: what became 0 and 1 of images with more than eight bits.
     ``task``: what is learned. ``classes``: what its outputs stand for: classes, labels, columns of numbers.
@@ -133,3 +134,4 @@ class DataBundle:
     intensity: tuple[float, float] | None = None
     task: Task = field(default_factory=build)
     features: Mapping[str, Any] = field(default_factory=dict)
+    held_out_seen: ImageSet | None = None

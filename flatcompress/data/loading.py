@@ -126,6 +126,7 @@ def load(
         val=images(raw.val),
         test=images(raw.test),
         held_out=images(raw.held_out) if raw.held_out is not None else None,
+        held_out_seen=images(raw.held_out_seen) if raw.held_out_seen is not None else None,
         corrupted={key: images(part) for key, part in changed.items()},
         domains=raw.domains,
         held_out_domain=raw.held_out_domain,

@@ -19,6 +19,7 @@ class RawData:
     val: Part
     test: Part
     held_out: Part | None = None
+    held_out_seen: Part | None = None
     domains: tuple[str, ...] = ()
     held_out_domain: str | None = None
     corrupted: dict[str, Part] = field(default_factory=dict)

@@ -37,6 +37,7 @@ class DataConfig(BaseModel):
     name: str = Field("rotated-digits", description="data set; see `flatcompress list data`")
     batch_size: Annotated[int, Field(ge=2, le=65_536)] = Field(64, description="samples per step and process")
     workers: Annotated[int, Field(ge=0, le=256)] = Field(0, description="data-loading processes")
+    balance_domains: bool = Field(False, description="every batch has as many samples of each training domain")
 
     @property
     def options(self) -> dict[str, Any]:

@@ -34,7 +34,8 @@ class RunContext:
     ``artifacts`` are files a stage has written. ``resume`` is the state of this very stage when it was interrupted,
     ``progress`` is where it saves such states, with ``phase``: which phase of the stage is running and what the
     earlier ones found (see `stage.run_stage`). ``callbacks`` are the user's own, and take part in every training job
-    after the stage's. ``accumulate``: batches of an optimizer step of the running stage. ``measuring``: how much
+    after the stage's. ``accumulate``: batches of an optimizer step of the running stage. ``balanced``: batches
+    have as many samples of each training domain. ``measuring``: how much
     is measured (see `budget`). ``spent``: where the running stage's time went, beside its training, in seconds.
     """
 
@@ -59,6 +60,7 @@ class RunContext:
     phase: dict[str, Any] = field(default_factory=dict)
     callbacks: Sequence[Callback] = ()
     accumulate: int = 1
+    balanced: bool = False
     measuring: str = "full"
     spent: dict[str, float] = field(default_factory=dict)
 

@@ -92,6 +92,7 @@ def make_job(
         schedule_epochs=config.epochs,
         batch_size=run.batch_size * run.accumulate,
         accumulate=run.accumulate,
+        balanced=run.balanced,
         mixing=run.mixing,
         max_steps=config.max_steps,
         workers=run.workers,

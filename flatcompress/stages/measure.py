@@ -80,7 +80,7 @@ def _measured_sharpness(run: RunContext, samples: int) -> float | None:
 def scores(run: RunContext, score: Callable[[Any, predictions.Watched], dict[str, float]]) -> dict[str, Any]:
     """``score(dataset, task)`` on test, held-out domain and every corrupted copy; logs which classes were predicted.
 
-    None where there is none or it cannot be read.
+    None where there is none or it cannot be read; ``held_out_seen`` alone is left out where there is none.
 
     ``accuracy`` is every row's, null where the task has none. Of a task that has more to tell than accuracy ``metrics``
     has all of them, and ``metric`` says which one selects, and its direction.
@@ -96,6 +96,9 @@ def scores(run: RunContext, score: Callable[[Any, predictions.Watched], dict[str
     with run.timed("metrics"):
         held_out = on("held-out", data.held_out) if data.held_out is not None else {}
         parts = {"test": on("test", data.test), "held_out": held_out}
+        if (known_things := data.held_out_seen) is not None:
+            said = "the held-out domain's identities that were trained on could not be measured"
+            parts["held_out_seen"] = reported(said, lambda: score(known_things, predictions.Watched(task)), {})
     with run.timed("metrics under corruption"):
         kinds = {} if run.measuring == "off" else data.corrupted
         corrupted = {name: on(name, dataset) for name, dataset in kinds.items()}

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from flatcompress.errors import RunError, UserError
@@ -16,19 +16,37 @@ from flatcompress.randomness import mixed
 from flatcompress.tasks import Task
 
 
-def epoch_batches(n: int, batch_size: int, seed: int, epoch: int, rank: int = 0, world: int = 1) -> list[list[int]]:
+def epoch_batches(
+    n: int, batch_size: int, seed: int, epoch: int, rank: int = 0, world: int = 1, domain_ids: Tensor | None = None
+) -> list[list[int]]:
     """Index batches of one epoch for one process: a permutation fixed by (seed, epoch), cut into equal batches.
 
     The remainder is left out when there is at least one full batch, so that no BatchNorm sees a tiny batch and all
-    processes take the same number of steps.
+    processes take the same number of steps. ``domain_ids`` [n]: domains take turns, so that a batch has as many samples
+    of each, or one more; of a domain with more samples than its turns others are left out every epoch, one with fewer
+    comes round again.
 
     >>> [len(b) for b in epoch_batches(10, 4, seed=0, epoch=0)]
     [4, 4]
     """
     generator = torch.Generator().manual_seed(mixed(seed, epoch))
-    order = torch.randperm(n, generator=generator).tolist()[rank::world]
+    whole = torch.randperm(n, generator=generator) if domain_ids is None else _in_turns(domain_ids, generator, world)
+    order = whole.tolist()[rank::world]
     size = min(batch_size, n // world)
     return [order[i * size : (i + 1) * size] for i in range((n // world) // size)]
+
+
+def _in_turns(domain_ids: Tensor, generator: torch.Generator, world: int) -> Tensor:
+    """Samples whose domains take turns within each of ``world`` processes, as many as there are."""
+    n, domains = len(domain_ids), domain_ids.unique()
+    turn = (torch.arange(n) // world) % len(domains)
+    order = torch.empty(n, dtype=torch.int64)
+    for position, domain in enumerate(domains):
+        places, members = (turn == position).nonzero().flatten(), (domain_ids == domain).nonzero().flatten()
+        rounds = -(-len(places) // len(members))
+        drawn = [members[torch.randperm(len(members), generator=generator)] for _ in range(rounds)]
+        order[places] = torch.cat([*drawn, members[:0]])[: len(places)]
+    return order
 
 
 def loader(dataset: Dataset, batches: list[list[int]], workers: int = 0) -> DataLoader:

@@ -102,7 +102,8 @@ class Job:
     ``loss(output, y)`` is what is minimised, ``task`` has the metric that selects, ``validate()`` gives that metric on
     the training domains' validation split. ``patience``: it ends after so many epochs without a better one;
     ``max_steps``: after so many steps of the stage. ``batch_size``: samples of an optimizer step, which go through the
-    model in ``accumulate`` parts, each mixed by ``mixing``. ``schedule``: see `schedules.rates`.
+    model in ``accumulate`` parts, each mixed by ``mixing``; ``balanced``: as many of each domain of ``train``.
+    ``schedule``: see `schedules.rates`.
     ``callbacks`` take part in the order of the list, which whoever builds the job gives a reason for.
     ``eligible(epoch)`` says whether an epoch may be selected as best. ``selects``: the optimizer chooses samples by
     their losses, so its closure must be able to give them.
@@ -129,6 +130,7 @@ class Job:
     first_epoch: int = 0
     schedule_epochs: int | None = None
     accumulate: int = 1
+    balanced: bool = False
     mixing: Mixing | None = None
     max_steps: int | None = None
     eligible: Callable[[int], bool] = _always

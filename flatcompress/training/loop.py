@@ -204,8 +204,9 @@ def _batches(job: Job, epoch: int, done: int) -> Iterator[tuple[Tensor, Tensor]]
     if hasattr(job.train, "set_epoch"):
         job.train.set_epoch(epoch)
     batches = epoch_batches(
-        len(job.train), job.batch_size, job.seed, epoch, accelerator.process_index, accelerator.num_processes
-    )
+        len(job.train), job.batch_size, job.seed, epoch, accelerator.process_index, accelerator.num_processes,
+        job.train.domain_ids if job.balanced else None,
+    )  # fmt: skip
     with worker_errors(job.workers):
         for x, y in loader(job.train, batches[done : job.total_steps - epoch * job.steps_per_epoch], job.workers):
             yield x.to(accelerator.device, non_blocking=True), y.to(accelerator.device, non_blocking=True)

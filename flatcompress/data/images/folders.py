@@ -140,8 +140,8 @@ def domains(
 
     Selection and in-domain test images are split off each source domain, class by class, by the seed. Where domains
     show the same things, ``group`` says by what key (`grouping.identities`): no identity is then in two parts, and of
-    the held-out domain only those that were neither trained nor selected on are measured (``held_out_identities``:
-    unseen, or all).
+    the held-out domain those that were neither trained nor selected on are measured (``held_out_identities``:
+    unseen, or all), and the others by themselves.
     """
     root = data_root(path, "domains")
     reader, finder = Reader(output_shape(size, channels), skips(on_bad_sample), intensity), Finder(root)
@@ -166,13 +166,14 @@ def domains(
     else:
         found = replace(found, identity=identities([joined.paths[i] for i in found.kept], root, group))
         split = split_grouped(found.identity, found.labels, source, fractions, seed)
-    held_out_rows = _measured_rows(~source, split.get("unseen"), held_out_identities, unseen, finder)
+    held_out_rows, seen = _measured_rows(~source, split.get("unseen"), held_out_identities, unseen, finder)
     raw = RawData(
         classes=classes,
         train=found.part(split["train"]),
         val=found.part(split["val"]),
         test=found.part(split["test"]),
         held_out=found.part(held_out_rows),
+        held_out_seen=found.part(seen) if len(seen) else None,
         domains=tuple(names),
         held_out_domain=unseen,
         skipped=found.skipped,
@@ -199,16 +200,18 @@ def _domain_names(root: Path, finder: Finder) -> list[str]:
     return names
 
 
-def _measured_rows(outside: Tensor, unseen: Tensor | None, identities: str, domain: str, finder: Finder) -> Tensor:
-    """The rows of the held-out domain that count: all, or those whose identity was not trained on."""
+def _measured_rows(
+    outside: Tensor, unseen: Tensor | None, identities: str, domain: str, finder: Finder
+) -> tuple[Tensor, Tensor]:
+    """The rows of the held-out domain that count (all, or those of identities not trained on), and the others."""
     rows = outside.nonzero().flatten()
     if unseen is None or identities == "all":
-        return rows
+        return rows, rows[:0]
     finder.note(
         f"held-out domain {domain!r}: {len(unseen)} of {len(rows)} images show what was neither trained nor selected "
-        "on, and are measured"
+        "on, and are measured; the others have a figure of their own, held_out_seen"
     )
-    return unseen
+    return unseen, rows[~torch.isin(rows, unseen)]
 
 
 def _class_listing(folder: Path, finder: Finder, limit: int, seed: int) -> Listing:
