@@ -92,8 +92,7 @@ def load(
     ``corruptions``: "default", "full" (15 kinds at 5 severities), "none", or a list of "kind" and "kind/severity".
     ``corrupted_count``: how many test images each corruption is measured on (0: all).
     ``mean``, ``std``: per channel on pixels in 0..1; computed on the training part where not given.
-    ``task``: name, mapping or `Task`; default: what the data set's targets are for.
-    UserError on an unknown name or option, and on data that cannot be used.
+    ``task``: name, mapping or `Task`; default: the targets' own. UserError: unknown name or option, unusable data.
 
     >>> bundle = load("rotated-digits", held_out="75", size=8)
     >>> len(bundle.train), bundle.input_shape, bundle.held_out_domain

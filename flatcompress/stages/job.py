@@ -90,10 +90,7 @@ def make_job(
         epochs=epochs or config.epochs,
         first_epoch=first_epoch,
         schedule_epochs=config.epochs,
-        batch_size=run.batch_size * run.accumulate,
-        accumulate=run.accumulate,
-        balanced=run.balanced,
-        mixing=run.mixing,
+        **_batching(run),
         max_steps=config.max_steps,
         workers=run.workers,
         seed=run.seed,
@@ -108,6 +105,12 @@ def make_job(
         resume=run.resume,
         context=run.phase,
     )
+
+
+def _batching(run: RunContext) -> dict[str, Any]:
+    """What an optimizer step of the running stage is made of."""
+    size = run.batch_size * run.accumulate
+    return {"batch_size": size, "accumulate": run.accumulate, "balanced": run.balanced, "mixing": run.mixing}
 
 
 def _heartbeat(run: RunContext, config: TrainingKeys) -> Heartbeat:
