@@ -19,7 +19,6 @@ class RawData:
     val: Part
     test: Part
     held_out: Part | None = None
-    held_out_seen: Part | None = None
     domains: tuple[str, ...] = ()
     held_out_domain: str | None = None
     corrupted: dict[str, Part] = field(default_factory=dict)
@@ -27,6 +26,7 @@ class RawData:
     notes: tuple[str, ...] = ()
     intensity: tuple[float, float] | None = None
     task: str = "classification"
+    held_out_seen: Part | None = None
 
 
 def held_out_name(value: Any, domains: Iterable[str]) -> str | None:
