@@ -80,7 +80,7 @@ def capped(classes: Mapping[str, str], most: int) -> dict[str, str]:
     members: dict[str, list[str]] = {}
     for code, name in classes.items():
         members.setdefault(name, []).append(code)
-    kept = {}
+    kept: dict[str, str] = {}
     for name, codes in members.items():
         count = min(most, len(codes))
         kept |= {codes[i * len(codes) // count]: name for i in range(count)}
