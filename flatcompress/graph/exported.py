@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from flatcompress.errors import UserError
 from flatcompress.graph import rewrite
 from flatcompress.graph.interface import Interface, arguments, bound
+from flatcompress.graph.remembered import Program
 
 aten = torch.ops.aten
 _BLOCKS = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
@@ -170,7 +171,9 @@ def is_block(node: fx.Node) -> bool:
     return getattr(node.target, "__name__", "") in _BLOCKS
 
 
-def block_parts(node: fx.Node, program: torch.export.ExportedProgram) -> tuple[fx.GraphModule, list[Any], bool]:
+def block_parts(
+    node: fx.Node, program: torch.export.ExportedProgram | Program
+) -> tuple[fx.GraphModule, list[Any], bool]:
     """The nested graph of a block, its arguments, and whether gradients stop in it."""
     stops = node.target.__name__ == _BLOCKS[0] and node.args[0] is False  # type: ignore[union-attr]
     at = next(i for i, a in enumerate(node.args) if isinstance(a, fx.Node) and a.op == "get_attr")

@@ -17,6 +17,7 @@ from flatcompress.errors import UserError
 from flatcompress.graph import rewrite, standins
 from flatcompress.graph.exported import block_parts, is_block
 from flatcompress.graph.interface import KEY, Interface
+from flatcompress.graph.remembered import Program
 from flatcompress.graph.runtime import HOLDER
 from flatcompress.modules import pads_with_zeros
 
@@ -70,7 +71,7 @@ def where(node: fx.Node) -> str:
 class Remodularizer:
     """One pass over a program; ``graph``, ``extras`` (by name in the holder) and ``standins`` (by path) come out."""
 
-    def __init__(self, model: nn.Module, program: torch.export.ExportedProgram, interface: Interface) -> None:
+    def __init__(self, model: nn.Module, program: torch.export.ExportedProgram | Program, interface: Interface) -> None:
         self.model, self.program, self.interface = model, program, interface
         self.graph = fx.Graph()
         self.env: dict[fx.Node, Any] = {}

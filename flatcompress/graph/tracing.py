@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,8 +21,8 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from flatcompress.errors import UserError
-from flatcompress.graph import exported, noise, rewrite
-from flatcompress.graph.interface import call, first_tensor, mapped, run_graph
+from flatcompress.graph import exported, noise, remembered, rewrite
+from flatcompress.graph.interface import Interface, call, first_tensor, mapped, run_graph
 from flatcompress.graph.remodularize import Remodularizer
 from flatcompress.graph.runtime import HOLDER, installed_graph
 from flatcompress.graph.wrapped import check_plain, initialise
@@ -71,21 +72,48 @@ def trace(model: nn.Module, example_input: Any) -> fx.GraphModule:
 
 def _first_that_repeats(model: nn.Module, example: Any) -> fx.GraphModule:
     """The graph of the training forward if eval() makes it the eval forward, else the graph of the eval forward."""
-    expected = _eval_result(model, example)
+    expected, key, problem = _eval_result(model, example), remembered.key_of(model, example), ""
+    known = remembered.find(key)
+    if known is not None:
+        gm = _again(model, example, expected, known)
+        if gm is not None:
+            return gm
+        remembered.forget(key)
     try:
-        gm = _traced(model, example, training=True)
-        found, problem = _repeating(gm, example, expected)
-        if found is not None:
-            return found
+        found = _traced(model, example, training=True)
+        gm, problem = _repeating(found[0], example, expected)
+        if gm is not None:
+            remembered.remember(key, found[1])
+            return gm
     except UserError as error:
         problem = f"the training forward cannot be traced ({str(error).rstrip('.')}); traced in eval mode, so what"
-    gm = _traced(model, example, training=False)
+    gm, traced = _traced(model, example, training=False)
     if not _same(gm, example, expected):
         raise UserError(
             f"the traced graph of {type(model).__name__} does not repeat its eval forward: it depends on something "
             "else than its arguments (random numbers, global state, a counter)."
         )
-    warnings.warn(f"{problem} only training does is left out of the graph.", stacklevel=3)
+    remembered.remember(key, replace(traced, problem=problem))
+    _say(problem)
+    return gm
+
+
+def _say(problem: str) -> None:
+    warnings.warn(f"{problem} only training does is left out of the graph.", stacklevel=4)
+
+
+def _again(model: nn.Module, example: Any, expected: Any, known: remembered.Traced) -> fx.GraphModule | None:
+    """The graph of a model like one that was traced before; None where it does not repeat this one's forward."""
+    model.train(known.training)
+    try:
+        gm = _modular(model, known.program, known.interface)
+        if known.training:
+            return _repeating(gm, example, expected)[0]
+        if not _same(gm, example, expected):
+            return None
+    except UserError:
+        return None
+    _say(known.problem)
     return gm
 
 
@@ -118,8 +146,16 @@ def _eval_result(model: nn.Module, example: Any) -> Any:
         raise UserError(f"{type(model).__name__} cannot be run on the example input ({what}).") from error
 
 
-def _traced(model: nn.Module, example: Any, training: bool) -> fx.GraphModule:
+def _traced(model: nn.Module, example: Any, training: bool) -> tuple[fx.GraphModule, remembered.Traced]:
+    """The graph of one mode, and what to remember of it."""
     program, interface = exported.export(model.train(training), example)
+    kept = remembered.kept(program)
+    return _modular(model, program, interface), remembered.Traced(kept, interface, training)
+
+
+def _modular(
+    model: nn.Module, program: torch.export.ExportedProgram | remembered.Program, interface: Interface
+) -> fx.GraphModule:
     exported.normalise(program.graph)
     made = Remodularizer(model, program, interface)
     made.run()
