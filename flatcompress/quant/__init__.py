@@ -29,6 +29,7 @@ from flatcompress.quant.qat.distill import distillation_loss
 from flatcompress.quant.qat.oscillation import OscillationTracker, anneal, dampening_loss
 from flatcompress.quant.qat.rounding import set_bias_rounding
 from flatcompress.quant.qat.saq import QuantizedPoint
+from flatcompress.quant.qat.scale_steps import RelativeSteps, ScaleTurns
 from flatcompress.quant.quantizers.table import QUANTIZERS, Quantizer
 from flatcompress.quant.sensitivity import flatness_map, hessian_traces, rounded_loss, sensitivities
 
@@ -40,8 +41,10 @@ __all__ = [
     "PostTraining",
     "QuantizedPoint",
     "Quantizer",
+    "RelativeSteps",
     "ScaleBloop",
     "ScaleConflict",
+    "ScaleTurns",
     "activation_quantizers",
     "allocate",
     "anneal",

@@ -74,6 +74,18 @@ class Conflict(Transform):
         self.watch.after_step()
 
 
+class ScaleSteps(Transform):
+    """Scales move by shares of their size; the optimizer sees the gradients of their logarithms."""
+
+    def __init__(self, steps: quant.RelativeSteps) -> None:
+        super().__init__("scale_steps", steps)
+        self.steps = steps
+
+    def after_step(self, step: int) -> None:
+        """Turn the optimizer's step into one of the logarithm."""
+        self.steps.after_step()
+
+
 class GridPull(Transform):
     """CAGE's pull of the weights towards their grid, at the learning rates of the step."""
 

@@ -318,3 +318,18 @@ def test_bloop_lets_the_smooth_gradient_act_only_across_the_task() -> None:
     extra = flat(combined) - flat(probes[0])
     assert abs(float(extra @ flat(probes[0]))) < 1e-4 and float(extra.norm()) > 0.1
     assert all(torch.equal(combined[i], before[i]) for i in range(len(before)) if i not in where)
+
+
+def test_a_random_share_is_frozen_anew_in_every_window_and_repeatably() -> None:
+    """The control for GAQAT's rule: as many scales as the quantile takes, whatever their gradients do."""
+    found = []
+    for seed in (0, 0, 1):
+        driver = Driver(net(), K=2, tau=0.3, tau_kind="quantile", mode="random", seed=seed)
+        windows = []
+        for _ in range(3):
+            driver.step(1.0, 1.0)
+            driver.step(1.0, 1.0)
+            windows.append(tuple(row["frozen"] for row in driver.conflict.timeline().values()))
+        assert all(sum(w) == int(0.3 * len(driver.scales)) for w in windows) and len(set(windows)) > 1
+        found.append(windows)
+    assert found[0] == found[1] != found[2]

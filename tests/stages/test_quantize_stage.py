@@ -7,6 +7,7 @@ import torch
 from stage_pieces import config, context
 
 from flatcompress import quant
+from flatcompress.errors import UserError
 from flatcompress.plan import apply_plan
 from flatcompress.recipe import parse_recipe
 from flatcompress.stages import quantize, run_stage
@@ -194,3 +195,46 @@ def test_gaqat_composes_by_the_shares_that_the_flat_method_has_under_its_hyper_p
 def test_gaqat_is_refused_where_the_flat_method_moves_weights_beside_the_optimizer():
     with pytest.raises(ValueError, match="decouple: false"):
         config("quantize", method="gaqat", flat="wsam")
+
+
+def test_what_scales_do_is_switched_by_the_recipe():
+    work = context()
+    plain = config("quantize", method="lsq")
+    assert quantize.scale_course(work, plain, 10) == []  # today's bits
+    kept = config("quantize", method="lsq", scale_stop=0.0, epochs=1)
+    run_stage("quantize", work, kept)
+    learned = list(quant.tensor_quantizers(work.model).values())
+    assert all(torch.equal(q.scale, q.initial) for q in learned)
+
+
+def test_relative_steps_reach_the_scales_of_activations():
+    travelled = {}
+    for steps in ("absolute", "relative"):
+        work = context()
+        keys = {"optimizer": {"name": "adam", "lr": 1e-3, "weight_decay": 0}, "scale_lr": 1.0, "epochs": 1}
+        run_stage("quantize", work, config("quantize", method="lsq", scale_steps=steps, **keys))
+        made = quant.tensor_quantizers(work.model)
+        travelled[steps] = [float((q.scale / q.initial).log().abs().max()) for q in made.values()]
+    assert max(travelled["relative"]) < 20 * sorted(travelled["relative"])[len(travelled["relative"]) // 4]
+    assert max(travelled["absolute"]) / min(travelled["absolute"]) > max(travelled["relative"]) / min(
+        travelled["relative"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("keys", "reason"),
+    [
+        ({"scale_stop": 0.2, "scale_warmup": 0.3}, "must lie after"),
+        ({"scale_stop": 0, "scale_turns": 3}, "that move"),
+        ({"method": "squat", "scale_turns": 3}, "takes turns"), ({"mode": "random", "tau_kind": "sigma"}, "quantile"),
+    ],
+)  # fmt: skip
+def test_orders_to_scales_that_make_no_sense_are_refused(keys, reason):
+    with pytest.raises(ValueError, match=reason):
+        config("quantize", **keys)
+
+
+def test_relative_steps_of_stock_quantizers_are_refused_before_anything_runs():
+    work = context()
+    with pytest.raises(UserError, match="take absolute steps"):
+        quantize.dry_run(work.model, work.example(), config("quantize", quantizer="brevitas", scale_steps="relative"))

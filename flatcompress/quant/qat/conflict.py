@@ -28,7 +28,7 @@ from flatcompress.quant.qat.disorder import Policy, Statistics, mean
 from flatcompress.quant.qat.remedies import SlowSteps, dropped, projected
 from flatcompress.quant.quantizers.protocol import learns_step
 
-MODES = ("paper", "gated", "opposed")
+MODES = ("paper", "gated", "opposed", "random")
 REMEDIES = ("freeze", "slow", "project")
 TARGETS = ("task", "smooth", "both")
 GRANULARITIES = ("quantizer", "layer", "channel")
@@ -41,8 +41,9 @@ class ScaleConflict:
     Put ``compose`` into the slot of a two-probe optimizer. ``K``: steps per window, at least 2. ``tau``: the threshold,
     read as ``tau_kind`` says: ``absolute`` (freeze below it), ``quantile`` (freeze that share, the least disordered),
     ``sigma`` (freeze what lies more than tau deviations of chance below 0.5). ``mode``: ``paper``; ``gated``, which
-    also demands lasting opposition: C > 0.5 and summed gradients of opposite sign; or ``opposed``, which reads the
-    share of agreeing steps, 1 - C, in the place of disorder. ``freeze_target``: the gradient that is dropped.
+    also demands lasting opposition: C > 0.5 and summed gradients of opposite sign; ``opposed``, which reads the
+    share of agreeing steps, 1 - C, in the place of disorder; or ``random``, a control that ranks the scales by numbers
+    drawn from (``seed``, window). ``freeze_target``: the gradient that is dropped.
     ``granularity``: one decision per quantizer, per layer (its weights and input together) or per channel.
     ``refreeze``: decide anew at every window, or keep what was once frozen. ``mix``: the weights (a, b) with which the
     method combines its probes; SAGM's are (0.5, 0.5), SAM's (0, 1). The first window never freezes.
@@ -67,6 +68,7 @@ class ScaleConflict:
         tau_kind: str = "absolute",
         mix: tuple[float, float] = (0.5, 0.5),
         remedy: str = "freeze",
+        seed: int = 0,
     ) -> None:
         for value, known, what in (
             (mode, MODES, "mode"), (freeze_target, TARGETS, "freeze_target"), (remedy, REMEDIES, "remedy"),
@@ -79,7 +81,7 @@ class ScaleConflict:
         if not math.isfinite(tau) or tau < 0 or (tau_kind == "quantile" and tau > 1):
             raise UserError(f"tau must be at least 0 (and a quantile at most 1); found {tau!r}.")
         self.K, self.freeze_target, self.granularity, self.refreeze = K, freeze_target, granularity, refreeze
-        self.mix, self.remedy, self.policy = mix, remedy, Policy(K, float(tau), tau_kind, mode)
+        self.mix, self.remedy, self.policy = mix, remedy, Policy(K, float(tau), tau_kind, mode, seed)
         self.scales = scale_parameters(model)
         if not self.scales:
             raise UserError("the model has no learned scales to watch.")
@@ -144,7 +146,7 @@ class ScaleConflict:
 
     def _close_window(self) -> None:
         if self.remedy != "project":
-            frozen, decided = self.policy.frozen(self.statistics, self._groups)
+            frozen, decided = self.policy.frozen(self.statistics, self._groups, self.windows)
             self._decide(frozen[self._groups], decided[self._groups])
         self.windows += 1
         self._latest = self._rows()

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flatcompress.randomness import generator
+
 _COUNTERS = ("last_task", "last_smooth", "moves", "flips", "moves_smooth", "flips_smooth", "seen", "pairs", "opposed")
 _SUMS = ("sum_task", "sum_smooth")
 
@@ -90,13 +92,17 @@ class Policy:
     tau: float
     tau_kind: str
     mode: str
+    seed: int = 0
 
-    def frozen(self, found: Statistics, groups: Tensor) -> tuple[Tensor, Tensor]:
+    def frozen(self, found: Statistics, groups: Tensor, window: int = 0) -> tuple[Tensor, Tensor]:
         """(frozen, decided), bool [groups]: what is to be frozen, and where there was anything to decide by."""
         known = found.known
         disorder, opposed = mean(found.disorder, known, groups), mean(found.conflict, known, groups)
         decided = total(known.double(), groups) > 0
         measure = 1 - opposed if self.mode == "opposed" else disorder
+        if self.mode == "random":
+            drawn = torch.rand(len(disorder), dtype=torch.float64, generator=generator(self.seed, "freeze", window))
+            measure = drawn.to(disorder.device)
         frozen = measure < self._threshold(measure, decided)
         if self.mode == "gated":
             against = total(found.state["sum_task"] * found.state["sum_smooth"], groups) < 0
