@@ -83,10 +83,9 @@ class Pipeline:
         """The arguments as a recipe; what was given as an object stands there under its kind."""
         raw: dict[str, Any] = {"name": "python", **options}
         raw["model"] = {"name": f"python:{type(model).__name__}"} if self._module is not None else _section(model)
-        batch_size = raw.pop("batch_size", None)
+        batching = {key: raw.pop(key) for key in ("batch_size", "balance_domains") if key in raw}
         raw["data"] = {"name": "python"} if self._bundle is not None else _section(data)
-        if batch_size is not None:
-            raw["data"]["batch_size"] = batch_size
+        raw["data"] |= {key: value for key, value in batching.items() if value is not None}
         if self._task is not None:
             own = isinstance(self._task, Task)
             raw["task"] = {"name": f"python:{self._task.name}"} if own else self._task  # type: ignore[union-attr]
