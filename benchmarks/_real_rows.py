@@ -89,6 +89,12 @@ def contest(bits: int) -> list[Row]:
         Row(f"{w} LSQ+SAGM", bits, "lsq_sagm", flat),
         Row(f"{w} GAQAT as published", bits, "gaqat", absolute),
         Row(f"{w} GAQAT, channels judged one by one", bits, "gaqat", {**absolute, "granularity": "channel"}),
+        Row(
+            f"{w} GAQAT, standing scales alone",
+            bits,
+            "gaqat",
+            {**absolute, "granularity": "channel", "mode": "standing"},
+        ),
         Row(f"{w} LSQ, SAGM's passes", bits, "lsq", STRONG, epochs=2),
         Row(f"{w} LSQ+SAGM, random 30 % frozen", bits, "gaqat", {**watched, "mode": "random"}),
         Row(f"{w} LSQ+SAGM, scales fixed", bits, "lsq_sagm", {**flat, "scale_stop": 0.0}),
@@ -135,7 +141,7 @@ def cells(seeds: Sequence[int], styles: Sequence[str], networks: Sequence[str]) 
     yield from each(first, every[:1], [rung for at in (STRONGEST, LONGEST, 0) for rung in (four[at], three[at])])
     yield from each(first, every, rows[:3])
     yield from each(first, every[:1], [*four, *three])
-    for part in (rows[3:6], rows[6:], [*FLOATS, *four, *three]):
+    for part in (rows[3:7], rows[7:], [*FLOATS, *four, *three]):
         yield from each(first, every, part)
     for network in networks:
         yield from each(network, every, [*contest(4), *rows])

@@ -60,10 +60,10 @@ class QuantizeConfig(TrainingKeys):
     K: Annotated[int, Field(ge=2)] = Field(50, description="GAQAT: steps per disorder window")
     tau: NonNegative = Field(0.3, description="GAQAT: freeze below this disorder")
     tau_kind: Literal["absolute", "quantile", "sigma"] = Field("quantile", description="GAQAT: how tau is read")
-    mode: Literal["paper", "gated", "opposed", "random"] = Field(
+    mode: Literal["paper", "gated", "opposed", "standing", "random"] = Field(
         "paper",
-        description="GAQAT: freeze on order alone, on order with lasting opposition, on opposition alone, or at random "
-        "(a control: any share tau of the scales, drawn anew for every window)",
+        description="GAQAT: freeze on order alone, on order with lasting opposition, on opposition alone, on order "
+        "of a scale that stands where it is, or at random (a control: any share tau, drawn anew for every window)",
     )
     freeze_target: Literal["task", "smooth", "both"] = Field("task", description="GAQAT: which gradient is frozen")
     granularity: Literal["quantizer", "layer", "channel"] = Field(

@@ -333,3 +333,36 @@ def test_a_random_share_is_frozen_anew_in_every_window_and_repeatably() -> None:
         assert all(sum(w) == int(0.3 * len(driver.scales)) for w in windows) and len(set(windows)) > 1
         found.append(windows)
     assert found[0] == found[1] != found[2]
+
+
+@pytest.mark.parametrize(("moves", "frozen"), [([0.01] * 7, 0.0), ([0.01, -0.01] * 4, 1.0), ([0.0] * 7, 1.0)])
+def test_a_scale_that_still_travels_is_not_taken_for_one_that_is_held(moves: list[float], frozen: float) -> None:
+    """All gradients are in perfect order; only where the scales go differs."""
+    driver = Driver(net(), K=4, tau=0.3, mode="standing")
+    for move in [*moves[:7], 0.0]:
+        driver.step(2.0, -2.0)
+        with torch.no_grad():
+            for scale in driver.scales:
+                scale.mul_(1 + move)
+    rows = driver.conflict.timeline().values()
+    assert {row["frozen"] for row in rows} == {frozen}
+    travelled = [row["travel"] for row in rows]
+    assert all(t is None if not any(moves) else (t > 0.99 if frozen == 0 else t < 0.5) for t in travelled)
+
+
+def test_the_path_of_scales_goes_on_after_an_interruption() -> None:
+    def drive(driver: Driver, first: int, last: int) -> None:
+        for i in range(first, last):
+            driver.step(1.0, -1.0)
+            with torch.no_grad():
+                for scale in driver.scales:
+                    scale.mul_(1.01 if i % 3 else 0.97)
+
+    whole, first = (Driver(net(), K=4, mode="standing") for _ in range(2))
+    drive(whole, 0, 8)
+    drive(first, 0, 6)
+    second = Driver(net(), K=4, mode="standing")
+    second.model.load_state_dict(first.model.state_dict())
+    second.conflict.load_state_dict(first.conflict.state_dict())
+    drive(second, 6, 8)
+    assert second.conflict.timeline() == whole.conflict.timeline()

@@ -28,7 +28,7 @@ from flatcompress.quant.qat.disorder import Policy, Statistics, mean
 from flatcompress.quant.qat.remedies import SlowSteps, dropped, projected
 from flatcompress.quant.quantizers.protocol import learns_step
 
-MODES = ("paper", "gated", "opposed", "random")
+MODES = ("paper", "gated", "opposed", "standing", "random")
 REMEDIES = ("freeze", "slow", "project")
 TARGETS = ("task", "smooth", "both")
 GRANULARITIES = ("quantizer", "layer", "channel")
@@ -42,8 +42,10 @@ class ScaleConflict:
     read as ``tau_kind`` says: ``absolute`` (freeze below it), ``quantile`` (freeze that share, the least disordered),
     ``sigma`` (freeze what lies more than tau deviations of chance below 0.5). ``mode``: ``paper``; ``gated``, which
     also demands lasting opposition: C > 0.5 and summed gradients of opposite sign; ``opposed``, which reads the
-    share of agreeing steps, 1 - C, in the place of disorder; or ``random``, a control that ranks the scales by numbers
-    drawn from (``seed``, window). ``freeze_target``: the gradient that is dropped.
+    share of agreeing steps, 1 - C, in the place of disorder; ``standing``, which asks that the scale stand where it is
+    (way over the window below half its path: one that is orderly because it has not arrived yet goes on); or
+    ``random``, a control that ranks the scales by numbers drawn from (``seed``, window). ``freeze_target``: the
+    gradient that is dropped.
     ``granularity``: one decision per quantizer, per layer (its weights and input together) or per channel.
     ``refreeze``: decide anew at every window, or keep what was once frozen. ``mix``: the weights (a, b) with which the
     method combines its probes; SAGM's are (0.5, 0.5), SAM's (0, 1). The first window never freezes.
@@ -110,7 +112,7 @@ class ScaleConflict:
         where = [position.get(id(p)) for p in self.scales.values()]
         task, smooth = self._vector(where, probes[0]), self._vector(where, probes[1])
         self._remedy(where, combined, task, smooth)
-        self.statistics.count(task, smooth)
+        self.statistics.count(task, smooth, self._now())
         self.t += 1
         if self.t % self.K == 0:
             self._close_window()
@@ -166,8 +168,11 @@ class ScaleConflict:
         lists = {key: value.tolist() for key, value in columns.items()}
         return {name: {key: _plain(lists[key][i]) for key in lists} for i, name in enumerate(self.names)}
 
+    def _now(self) -> Tensor:
+        return torch.cat([p.detach().flatten() for p in self.scales.values()])
+
     def _scale_ratio(self) -> Tensor:
-        now = torch.cat([p.detach().flatten() for p in self.scales.values()])
+        now = self._now()
         return (now / torch.where(self._starts == 0, torch.ones_like(now), self._starts)).double()
 
     def timeline(self) -> dict[str, dict[str, Any]]:

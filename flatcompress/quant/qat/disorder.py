@@ -13,7 +13,8 @@ from torch import Tensor
 from flatcompress.randomness import generator
 
 _COUNTERS = ("last_task", "last_smooth", "moves", "flips", "moves_smooth", "flips_smooth", "seen", "pairs", "opposed")
-_SUMS = ("sum_task", "sum_smooth")
+_SUMS = ("sum_task", "sum_smooth", "way", "path")
+STANDING = 0.5  # a scale whose way over a window is a smaller share of its path stands
 
 
 class Statistics:
@@ -21,6 +22,7 @@ class Statistics:
 
     def __init__(self, size: int, device: torch.device) -> None:
         self.size, self.device = size, device
+        self.last: Tensor | None = None  # goes on from window to window: the step between two belongs to the second
         self.reset()
 
     def reset(self) -> None:
@@ -28,9 +30,14 @@ class Statistics:
         self.state: dict[str, Tensor] = {name: torch.zeros(self.size, device=self.device) for name in _COUNTERS}
         self.state.update({n: torch.zeros(self.size, dtype=torch.float64, device=self.device) for n in _SUMS})
 
-    def count(self, task: Tensor, smooth: Tensor) -> None:
-        """Take in one step's gradients."""
+    def count(self, task: Tensor, smooth: Tensor, scales: Tensor | None = None) -> None:
+        """Take in one step's gradients, and where the scales were then."""
         s = self.state
+        if scales is not None:
+            moved = torch.zeros_like(s["way"]) if self.last is None else scales.double() - self.last
+            self.last = scales.double()
+            s["way"] += moved
+            s["path"] += moved.abs()
         signs = task.sign().float(), smooth.sign().float()
         for sign, key in zip(signs, ("task", "smooth")):
             tail = "" if key == "task" else "_smooth"
@@ -67,21 +74,31 @@ class Statistics:
         """Share of the steps in which the two oppose."""
         return self.state["opposed"] / self.state["pairs"].clamp_min(1)
 
+    @property
+    def travel(self) -> Tensor:
+        """Way from begin to end as a share of the path: 1 for a scale that went one way, 0 for one that came back."""
+        return self.state["way"].abs() / self.state["path"].clamp_min(torch.finfo(torch.float64).tiny)
+
     def columns(self, owner: Tensor) -> dict[str, Tensor]:
         """The three figures per quantizer: means over its scales."""
         return {
             "disorder": mean(self.disorder, self.known, owner),
             "disorder_smooth": mean(self.disorder_smooth, self.known, owner),
             "conflict": mean(self.conflict, self.state["pairs"] > 0, owner),
+            "travel": mean(self.travel, self.state["path"] > 0, owner),
         }
 
     def state_dict(self) -> dict[str, Tensor]:
         """The counters."""
-        return {key: value.clone() for key, value in self.state.items()}
+        found = {key: value.clone() for key, value in self.state.items()}
+        return found if self.last is None else {**found, "last": self.last.clone()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore `state_dict`."""
-        self.state = {key: value.clone().to(self.device) for key, value in state.items()}
+        self.reset()
+        given = {key: value.clone().to(self.device) for key, value in state.items()}
+        self.last = given.pop("last", None)
+        self.state |= given
 
 
 @dataclass(frozen=True)
@@ -104,6 +121,8 @@ class Policy:
             drawn = torch.rand(len(disorder), dtype=torch.float64, generator=generator(self.seed, "freeze", window))
             measure = drawn.to(disorder.device)
         frozen = measure < self._threshold(measure, decided)
+        if self.mode == "standing":
+            frozen &= mean(found.travel, found.state["path"] > 0, groups).nan_to_num(0.0) < STANDING
         if self.mode == "gated":
             against = total(found.state["sum_task"] * found.state["sum_smooth"], groups) < 0
             frozen &= (opposed > 0.5) & against
