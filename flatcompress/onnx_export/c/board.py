@@ -8,6 +8,7 @@ in them.
 
 from __future__ import annotations
 
+import itertools
 import re
 import shutil
 import subprocess
@@ -72,6 +73,7 @@ class Measured:
     """flash: bytes that the model adds to an image. stack: bytes. instructions: of each sample. outputs: [N, count].
 
     linked: what the linker's map names: object files, and members of libraries as ``library(member)``.
+    steps: instructions of each step of the first sample, where they were asked for.
     """
 
     flash: int
@@ -79,6 +81,7 @@ class Measured:
     instructions: list[int]
     outputs: NDArray[np.float32]
     linked: list[str]
+    steps: list[int]
 
 
 def missing(board: str = "m4") -> str | None:
@@ -96,11 +99,13 @@ def measure(
     board: str = "m4",
     flags: tuple[str, ...] = ("-O2",),
     beside: tuple[Path, ...] = (),
+    steps: bool = False,
 ) -> Measured:
     """Compile the model ``name`` in ``folder`` for a board and run it on samples [N, ...]; count: outputs of one.
 
-    beside: further C files of the image, whose folders' headers are found. UserError without the toolchain; RunError
-    when it does not compile, stops, or prints something else.
+    beside: further C files of the image, whose folders' headers are found. steps: count every step's instructions too,
+    to within what a tick holds. UserError without the toolchain; RunError when it does not compile, stops, or prints
+    something else.
     """
     if (lacking := missing(board)) is not None:
         raise UserError(f"{lacking}: needed to run C on an emulated {board}.")
@@ -112,6 +117,8 @@ def measure(
         text = f"#define SAMPLES {len(samples)}u\nstatic const float samples[SAMPLES][{size}] = {{{rows}}};\n"
         (work / "samples.h").write_text(text, encoding="utf-8")
         includes = tuple(dict.fromkeys(f"-I{file.parent}" for file in beside))
+        if steps:
+            includes += ("-include", str(resources.files(__package__) / "harness" / "marks.h"))
         empty = _image(folder, name, work, chosen, (*flags, *includes), None)
         model = _image(folder, name, work, chosen, (*flags, *includes), beside)
         flash = _bytes(model, chosen) - _bytes(empty, chosen)
@@ -197,4 +204,6 @@ def _parse(text: str, board: Board, shape: tuple[int, int], flash: int, linked: 
         raise RunError(f"the emulated {board.name} printed something else:\n{text[:1000]}")
     outputs = np.array(found["out"], np.uint32).view(np.float32).reshape(shape)
     instructions = [round(ticks * board.instructions) for ticks in found["ticks"]]
-    return Measured(flash, max(found["stack"]), instructions, outputs, linked)
+    marks = [int(v, 16) for v in re.findall(r"^mark (\w+)$", text, re.M)]
+    steps = [round((after - before) * board.instructions) for before, after in itertools.pairwise([0, *marks])]
+    return Measured(flash, max(found["stack"]), instructions, outputs, linked, steps)

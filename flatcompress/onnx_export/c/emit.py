@@ -6,11 +6,11 @@ from importlib import resources
 from typing import Any
 
 from flatcompress.onnx_export.c import ir, rows
-from flatcompress.onnx_export.c.layer_text import add_fields, layer_struct, ranged, uses_of_add
+from flatcompress.onnx_export.c.layer_text import add_fields, layer_struct, ranged
 from flatcompress.onnx_export.c.layers import Decided
-from flatcompress.onnx_export.c.text import Sources, comment, number, offset_of, window_fields
+from flatcompress.onnx_export.c.text import Sources, comment, number, offset, window_fields
 
-KERNELS = ("common.h", "conv.h", "sparse.h", "depthwise.h", "others.h", "rows.h")
+KERNELS = ("common.h", "results.h", "conv.h", "linear.h", "sparse.h", "depthwise.h", "others.h", "rows.h")
 
 
 def kernels() -> str:
@@ -29,7 +29,7 @@ def write(decided: Decided, name: str) -> Sources:
             rows.write(made, decided, index, step)
         else:
             _WRITERS[type(step)](made, decided, index, step)
-        if decided.program.floats and step.out is not None:
+        if step.out is not None:
             made.calls.append(f"FC_TRACE(&bytes[{decided.plan.offsets[step.out.name]}u], {step.out.bytes}u);")
     return made
 
@@ -56,8 +56,8 @@ def _dequantize(made: Sources, decided: Decided, index: int, step: ir.Dequantize
 def _add(made: Sources, decided: Decided, index: int, step: ir.Add) -> None:
     rule, out, where = decided.adds[index], step.out, decided.plan.offsets
     assert out is not None
-    uses_of_add(made, rule, "ADD")
-    fields = add_fields(rule, step.sources, out)
+    made.uses.add("ADD")
+    fields = add_fields(made, rule, step.sources, out)
     places = {"a": where[step.sources[0].name], "b": where[step.sources[1].name], "target": where[out.name]}
     fields |= {**places, "count": out.bytes}
     made.step("fc_addition", "fc_add", f"add_{index}", fields, step.path)
@@ -75,7 +75,7 @@ def _pool(made: Sources, decided: Decided, index: int, step: ir.GlobalPool) -> N
     assert out is not None
     made.uses |= {"POOL"} | ({"FLOATS"} if rule.floats else set())
     fields = {
-        "offset": offset_of(rule, out.zero),
+        "offset": f"INT64_C({offset(rule, out.zero)})",
         "source": decided.plan.offsets[source.name],
         "target": decided.plan.offsets[out.name],
         "pixels": source.pixels,

@@ -14,9 +14,10 @@ from flatcompress.storage import write_output
 
 KERNELS = "fc_kernels.h"
 FEATURES = (
-    *("QUANTIZE", "DEQUANTIZE", "CONV", "DEPTHWISE", "FUSED", "ADD", "FLOAT_ADD", "POOL", "MAX", "TABLE", "CONCAT"),
-    *("REALS", "FLOATS", "WIDE_BIAS", "BITS_1", "BITS_2", "BITS_4", "BITS_8", "PLANES", "THREE", "NARROW", "GROUPS"),
-    *("SPARSE", "SPARSE_WIDE", "SPARSE_BYTES", "SPARSE_BITS", "GATE", "MOVE", "RANGE", "LATE"),
+    *("QUANTIZE", "DEQUANTIZE", "CONV", "LINEAR", "DEPTHWISE", "FUSED", "ADD", "FLOAT_ADD", "POOL", "MAX", "TABLE"),
+    *("REALS", "FLOATS", "FAR", "NUDGED", "LIMITS", "RAISED", "WIDE_BIAS", "NARROW", "BITS_1", "BITS_2", "BITS_4"),
+    *("BITS_8", "PLANES", "GROUPS", "SPARSE", "SPARSE_LINE", "SPARSE_WIDE", "SPARSE_BYTES", "SPARSE_WORDS", "SPLIT", "GATE"),
+    *("CONCAT", "MOVE", "RANGE", "LATE"),
     *("ROWS", "ROW_CODES", "ROW_COPY", "ROW_PRODUCT", "ROW_SCALE", "ROW_DIVIDE", "ROW_ADD", "ROW_TIMES", "ROW_NORM"),
     *("ROW_SOFTMAX", "ROW_GELU", "ROW_SIGMOID", "ROW_TANH", "ROW_HARD", "ROW_RELU", "ROW_PLANES", "ROW_QUANTIZE"),
 )
@@ -111,7 +112,6 @@ def _source(decided: Decided, made: Sources) -> str:
     name, upper = made.name, made.name.upper()
     features = "\n".join(f"#define FC_{part} {int(part in made.uses)}" for part in FEATURES)
     constants = "\n\n".join(made.constants)
-    trace = "" if not decided.program.floats else TRACE
     calls = "\n".join(f"    {call}" for call in made.calls)
     return f"""/* {name}: written by flatcompress; see README.md. */
 #include "{name}.h"
@@ -120,7 +120,7 @@ def _source(decided: Decided, made: Sources) -> str:
 #include "{KERNELS}"
 
 #include "{name}_weights.h"
-{trace}
+{TRACE}
 {constants}
 
 int {name}_run(const float *in, float *out, void *arena)

@@ -3,39 +3,80 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from flatcompress.onnx_export.c import ir, requantize, sums, weights
+from flatcompress.onnx_export.c import choosing, ir, requantize, sums, weights
 from flatcompress.onnx_export.c.layers import Decided, Layer
-from flatcompress.onnx_export.c.text import Sources, number, offset_of, struct, window_fields
+from flatcompress.onnx_export.c.text import Sources, number, offset, struct, window_fields
 
 
-def add_fields(rule: sums.AddRule, operands: Sequence[ir.Codes], out: ir.Codes) -> dict[str, Any]:
+@dataclass
+class Clamp:
+    """How a rule ends: its sums are raised by some bits, then come ``shift``, the clamp to a byte, and ``trim`` bits go;
+    ``limits``: the grid's limits have to follow."""
+
+    shift: int
+    trim: int = 0
+    raised: int = 0
+    limits: bool = False
+
+
+def clamp(low: int, high: int, shift: int, least: int = 0, room: int = 0) -> Clamp:
+    """Of a rule that shifts by ``shift`` and ends at ``low`` and ``high``. least: what it must shift by at least; room:
+    by how many bits its sums may be raised for that."""
+    bits = (high + 1).bit_length() - 1
+    trim = 8 - bits if low == 0 and high + 1 == 1 << bits else 0
+    lacking = max(0, max(trim, least) - shift)
+    if lacking > room:
+        lacking, trim = 0, 0
+    return Clamp(shift + lacking - trim, trim, lacking, limits=(low, high) != (0, (256 >> trim) - 1))
+
+
+def end_of(layer: Layer) -> Clamp:
+    """How a layer's rule ends; an offset without a lower word needs a shift of 33 bits."""
+    result = layer.result
+    if result is None:
+        return Clamp(0)
+    if layer.rule.floats:  # codes are raised themselves
+        end = clamp(result.low, result.high, 0, room=0 if layer.far else 8)
+        return Clamp(0, end.trim, 0, end.limits)
+    return clamp(result.low, result.high, layer.rule.shift - 32, 1, layer.room)
+
+
+def add_fields(made: Sources, rule: sums.AddRule, operands: Sequence[ir.Codes], out: ir.Codes) -> dict[str, Any]:
+    """An addition's constants but for its places in the arena."""
     found: dict[str, Any] = {"first": rule.first, "second": rule.second, "offset": rule.offset}
     if rule.floats:
         found |= {f"ratio_{which}": number(ratio) for which, ratio in zip(("first", "second"), rule.ratios)}
         found |= {"fixed": number(rule.ratios[2]), "floats": 1}
         found |= {"base_a": operands[0].base, "base_b": operands[1].base, "base_out": out.base}
-    return found | {"shift": rule.shift, "low": out.low, "high": out.high}
+        made.uses |= {"FLOAT_ADD", "FLOATS"}
+    end = clamp(out.low, out.high, rule.shift)
+    made.uses |= {"LIMITS"} if end.limits and not rule.floats else set()
+    return found | {"shift": end.shift, "trim": end.trim, "low": out.low, "high": out.high}
 
 
-def uses_of_add(made: Sources, rule: sums.AddRule, kind: str) -> None:
-    made.uses |= {kind} | ({"FLOAT_ADD", "FLOATS"} if rule.floats else set())
-
-
-def _fused(made: Sources, decided: Decided, index: int, layer: Layer) -> str:
+def _fused(made: Sources, decided: Decided, index: int, layer: Layer) -> dict[str, str]:
+    """The field of a fused addition, in programs that have one."""
+    if not any(conv.add is not None for conv in decided.program.convs):
+        return {}
+    made.uses.add("FUSED")
     added, rule, out = layer.step.add, layer.add, layer.step.out
     if added is None or rule is None or out is None:
-        return "NULL"
-    uses_of_add(made, rule, "FUSED")
+        return {"add": "NULL"}
     operands = [added.between, added.other] if added.first else [added.other, added.between]
-    fields = add_fields(rule, operands, out)
-    fields |= {"b": decided.plan.offsets[added.other.name], "swapped": int(not added.first)}
+    fields = add_fields(made, rule, operands, out)
+    if rule.floats:
+        fields["swapped"] = int(not added.first)
+    elif not added.first:
+        fields |= {"first": rule.second, "second": rule.first}
+    fields["b"] = decided.plan.offsets[added.other.name]
     made.constants.append(struct("fc_add", f"add_{index}", fields))
-    return f"&add_{index}"
+    return {"add": f"&add_{index}"}
 
 
 def ranged(program: ir.Program) -> bool:
@@ -43,45 +84,82 @@ def ranged(program: ir.Program) -> bool:
     return any(isinstance(step, ir.Rows) and step.convolution is not None for step in program.steps)
 
 
+def _coded(layer: Layer) -> bool:
+    """Whether sums become codes by integer multipliers."""
+    return layer.result is not None and not layer.rule.floats
+
+
+def nudged(decided: Decided) -> bool:
+    """Whether an offset has bits in its lower word."""
+    return any(_offset(layer) % (1 << 32) for layer in decided.layers.values())
+
+
+def _offset(layer: Layer) -> int:
+    if layer.result is None or not _coded(layer):
+        return 0
+    return offset(layer.rule, layer.result.zero) << end_of(layer).raised
+
+
 def layer_struct(made: Sources, decided: Decided, index: int, step: ir.Conv, scratch: int) -> str:
     """Write a layer's constants; returns its kernel's name. scratch: where its own begins."""
     layer, source = decided.layers[index], step.sources[0]
-    real, found = step.out is None, layer.digits
-    result = step.add.between if step.add is not None else step.out
-    kind = "FC_REAL" if real else "FC_SCALED" if layer.rule.floats else "FC_CODES"
-    window = step.window
+    found, result = layer.digits, layer.result
+    kind = "FC_REAL" if result is None else "FC_SCALED" if layer.rule.floats else "FC_CODES"
+    end, whole = end_of(layer), _offset(layer)
+    made.uses |= ({"LIMITS"} if end.limits else set()) | ({"RAISED"} if end.raised else set())
     fields = {
-        "offset": "0" if result is None else offset_of(layer.rule, result.zero),
+        "offset": f"INT64_C({whole})" if nudged(decided) else whole >> 32,
         **_parameters(made, index, layer, kind),
-        "add": _fused(made, decided, index, layer),
+        **_fused(made, decided, index, layer),
         "source": f"{decided.plan.offsets[source.name]}u",
         "target": f"{decided.plan.offsets[step.out.name]}u" if step.out is not None else "0u",
         **({"late": made.array("float", f"late_{index}", map(number, step.late))} if step.late is not None else {}),
         "scratch": f"{scratch}u",
-        "in_h": source.height,
-        "in_w": source.width,
-        "in_c": source.channels,
-        "out_h": step.height,
-        "out_w": step.width,
-        "out_c": step.outputs,
+        **_geometry(layer),
         **({"groups": step.groups} if any(_grouped(conv) for conv in decided.program.convs) else {}),
         "taps": step.taps,
         "words": layer.words,
         "lowest": found.lowest,
-        **window_fields(window),
         "bits": found.bits,
-        "headroom": step.headroom,
-        "shift": layer.rule.shift - 32,
+        "headroom": step.headroom + end.raised,
+        "raise": end.raised,
+        "shift": end.shift,
+        "trim": end.trim,
         "kind": kind,
         "wide": int(_wide(layer)),
         "narrow": int(layer.rule.narrow),
-        **({"gap": layer.entries.gap, "pairs": layer.entries.pairs} if layer.entries is not None else {}),
+        **_stream_fields(layer),
         "in_zero": source.zero,
         **({"out_zero": result.zero, "low": result.low, "high": result.high} if result is not None else {}),
     }
     made.constants.append(struct("fc_layer", f"layer_{index}", fields))
-    made.uses |= _uses_of_conv(layer, kind)
-    return "fc_depthwise" if step.depthwise else "fc_conv" if layer.entries is None else "fc_sparse"
+    made.uses |= _uses_of_conv(layer, kind) | ({"NUDGED"} if nudged(decided) else set())
+    return f"fc_{layer.kernel}"
+
+
+def _geometry(layer: Layer) -> dict[str, Any]:
+    """Sizes and window, as the kernel takes them."""
+    step, source, window = layer.step, layer.step.sources[0], layer.step.window
+    sides, outs = (source.height, source.width), (step.height, step.width)
+    if layer.kernel == choosing.SPARSE:
+        outs = choosing.shape(step)
+        sides = outs if choosing.flat(step) else sides
+    if layer.turned:
+        sides, outs = sides[::-1], outs[::-1]
+        turned = (pair[::-1] for pair in (window.kernel, window.stride, window.dilation, window.pads))
+        window = ir.Window(*turned)
+    named = {"in_h": sides[0], "in_w": sides[1], "in_c": source.channels}
+    named |= {"out_h": outs[0], "out_w": outs[1], "out_c": step.outputs, **window_fields(window)}
+    return named | ({"turned": 1} if layer.turned else {})
+
+
+def _stream_fields(layer: Layer) -> dict[str, int]:
+    if layer.entries is None:
+        return {}
+    lines, columns = choosing.shape(layer.step)
+    absent = lines * columns - layer.step.height * layer.step.width if layer.kernel == choosing.SPARSE else 0
+    made = layer.entries
+    return {"gap": made.gap, "form": made.form, "split": made.parts, "absent": absent}
 
 
 def _grouped(step: ir.Conv) -> bool:
@@ -89,17 +167,17 @@ def _grouped(step: ir.Conv) -> bool:
 
 
 def _uses_of_conv(layer: Layer, kind: str) -> set[str]:
-    found = {"DEPTHWISE"} if layer.step.depthwise else {"CONV"} if layer.entries is None else {"SPARSE"}
-    planes, window = weights.PLANES[layer.digits.bits], layer.step.window
+    found, planes = {layer.kernel.upper()}, weights.PLANES[layer.digits.bits]
     if layer.entries is not None:
-        found.add(("SPARSE_WIDE", "SPARSE_BITS", "SPARSE_BYTES")[layer.entries.pairs])
+        found.add(("SPARSE_WIDE", "SPARSE_WORDS", "SPARSE_BYTES")[layer.entries.form])
+        found |= {"SPLIT"} if layer.entries.parts > 1 and layer.kernel == choosing.SPARSE else set()
     elif not layer.step.depthwise:
-        found |= {f"BITS_{bits}" for bits in planes} | ({"PLANES"} if len(planes) > 1 else set())
-    elif window.kernel == (3, 3) and window.dilation == (1, 1) and window.stride[0] <= 3:
-        found.add("THREE")
+        found |= {f"BITS_{bits}" for bits in planes}
+        found |= {"PLANES"} if len(planes) > 1 and layer.kernel == choosing.CONV else set()
     found |= {"WIDE_BIAS"} if _wide(layer) else set()
     found |= {"NARROW"} if layer.rule.narrow else set()
     found |= {"GROUPS"} if _grouped(layer.step) else set()
+    found |= {"FAR"} if layer.far else set()
     return found | {"FC_SCALED": {"FLOATS"}, "FC_REAL": {"REALS"}}.get(kind, set())
 
 
@@ -130,7 +208,7 @@ def _parameters(made: Sources, index: int, layer: Layer, kind: str) -> dict[str,
 def _stored(layer: Layer) -> tuple[NDArray[Any], int]:
     """A layer's weights as numbers, and their bytes each."""
     if layer.step.depthwise:
-        return weights.stream(layer.digits), 1
+        return weights.stream(layer.digits, layer.step.window.kernel, layer.turned), 1
     if layer.entries is not None:
-        return layer.entries.stream, 1
+        return layer.entries.stream, layer.entries.stream.itemsize
     return weights.rows(layer.digits).reshape(-1), 4

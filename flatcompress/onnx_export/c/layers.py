@@ -8,44 +8,85 @@ from typing import Any
 import numpy as np
 
 from flatcompress.errors import UserError
-from flatcompress.onnx_export.c import ir, requantize, sums, weights
+from flatcompress.onnx_export.c import choosing, ir, requantize, sums, weights
 from flatcompress.onnx_export.c.plan import ALIGNMENT, Plan, lay_out
 
 SMALL = (1 << 8) - 1
 LARGE = (1 << 16) - 1
+FAR = 1 << 21  # a float below this is rounded by adding 1.5 * 2^23
 
 
 @dataclass
 class Layer:
-    """A convolution with its digits, its rule and, where an addition is fused, that one's rule."""
+    """A convolution with its digits, its rule and, where an addition is fused, that one's rule; ``kernel``: see
+    `choosing`."""
 
     step: ir.Conv
     digits: weights.Digits
     rule: requantize.Rule
     bias: requantize.Ints
+    kernel: str
     add: sums.AddRule | None = None
     entries: weights.Entries | None = None
+    most: float = 0.0  # the largest product of a sum and its scale
+    reach: int = 0  # the largest sum
+
+    @property
+    def far(self) -> bool:
+        """Whether products with a float scale may leave what a float rounds at once."""
+        return self.rule.floats and self.most >= FAR
+
+    @property
+    def room(self) -> int:
+        """By how many bits every sum and product may be raised within 32 bits."""
+        return max(0, min(31 - int(self.reach).bit_length(), 24 - int(self.most).bit_length()))
+
+    @property
+    def result(self) -> ir.Codes | None:
+        """The grid that sums are rounded to, before a fused addition."""
+        return self.step.add.between if self.step.add is not None else self.step.out
+
+    @property
+    def turned(self) -> bool:
+        """Whether a depthwise layer goes down the columns, because groups of four pixels fill those better."""
+        height, width = self.step.height, self.step.width
+        return self.kernel == choosing.DEPTHWISE and -(-height // 4) * width < -(-width // 4) * height
 
     @property
     def words(self) -> int:
-        """32-bit words of a patch; for a depthwise layer, 16-bit numbers of a padded row."""
-        if self.step.depthwise:
-            window, source = self.step.window, self.step.sources[0]
-            reach = (self.step.width - 1) * window.stride[1] + (window.kernel[1] - 1) * window.dilation[1] + 1
-            return max(window.pads[1] + source.width, reach)
+        """32-bit words of a patch; bytes of a depthwise layer's line; words of a sparse layer's line of a channel."""
+        window, width = self.step.window, self.step.width
+        if self.kernel == choosing.DEPTHWISE:
+            axis = 0 if self.turned else 1
+            return _reach(window, axis, self.step.height if self.turned else width)
+        if self.kernel == choosing.SPARSE:
+            beyond = (window.kernel[1] - 1) * window.dilation[1] // window.stride[1]
+            return window.stride[1] * (-(-choosing.shape(self.step)[1] // 4) * 4 + beyond)
         unit = weights.unit(self.digits.bits)
         return -(-self.step.taps // unit) * unit // 2
 
     @property
     def scratch(self) -> int:
-        """Bytes of patches, or of the ring of rows and the taps."""
-        if self.step.depthwise:
-            span = (self.step.window.kernel[0] - 1) * self.step.window.dilation[0] + 1
-            return 2 * (span * self.words + self.step.taps)
-        if self.entries is not None:
-            return 16 * self.step.taps
-        direct = self.step.weight.shape[3] % 4 == 0
-        return 2 * 4 * self.words + (0 if direct else -(-self.step.taps // 4) * 4)
+        """Bytes of patches; of a line's sums, the taps and a channel's plane; of the inputs of two lines."""
+        step = self.step
+        if self.kernel == choosing.DEPTHWISE:
+            axis, size = (1, step.width) if self.turned else (0, step.height)
+            along = step.height if self.turned else step.width
+            plane = _reach(step.window, axis, size) * self.words + 4 * step.window.stride[1 - axis]
+            return 4 * (-(-along // 4) * 4 + step.taps) + plane
+        if self.kernel == choosing.SPARSE:
+            parts = self.entries.parts if self.entries is not None else 1
+            height, width = step.window.kernel
+            return 4 * (width * parts + height * step.sources[0].channels * self.words)
+        if self.kernel != choosing.CONV:
+            return 0
+        direct = step.weight.shape[3] % 4 == 0
+        return 2 * 4 * self.words + (0 if direct else -(-step.taps // 4) * 4)
+
+
+def _reach(window: ir.Window, axis: int, size: int) -> int:
+    """How many inputs ``size`` outputs see along an axis."""
+    return (size - 1) * window.stride[axis] + (window.kernel[axis] - 1) * window.dilation[axis] + 1
 
 
 @dataclass
@@ -80,9 +121,12 @@ class Decided:
 def decide(program: ir.Program) -> Decided:
     """Digits, rules and the plan. UserError where a number does not fit its place in the C."""
     layers, adds, pools = {}, {}, {}
+    convs = [(conv, weights.digits(conv)) for conv in program.convs]
+    chosen = iter(list(zip(convs, choosing.choose(convs))))
     for index, step in enumerate(program.steps):
         if step.convolution is not None:
-            layers[index] = _layer(step.convolution)
+            (conv, found), choice = next(chosen)
+            layers[index] = _layer(conv, found, choice)
         elif isinstance(step, ir.Add):
             assert step.out is not None
             adds[index] = sums.solve_add(step.sources[0], step.sources[1], step.out)
@@ -103,46 +147,29 @@ def row_bytes(step: ir.Step) -> int:
     return -(-4 * step.columns * (rows + int(step.mean)) // ALIGNMENT) * ALIGNMENT
 
 
-# Instructions on an emulated Cortex-M4: a product of the dense kernel; of the sparse ones, where a weight is not zero.
-DENSE, SPARSE = 1.2, {weights.WIDE: 3.5, weights.BITS: 2.8, weights.BYTES: 1.7}
-SMALLER = 0.7  # of the dense bytes: flash that is worth half as many instructions again
-
-
-def _sparse(step: ir.Conv, found: weights.Digits) -> weights.Entries | None:
-    """The stream of a layer that takes fewer instructions, and not more bytes, without its zeros."""
-    if step.groups > 1 or found.lowest > 0 or found.lowest + (1 << found.bits) <= 0:
-        return None
-    made = weights.entries(found, step.sources[0].high)
-    dense = weights.rows(found).nbytes
-    pixels = step.height * step.width
-    cost = made.count * SPARSE[made.pairs] * (-(-pixels // 8) * 8 / pixels)
-    worth = 1.5 if len(made.stream) < SMALLER * dense else 1.0
-    step.pixels = 8 if len(made.stream) <= dense and cost < worth * DENSE * step.weight.size else 2
-    return made if step.pixels == 8 else None
-
-
-def _layer(step: ir.Conv) -> Layer:
-    source, found = step.sources[0], weights.digits(step)
-    grid, entries = source.grid, _sparse(step, found)
+def _layer(step: ir.Conv, found: weights.Digits, choice: choosing.Choice) -> Layer:
+    source, (kernel, entries) = step.sources[0], choice
+    grid = source.grid
     low, high = requantize.reachable(
         step.weight, step.bias, step.headroom, grid.low - grid.zero_point, grid.high - grid.zero_point
     )
     _check_sums(step, found, low, high)
-    # The patch holds codes, not codes less their zero: the zero's share of a sum is known.
-    zero = 0 if step.depthwise else source.zero
-    corrected = (step.bias - zero * (step.weight.reshape(step.outputs, -1).sum(1) << step.headroom)) * found.signs
+    # Kernels take codes, not codes less their zero: the zero's share of a sum is known.
+    corrected = step.bias - source.zero * (step.weight.reshape(step.outputs, -1).sum(1) << step.headroom)
+    corrected = corrected * found.signs
     result = step.add.between if step.add is not None else step.out
     if result is None:
         rule = requantize.Rule(np.zeros(step.outputs, np.int64), 0, 32, 0, 0)
-        return Layer(step, found, rule, corrected, entries=entries)
+        return Layer(step, found, rule, corrected, kernel, entries=entries)
     limits = result.grid.low - result.grid.zero_point, result.grid.high - result.grid.zero_point
     rule = requantize.solve(step.scale, low, high, *limits, signs=found.signs)
+    most = float((np.maximum(high, -low) * step.scale.astype(np.float64)).max())
     added = None
     if step.add is not None:
         assert step.out is not None
         operands = (step.add.between, step.add.other) if step.add.first else (step.add.other, step.add.between)
         added = sums.solve_add(*operands, step.out)
-    return Layer(step, found, rule, corrected, added, entries)
+    return Layer(step, found, rule, corrected, kernel, added, entries, most, int(max(high.max(), -low.min())))
 
 
 def _pool(step: ir.GlobalPool) -> requantize.Rule:

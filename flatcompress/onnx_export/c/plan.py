@@ -58,7 +58,7 @@ def lead(step: ir.Step, source: ir.Tensor) -> int | None:
         isinstance(step, ir.Conv)
         and isinstance(source, ir.Codes)
         and step.sources[0].name == source.name
-        and not step.depthwise
+        and step.pixels > 1  # else every output needs all of the source until the last one is written
     ):
         return _conv_lead(step, source)
     return None
@@ -82,7 +82,8 @@ def in_place(step: ir.Step, source: ir.Tensor) -> bool:
     if isinstance(step, ir.Conv) and isinstance(source, ir.Codes):
         if step.add is not None and step.add.other.name == source.name and step.sources[0].name != source.name:
             return True
-        return step.depthwise and step.sources[0].name == source.name and _rows_first(step, source)
+        whole = step.outputs == source.channels and step.height * step.width <= source.pixels
+        return step.depthwise and step.sources[0].name == source.name and whole  # a channel is copied out first
     if isinstance(step, ir.Rows):
         return _row_by_row(step, source)
     if isinstance(step, ir.Add | ir.Table) and step.out is not None:
@@ -99,16 +100,6 @@ def _row_by_row(step: ir.Rows, source: ir.Tensor) -> bool:
         return step.first == 0 and step.stride == step.columns
     begun = step.convolution.sources[:1] if step.convolution is not None else step.sources[:2] if step.begin else []
     return all(other.name != source.name for other in begun)
-
-
-def _rows_first(step: ir.Conv, source: ir.Codes) -> bool:
-    """A depthwise layer goes channel by channel; whether it copies every row out before it writes over it."""
-    if step.outputs != source.channels:
-        return False
-    window = step.window
-    span = (window.kernel[0] - 1) * window.dilation[0] + 1
-    last = (((y + 1) * step.width - 1) // source.width for y in range(step.height))
-    return all(row < y * window.stride[0] - window.pads[0] + span for y, row in enumerate(last))
 
 
 def lay_out(program: ir.Program, scratch: list[int]) -> Plan:

@@ -62,9 +62,9 @@ def window_fields(window: ir.Window) -> dict[str, int]:
     return {**sides, "pad_t": window.pads[0], "pad_l": window.pads[1]}
 
 
-def offset_of(rule: requantize.Rule, zero: int) -> str:
-    """The rule's offset with the zero point in it, as a literal that fits its type."""
-    return f"INT64_C({rule.offset + (zero << rule.shift)})"
+def offset(rule: requantize.Rule, zero: int) -> int:
+    """The rule's offset with the zero point in it."""
+    return rule.offset + (zero << rule.shift)
 
 
 def comment(path: str) -> str:

@@ -60,76 +60,116 @@ def rows(found: Digits) -> NDArray[np.uint32]:
     halves = filled.reshape(outputs, -1, 4)[:, :, np.argsort(WIDENED)].reshape(outputs, width)
     planes, place = [], 0
     for bits in PLANES[found.bits]:
-        planes.append(_words((halves >> place) & ((1 << bits) - 1), bits))
+        planes.append(_pack((halves >> place) & ((1 << bits) - 1), bits))
         place += bits
     return np.concatenate(planes, axis=1)
 
 
-def _words(plane: NDArray[np.int64], bits: int) -> NDArray[np.uint32]:
+def _pack(plane: NDArray[np.int64], bits: int) -> NDArray[np.uint32]:
     steps = 16 // bits
     grouped = plane.reshape(len(plane), -1, steps, 2).astype(np.uint64)
     low, high = (grouped[..., half] << (np.arange(steps, dtype=np.uint64) * np.uint64(bits)) for half in (0, 1))
     return (low.sum(-1) | (high.sum(-1) << np.uint64(16))).astype(np.uint32)
 
 
-def stream(found: Digits) -> NDArray[np.uint8]:
-    """Bytes of all digits, channel by channel, the first digit in the lowest bits."""
-    flat = found.values.reshape(-1)
+def stream(found: Digits, kernel: tuple[int, int], turned: bool) -> NDArray[np.uint8]:
+    """Bytes of all digits, channel by channel, the first digit in the lowest bits. turned: column by column."""
+    values = found.values.reshape(-1, *kernel)
+    flat = (values.transpose(0, 2, 1) if turned else values).reshape(-1)
     bits = (flat[:, None] >> np.arange(found.bits)) & 1
     return np.packbits(bits.astype(np.uint8).reshape(-1), bitorder="little")
 
 
-WIDE, BITS, BYTES = 0, 1, 2  # the kernels of sparse layers
+WIDE, WORDS, BYTES = 0, 1, 2  # forms of a sparse layer's stream, as sparse.h has them
+PARTS = (1, 2, 4, 8)
 
 
 @dataclass
 class Entries:
-    """A sparse layer's stream: of each weight that is not zero, the zeros before it (``gap`` bits) and its digit.
+    """A sparse layer's stream: of each weight that is not zero, its distance from the last one and the weight itself.
 
-    ``pairs``: `WIDE`, or where the sums of every row fit 16 bits, so that the kernel adds two pixels in one word,
-    `BITS` or (entries of a byte: a signed weight of four bits and four bits of gap) `BYTES`. count: of entries.
+    ``form``: `WIDE`, a weight of 8 bits and four bits of distance; or where sums fit 16 bits, so that the kernel adds
+    two pixels in one word, `WORDS` (``gap`` bits of distance) or `BYTES` (a weight and a distance of four bits).
+    ``parts``: into how many a column of taps is divided so that the sums fit; 1: not even columns are added apart.
+    count: of entries.
     """
 
-    stream: NDArray[np.uint8]
+    stream: NDArray[np.uint8] | NDArray[np.uint32]
     gap: int
-    pairs: int
+    form: int
+    parts: int
     count: int
 
 
-def entries(found: Digits, most: int) -> Entries:
-    """The stream with the gap width that takes the fewest bytes. most: the largest code of the input.
+def entries(conv: Conv, found: Digits, most: int) -> Entries:
+    """The stream that takes the fewest bytes, taps column by column. most: the input's largest code.
 
-    A gap wider than its bits is bridged by entries whose weight is zero.
+    A distance beyond its bits is bridged by entries whose weight is zero.
     """
-    values = found.values + found.lowest
-    reach = max(int(np.maximum(values, 0).sum(1).max()), int(np.maximum(-values, 0).sum(1).max())) * most
-    narrow = reach < 1 << 15
-    best = min((_stream(values, found, gap) for gap in range(1, 9)), key=lambda made: len(made[0]))
-    if narrow and found.bits in (3, 4) and values.min() >= -8 and values.max() <= 7:
-        skipped, digit = _gaps(values, 4)
-        if len(skipped) <= 1.05 * len(best[0]):  # decoded in a third of the instructions
-            return Entries(((skipped << 4) | (digit & 15)).astype(np.uint8), 4, BYTES, len(skipped))
-    return Entries(*best[:2], BITS if narrow else WIDE, best[2])
+    values = (found.values + found.lowest).reshape(conv.weight.shape).transpose(0, 2, 1, 3)
+    columns = np.ascontiguousarray(values).reshape(conv.outputs, values.shape[1], -1)
+    parts = _parts(columns, most) if found.bits <= 4 else None
+    if parts is None:
+        return _wide(columns)
+    gaps = range(1, 9)
+    made = [_words(columns, found, gap, parts) for gap in gaps]
+    best = min(made, key=lambda one: one.stream.nbytes)
+    if found.bits > 2 and values.min() >= -8 and values.max() <= 7:
+        distance, digit = _gaps(columns, 15)
+        if len(distance) <= 1.15 * best.stream.nbytes:  # decoded in half of the instructions
+            return Entries(((distance << 4) | (digit & 15)).astype(np.uint8), 4, BYTES, parts, len(distance))
+    return best
 
 
-def _stream(values: NDArray[np.int64], found: Digits, gap: int) -> tuple[NDArray[np.uint8], int, int]:
-    skipped, weight = _gaps(values, gap)
-    bits = ((skipped | ((weight - found.lowest) << gap))[:, None] >> np.arange(gap + found.bits)) & 1
-    return np.packbits(bits.astype(np.uint8).reshape(-1), bitorder="little"), gap, len(skipped)
+def _parts(columns: NDArray[np.int64], most: int) -> int | None:
+    """Into how many parts rows [out, columns, taps] go so that every sum fits 16 bits; 1: whole rows do. None: more."""
+    signs = np.maximum(columns, 0), np.maximum(-columns, 0)
+    if max(int(sign.sum((1, 2)).max()) for sign in signs) * most < 1 << 15:
+        return 1
+    for parts in PARTS:
+        if columns.shape[1] * parts > 1 and columns.shape[2] % parts == 0:
+            apart = [sign.reshape(*sign.shape[:2], parts, -1).sum(-1) for sign in signs]
+            if max(int(one.max()) for one in apart) * most < 1 << 15:
+                return parts
+    return None
 
 
-def _gaps(values: NDArray[np.int64], gap: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Of every entry, the zeros before it and its weight; the last ones lie beyond the last row, which ends it."""
-    flat, longest = values.reshape(-1), 1 << gap
+def _wide(values: NDArray[np.int64]) -> Entries:
+    """Of two entries the distances in a byte, each before its weight: distances, weight, weight."""
+    distance, weight = _gaps(values, 15)
+    count = len(distance)
+    if count % 2:
+        distance, weight = np.append(distance, 15), np.append(weight, 0)
+    both = distance[0::2] | (distance[1::2] << 4)
+    stream = np.stack([both, weight[0::2] & 255, weight[1::2] & 255], 1).reshape(-1)
+    return Entries(stream.astype(np.uint8), 4, WIDE, 1, count)
+
+
+def _words(values: NDArray[np.int64], found: Digits, gap: int, parts: int) -> Entries:
+    distance, weight = _gaps(values, (1 << gap) - 1)
+    width, count = gap + found.bits, len(distance)
+    each = 31 // width
+    short = -count % each
+    distance = np.append(distance, np.full(short, (1 << gap) - 1))
+    weight = np.append(weight, np.zeros(short, np.int64))
+    entry = (distance | ((weight - found.lowest) << gap)).astype(np.uint64).reshape(-1, each)
+    words = (entry << (np.arange(each, dtype=np.uint64) * np.uint64(width))).sum(1) | np.uint64(1 << (each * width))
+    return Entries(words.astype(np.uint32), gap, WORDS, parts, count)
+
+
+def _gaps(values: NDArray[np.int64], longest: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Of every entry, its distance (1 .. ``longest``) and its weight; the last ones lie beyond the last row, which ends
+    it."""
+    flat = values.reshape(-1)
     places = np.flatnonzero(flat)
     steps = np.diff(places, prepend=-1)
     fillers = (steps - 1) // longest
     beyond = (flat.size - 1 - (int(places[-1]) if len(places) else -1)) // longest + 1
     total = len(places) + int(fillers.sum())
     at = np.cumsum(fillers + 1) - 1
-    skipped, weight = np.full(total + beyond, longest - 1, np.int64), np.zeros(total + beyond, np.int64)
-    skipped[at], weight[at] = (steps - 1) % longest, flat[places]
-    return skipped, weight
+    distance, weight = np.full(total + beyond, longest, np.int64), np.zeros(total + beyond, np.int64)
+    distance[at], weight[at] = (steps - 1) % longest + 1, flat[places]
+    return distance, weight
 
 
 def true_bytes(conv: Conv) -> float:

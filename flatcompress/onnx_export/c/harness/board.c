@@ -85,6 +85,19 @@ static uint32_t counter(void)
 #endif
 }
 
+#ifdef FC_TRACE
+#define MARKS 512u
+static uint32_t marks[MARKS], marked;
+
+void host_mark(void)
+{
+    if (marked < MARKS) {
+        marks[marked] = counter();
+        marked++;
+    }
+}
+#endif
+
 __attribute__((noinline)) static uint32_t timed(const float *in)
 {
     const uint32_t before = counter();
@@ -110,7 +123,15 @@ void reset(void)
         for (low = stack_low; low < (uint32_t *)here; low++) {
             *low = 0xA5A5A5A5u;
         }
+        const uint32_t start = counter();
         word("ticks ", timed(samples[sample]));
+#ifdef FC_TRACE
+        for (uint32_t i = 0u; (sample == 0u) && (i < marked); i++) {
+            word("mark ", (marks[i] - start) & 0xFFFFFFu);
+        }
+#else
+        (void)start;
+#endif
         for (low = stack_low; (low < (uint32_t *)here) && (*low == 0xA5A5A5A5u); low++) {
         }
         word("stack ", (uint32_t)((uintptr_t)__builtin_frame_address(0) - (uintptr_t)low));

@@ -34,10 +34,20 @@ typedef struct {
 } __attribute__((packed, may_alias)) fc_word; /* four bytes at any address */
 #endif
 
-/* Two words and on: one LDRD, which compilers seldom form. Only an optimization; the other form is plain C. */
+/* What compilers seldom form: two words and on, or two words at a distance (LDRD), and a product's upper word plus
+ * another (SMMLA). Only optimizations; the other forms are plain C. */
 #if FC_DSP && defined(__GNUC__)
 #define FC_LOAD2(x, y, from) __asm__ volatile("ldrd %0, %1, [%2], #8" : "=r"(x), "=r"(y), "+r"(from) : : "memory")
+#define FC_AT2(x, y, from, bytes)                                                                                      \
+    __asm__ volatile("ldrd %0, %1, [%2, %3]" : "=r"(x), "=r"(y) : "r"(from), "n"(bytes) : "memory")
+#define FC_UPPER(to, x, y, plus) __asm__("smmla %0, %1, %2, %3" : "=r"(to) : "r"(x), "r"(y), "r"(plus))
 #else
+#define FC_AT2(x, y, from, bytes)                                                                                      \
+    do {                                                                                                               \
+        (x) = ((const uint32_t *)(const void *)(from))[(bytes) / 4];                                                   \
+        (y) = ((const uint32_t *)(const void *)(from))[((bytes) / 4) + 1];                                             \
+    } while (0)
+#define FC_UPPER(to, x, y, plus) ((to) = (int32_t)(((int64_t)(x) * (y)) >> 32) + (plus))
 #define FC_LOAD2(x, y, from)                                                                                           \
     do {                                                                                                               \
         (x) = (from)[0];                                                                                               \
@@ -56,26 +66,46 @@ typedef struct {
 #define FC_HIDE(value) ((void)0)
 #endif
 
+/* A 16-bit number times half a word of two such, plus a sum. */
+#if FC_DSP
+#define FC_PLUS_LOW(x, word, sum) __smlabb((x), (int32_t)(word), (sum))
+#define FC_PLUS_HIGH(x, word, sum) __smlabt((x), (int32_t)(word), (sum))
+#else
+#define FC_PLUS_LOW(x, word, sum) ((sum) + ((x) * (int32_t)((word) & 0xFFFFu)))
+#define FC_PLUS_HIGH(x, word, sum) ((sum) + ((x) * (int32_t)((word) >> 16)))
+#endif
+
 #define FC_MAGIC 12582912.0f /* 1.5 * 2^23: adding it rounds a float below 2^22 half to even */
 
-/* An addition of codes: (a * first + b * second + offset) >> shift, or in floats where no integers are exact. */
+/* An addition of codes: (a * first + b * second + offset) >> shift, or in floats where no integers are exact. A fused
+ * one adds the code of a convolution, a, to another, b. */
 typedef struct {
     int32_t first, second, offset;
-    uint32_t b; /* offsets in the arena; a is the convolution's result in a fused addition */
+    uint32_t b; /* offsets in the arena */
 #if FC_ADD
     uint32_t a, target, count;
 #endif
 #if FC_FLOAT_ADD
     float ratio_first, ratio_second, fixed;
-    uint8_t floats, base_a, base_b, base_out;
+    uint8_t floats, base_a, base_b, base_out, swapped; /* swapped: a convolution's code is the second operand */
 #endif
-    uint8_t shift, low, high, swapped;
+    uint8_t shift, trim, low, high;
 } fc_add;
 
 FC_INLINE int32_t fc_clamp(int32_t value, int32_t low, int32_t high)
 {
     int32_t result = (value < low) ? low : value;
     return (result > high) ? high : result;
+}
+
+/* The clamp to 0 .. 255. Where a grid ends at 2^n - 1, codes come with 8 - n bits more (`trim`), which go afterwards. */
+FC_INLINE int32_t fc_byte(int32_t value)
+{
+#if FC_DSP
+    return (int32_t)__usat(value, 8);
+#else
+    return fc_clamp(value, 0, 255);
+#endif
 }
 
 #if FC_QUANTIZE || FC_FLOATS || FC_ROWS || FC_GATE
@@ -88,18 +118,36 @@ FC_INLINE int32_t fc_round(float value, float low, float high)
 }
 #endif
 
+#if FC_FLOATS
+/* Of what is known to be below 2^21, or else far beyond any code. */
+FC_INLINE int32_t fc_nearest(float value)
+{
+#if FC_FAR
+    return fc_round(value, -512.0f, 512.0f);
+#else
+    return (int32_t)(value + FC_MAGIC) - (int32_t)FC_MAGIC;
+#endif
+}
+#endif
+
 #if FC_ADD || FC_FUSED
 FC_INLINE int32_t fc_sum(const fc_add *add, int32_t a, int32_t b)
 {
+    int32_t code;
 #if FC_FLOAT_ADD
     if (add->floats != 0u) { /* two fused multiply-adds; a double holds each product and sum before its rounding */
-        float inner = (float)(((double)(b + (int32_t)add->base_b) * (double)add->ratio_second) + (double)add->fixed);
-        float total = (float)(((double)(a + (int32_t)add->base_a) * (double)add->ratio_first) + (double)inner);
-        int32_t code = fc_round(total, -1.0f, 256.0f) - (int32_t)add->base_out;
+        const int32_t one = (add->swapped != 0u) ? b : a, other = (add->swapped != 0u) ? a : b;
+        float inner = (float)(((double)(other + (int32_t)add->base_b) * (double)add->ratio_second) +
+                              (double)add->fixed);
+        float total = (float)(((double)(one + (int32_t)add->base_a) * (double)add->ratio_first) + (double)inner);
+        code = fc_round(total, -1.0f, 256.0f) - (int32_t)add->base_out;
         return fc_clamp(code, (int32_t)add->low, (int32_t)add->high);
     }
 #endif
-    return fc_clamp(((a * add->first) + (b * add->second) + add->offset) >> add->shift, (int32_t)add->low,
-                    (int32_t)add->high);
+    code = fc_byte(((a * add->first) + (b * add->second) + add->offset) >> add->shift) >> add->trim;
+#if FC_LIMITS
+    code = fc_clamp(code, (int32_t)add->low, (int32_t)add->high);
+#endif
+    return code;
 }
 #endif

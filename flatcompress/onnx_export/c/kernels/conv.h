@@ -1,106 +1,3 @@
-#if FC_CONV || FC_DEPTHWISE || FC_SPARSE
-/* A convolution or linear layer. Kinds of result: codes by integer multipliers, codes by float scales (where no
- * multiplier is exact for every sum), real values. */
-#define FC_CODES 0u
-#define FC_SCALED 1u
-#define FC_REAL 2u
-
-typedef struct {
-    int64_t offset;        /* of the requantization, with one half and the zero point in it */
-    const void *weight;    /* rows of words (conv), a stream of digits (depthwise) */
-    const void *scale;     /* int32_t multipliers or float scales, one a channel */
-    const void *bias;      /* int16_t or int32_t, one a channel */
-    const fc_add *add;     /* a fused addition or NULL */
-#if FC_LATE
-    const float *late;     /* what is added to real results, one a channel, or NULL */
-#endif
-    uint32_t source, target, scratch; /* offsets in the arena */
-    uint16_t in_h, in_w, in_c, out_h, out_w, out_c;
-#if FC_GROUPS
-    uint16_t groups;
-#define FC_GROUPS_OF(layer) ((uint32_t)(layer)->groups)
-#else
-#define FC_GROUPS_OF(layer) 1u
-#endif
-    uint16_t taps, words;  /* products of a value; words of a patch of 16-bit numbers */
-    int16_t lowest;        /* the weight that digit 0 stands for */
-    uint8_t kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w, pad_t, pad_l;
-    uint8_t bits, headroom, shift, kind, wide, narrow; /* wide: int32_t biases; narrow: int16_t multipliers */
-#if FC_SPARSE
-    uint8_t gap, pairs; /* bits of a gap; 1 where sums of two pixels fit one word, 2 with entries of a byte */
-#endif
-    uint8_t in_zero, out_zero, low, high;
-} fc_layer;
-
-FC_INLINE int32_t fc_bias(const fc_layer *layer, uint32_t channel)
-{
-#if FC_WIDE_BIAS
-    if (layer->wide != 0u) {
-        return ((const int32_t *)layer->bias)[channel];
-    }
-#endif
-    return (int32_t)((const int16_t *)layer->bias)[channel];
-}
-
-/* A multiplier; of narrow ones the upper 16 bits are stored. */
-FC_INLINE int32_t fc_multiplier(const fc_layer *layer, uint32_t channel)
-{
-#if FC_NARROW
-    if (layer->narrow != 0u) {
-        return (int32_t)((const int16_t *)layer->scale)[channel] * 65536;
-    }
-#endif
-    return ((const int32_t *)layer->scale)[channel];
-}
-
-/* A sum to a code of the layer's grid. */
-FC_INLINE int32_t fc_requantize(const fc_layer *layer, int32_t sum, uint32_t channel)
-{
-    int32_t code;
-#if FC_FLOATS
-    if (layer->kind == FC_SCALED) {
-        float product = (float)sum * ((const float *)layer->scale)[channel];
-        code = fc_round(product, -512.0f, 512.0f) + (int32_t)layer->out_zero;
-        return fc_clamp(code, (int32_t)layer->low, (int32_t)layer->high);
-    }
-#endif
-    code = (int32_t)((layer->offset + ((int64_t)sum * fc_multiplier(layer, channel))) >> 32);
-    return fc_clamp(code >> layer->shift, (int32_t)layer->low, (int32_t)layer->high);
-}
-#endif
-
-#if FC_CONV || FC_SPARSE
-#if FC_FUSED || FC_REALS || FC_FLOATS
-/* A sum to what is stored, in every way that is not the plain one. */
-FC_APART void fc_finish(const fc_layer *layer, uint8_t *arena, float *real, int32_t sum, uint32_t pixel,
-                        uint32_t channel)
-{
-    const uint32_t at = (pixel * layer->out_c) + channel;
-    int32_t code;
-#if FC_REALS
-    if (layer->kind == FC_REAL) {
-        real[at] = (float)sum * ((const float *)layer->scale)[channel];
-#if FC_LATE
-        if (layer->late != NULL) {
-            real[at] += layer->late[channel];
-        }
-#endif
-        return;
-    }
-#else
-    (void)real;
-#endif
-    code = fc_requantize(layer, sum, channel);
-#if FC_FUSED
-    if (layer->add != NULL) {
-        const int32_t other = (int32_t)arena[layer->add->b + at];
-        code = (layer->add->swapped != 0u) ? fc_sum(layer->add, other, code) : fc_sum(layer->add, code, other);
-    }
-#endif
-    arena[layer->target + at] = (uint8_t)code;
-}
-#endif
-
 /* Real results may be wanted of some pixels alone, from the pixel `first` on; they lie from `real` on. */
 #if FC_RANGE
 #define FC_RANGE_PARAMETERS , uint32_t first, uint32_t pixels
@@ -108,33 +5,7 @@ FC_APART void fc_finish(const fc_layer *layer, uint8_t *arena, float *real, int3
 #define FC_RANGE_PARAMETERS
 #endif
 
-/* What is the same for all sums of a layer. */
-typedef struct {
-    int64_t offset;
-    int32_t low, high;
-    uint32_t shift, stride;
-    int32_t scale;
-    int32_t fixed[2]; /* of the two pixels */
-} fc_result;
-
-#if FC_CONV
-/* The sums of two pixels in one channel to codes: the plain way, by multipliers. */
-FC_APART void fc_plain(const fc_result *result, const uint32_t *sums, int32_t bias, int32_t multiplier, uint8_t *to)
-{
-    const int64_t offset = result->offset;
-    const int32_t low = result->low, high = result->high;
-    const uint32_t shift = result->shift;
-    const int32_t first = (((int32_t)sums[0] + result->fixed[0]) * result->scale) + bias;
-    const int32_t second = (((int32_t)sums[1] + result->fixed[1]) * result->scale) + bias;
-    int32_t code = (int32_t)((offset + ((int64_t)first * multiplier)) >> 32) >> shift;
-    int32_t next = (int32_t)((offset + ((int64_t)second * multiplier)) >> 32) >> shift;
-    to[result->stride] = (uint8_t)fc_clamp(next, low, high); /* of one pixel alone the stride is 0, and this goes */
-    to[0] = (uint8_t)fc_clamp(code, low, high);
-}
-#endif
-#endif
-
-#if FC_CONV
+#if FC_CONV || FC_LINEAR
 #if FC_DSP
 #define FC_PAIRS(a, b, sum) ((uint32_t)__smlad((int16x2_t)(a), (int16x2_t)(b), (int32_t)(sum)))
 #else
@@ -159,6 +30,9 @@ FC_INLINE uint32_t fc_widen4(const uint8_t *from, uint32_t *to, uint32_t mask, u
 #endif
 }
 
+#endif
+
+#if FC_CONV
 /* A run of bytes, or of zeros where it lies outside of the image; returns where the next one goes. */
 FC_INLINE uint8_t *fc_copy(uint8_t *to, const uint8_t *from, uint32_t count, uint8_t zero)
 {
@@ -247,12 +121,12 @@ static uint32_t fc_patch(const fc_layer *layer, uint8_t *arena, uint32_t y, uint
     return sum;
 }
 
-/* Two rows of weights times the patches of two pixels, digits of BITS bits in the halves of a word. */
+/* Two rows of weights times the patches of two pixels, digits of BITS bits in the halves of a word, added to sums. */
 #define FC_DOT(BITS, MASK)                                                                                             \
     FC_APART void fc_dot_##BITS(const uint32_t *first, const uint32_t *second, const uint32_t *patch,                  \
                                 const uint32_t *end, uint32_t *sums)                                                   \
     {                                                                                                                  \
-        uint32_t s0 = 0u, s1 = 0u, s2 = 0u, s3 = 0u, mask = (MASK);                                                    \
+        uint32_t s0 = sums[0], s1 = sums[1], s2 = sums[2], s3 = sums[3], mask = (MASK);                                \
         FC_HIDE(mask);                                                                                                 \
         do {                                                                                                           \
             const uint32_t a = *first++, b = *second++;                                                                \
@@ -296,7 +170,7 @@ FC_DOT(1, 0x00010001u)
 #define FC_PLANE(BITS)                                                                                                 \
     if (((uint32_t)layer->bits & (BITS##u)) != 0u) {                                                                   \
         const uint32_t length = ((uint32_t)layer->words * (BITS##u)) / 16u;                                            \
-        uint32_t part[4];                                                                                              \
+        uint32_t part[4] = {0u, 0u, 0u, 0u};                                                                           \
         fc_dot_##BITS(first, second, patch, end, part);                                                                \
         for (uint32_t i = 0u; i < 4u; i++) {                                                                           \
             sums[i] += part[i] << place;                                                                               \
@@ -312,10 +186,6 @@ FC_INLINE void fc_products(const fc_layer *layer, const uint32_t *first, const u
 {
 #if FC_PLANES
     uint32_t place = 0u;
-    sums[0] = 0u;
-    sums[1] = 0u;
-    sums[2] = 0u;
-    sums[3] = 0u;
 #if FC_BITS_8
     FC_PLANE(8)
 #endif
@@ -358,35 +228,29 @@ static void fc_conv(const fc_layer *layer, uint8_t *arena, float *real FC_RANGE_
 {
     const uint32_t outputs = (uint32_t)layer->out_c / FC_GROUPS_OF(layer);
     const uint32_t row = ((uint32_t)layer->words * layer->bits) / 16u;
-    const uint32_t stride = layer->out_c, width = layer->out_w, groups = FC_GROUPS_OF(layer);
+    const uint32_t width = layer->out_w, groups = FC_GROUPS_OF(layer);
 #if FC_RANGE
     uint32_t y = first / width, x = first % width;
 #else
     const uint32_t pixels = width * layer->out_h;
     uint32_t y = 0u, x = 0u;
 #endif
-    const int32_t lowest = layer->lowest;
     uint32_t *const patch = (uint32_t *)(void *)&arena[layer->scratch];
     const uint32_t *const finish = &patch[2u * layer->words];
-    fc_result result = {layer->offset, layer->low, layer->high, layer->shift, layer->out_c, 0, {0, 0}};
-    uint8_t *to = &arena[layer->target];
-    result.scale = (int32_t)(1ul << layer->headroom);
-#if FC_FUSED || FC_REALS || FC_FLOATS
-    const uint32_t plain = ((layer->kind == FC_CODES) && (layer->add == NULL)) ? 1u : 0u;
-#else
-    (void)real;
-#endif
+    fc_result result = fc_into(layer, arena, real);
+    uint32_t at = 0u;
     for (uint32_t pixel = 0u; pixel < pixels; pixel += 2u) {
         const uint32_t two = ((pixel + 1u) < pixels) ? 2u : 1u;
-        result.stride = (two == 2u) ? stride : 0u;
         const uint32_t *weight = (const uint32_t *)layer->weight;
         uint32_t channel = 0u, next_y = y, next_x = x;
+        result.row = (two == 2u) ? layer->out_c : 0u;
         for (uint32_t group = 0u; group < groups; group++) {
             const uint32_t end = channel + outputs;
+            uint32_t fixed[2] = {0u, 0u};
             next_y = y;
             next_x = x;
             for (uint32_t i = 0u; i < two; i++) {
-                result.fixed[i] = (int32_t)fc_patch(layer, arena, next_y, next_x, group, &patch[i]) * lowest;
+                fixed[i] = fc_patch(layer, arena, next_y, next_x, group, &patch[i]) * (uint32_t)(int32_t)layer->lowest;
                 next_x++;
                 if (next_x == width) {
                     next_x = 0u;
@@ -395,28 +259,16 @@ static void fc_conv(const fc_layer *layer, uint8_t *arena, float *real FC_RANGE_
             }
             while (channel < end) {
                 const uint32_t pair = ((channel + 1u) < end) ? 2u : 1u;
-                uint32_t sums[4];
+                uint32_t sums[4] = {fixed[0], fixed[1], fixed[0], fixed[1]};
                 fc_products(layer, weight, (pair == 2u) ? (weight + row) : weight, patch, finish, sums);
                 for (uint32_t c = 0u; c < pair; c++) {
-                    const int32_t bias = fc_bias(layer, channel);
-                    const uint32_t *const sum = &sums[2u * c];
-#if FC_FUSED || FC_REALS || FC_FLOATS
-                    if (plain == 0u) {
-                        for (uint32_t i = 0u; i < two; i++) {
-                            const int32_t total = (((int32_t)sum[i] + result.fixed[i]) * result.scale) + bias;
-                            fc_finish(layer, arena, real, total, pixel + i, channel);
-                        }
-                    } else
-#endif
-                    {
-                        fc_plain(&result, sum, bias, fc_multiplier(layer, channel), &to[channel]);
-                    }
+                    fc_put(&result, (const int32_t *)&sums[2u * c], 1u, channel, at + channel);
                     channel++;
                     weight += row;
                 }
             }
         }
-        to += 2u * stride;
+        at += 2u * (uint32_t)layer->out_c;
         y = next_y;
         x = next_x;
     }

@@ -19,151 +19,143 @@ FC_INLINE uint32_t fc_digit(fc_stream *stream, uint32_t bits)
     return digit;
 }
 
-/* One channel of one input row as 16-bit numbers, zero point taken off; a row outside of the image is zeros. */
-FC_INLINE void fc_row(const fc_layer *layer, const uint8_t *source, int32_t y, uint32_t channel, int16_t *row)
+/* Bytes of four pixels as 16-bit numbers: the first and third, and the second and fourth. */
+FC_INLINE void fc_four(const uint8_t *from, uint32_t stride, uint32_t *odd, uint32_t *even)
 {
-    int16_t *to = &row[layer->pad_l];
-    if ((y < 0) || (y >= (int32_t)layer->in_h)) {
-        for (uint32_t i = 0u; i < layer->in_w; i++) {
-            to[i] = 0;
-        }
-    } else {
-        const int32_t zero = (int32_t)layer->in_zero;
-        const uint32_t step = layer->in_c;
-        const uint8_t *from = &source[((uint32_t)y * layer->in_w * step) + channel];
-        for (uint32_t i = layer->in_w; i != 0u; i--) {
-            *to = (int16_t)((int32_t)*from - zero);
-            to++;
-            from += step;
-        }
+#if FC_DSP
+    if (stride == 1u) {
+        const uint32_t four = ((const fc_word *)(const void *)from)->value;
+        *odd = __uxtb16((uint8x4_t)four);
+        *even = __uxtb16((uint8x4_t)(four >> 8) | (four << 24));
+        return;
     }
+    if (stride == 2u) {
+        const uint32_t four = ((const fc_word *)(const void *)from)->value;
+        const uint32_t next = ((const fc_word *)(const void *)&from[4])->value;
+        *odd = __uxtb16((uint8x4_t)((four & 0xFFFFu) | (next << 16)));
+        *even = __uxtb16((uint8x4_t)((four >> 16) | (next & 0xFFFF0000u)));
+        return;
+    }
+#endif
+    *odd = (uint32_t)from[0] | ((uint32_t)from[2u * stride] << 16);
+    *even = (uint32_t)from[stride] | ((uint32_t)from[3u * stride] << 16);
 }
 
-#if FC_THREE
-/* One channel of a layer of three by three: three rows take turns, weights stay in registers. */
-FC_APART void fc_three(const fc_layer *layer, uint8_t *arena, const int16_t *taps, uint32_t channel, uint32_t input,
-                       int16_t *ring)
-{
-    int16_t *a = ring, *b = &ring[layer->words], *c = &ring[2u * layer->words];
-    const int32_t scale = (int32_t)(1ul << layer->headroom), bias = fc_bias(layer, channel);
-    const uint32_t stride = layer->stride_w, step = layer->out_c, width = layer->out_w;
 #if FC_DSP
-    const uint32_t a01 = ((const fc_word *)(const void *)&taps[0])->value;
-    const uint32_t b01 = ((const fc_word *)(const void *)&taps[3])->value;
-    const uint32_t c01 = ((const fc_word *)(const void *)&taps[6])->value;
-#endif
-    const int32_t a2 = taps[2], b2 = taps[5], c2 = taps[8];
-    const int64_t offset = layer->offset;
-    const int32_t multiplier = fc_multiplier(layer, channel);
-    const uint32_t shift = layer->shift;
-    const int32_t low = layer->low, high = layer->high;
-    int32_t row = -(int32_t)layer->pad_t;
-    uint32_t fresh = 3u;
-    uint8_t *to = &arena[layer->target + channel];
-    for (uint32_t y = layer->out_h; y != 0u; y--) {
-        const int16_t *from[3];
-        for (; fresh != 0u; fresh--) {
-            int16_t *const oldest = a;
-            a = b;
-            b = c;
-            c = oldest;
-            fc_row(layer, &arena[layer->source], row, input, c);
-            row++;
-        }
-        fresh = layer->stride_h;
-        from[0] = a;
-        from[1] = b;
-        from[2] = c;
-        for (uint32_t x = width; x != 0u; x--) {
-            int32_t sum = ((int32_t)from[0][2] * a2) + ((int32_t)from[1][2] * b2) + ((int32_t)from[2][2] * c2), code;
-#if FC_DSP
-            sum = __smlad((int16x2_t)a01, (int16x2_t)((const fc_word *)(const void *)from[0])->value, sum);
-            sum = __smlad((int16x2_t)b01, (int16x2_t)((const fc_word *)(const void *)from[1])->value, sum);
-            sum = __smlad((int16x2_t)c01, (int16x2_t)((const fc_word *)(const void *)from[2])->value, sum);
+#define FC_TAP(both) ((int32_t)(both)) /* SMLABB and SMLABT take the lower half */
 #else
-            sum += ((int32_t)from[0][0] * taps[0]) + ((int32_t)from[0][1] * taps[1]);
-            sum += ((int32_t)from[1][0] * taps[3]) + ((int32_t)from[1][1] * taps[4]);
-            sum += ((int32_t)from[2][0] * taps[6]) + ((int32_t)from[2][1] * taps[7]);
-#endif
-            sum = (sum * scale) + bias;
-#if FC_FLOATS
-            if (layer->kind == FC_SCALED) {
-                code = fc_requantize(layer, sum, channel);
-            } else
-#endif
-            {
-                code = fc_clamp((int32_t)((offset + ((int64_t)sum * multiplier)) >> 32) >> shift, low, high);
-            }
-            *to = (uint8_t)code;
-            to += step;
-            from[0] += stride;
-            from[1] += stride;
-            from[2] += stride;
-        }
-    }
-}
+#define FC_TAP(both) ((int32_t)(int16_t)(uint16_t)((both) & 0xFFFFu))
 #endif
 
-/* Channel by channel: the weights are unpacked once, and a ring of rows holds the input, so that the output may lie
- * where the input was. */
+/* Sums of one line of a channel, by the taps that are not zero: an offset in the plane and a weight each. */
+FC_INLINE void fc_line(const uint8_t *from, const uint32_t *taps, const uint32_t *end, int32_t *sums, uint32_t length,
+                       uint32_t stride)
+{
+    for (uint32_t x = 0u; x < length; x += 4u) {
+        const uint32_t *tap = taps;
+        int32_t s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+        while (tap != end) {
+            const uint32_t both = *tap;
+            const int32_t weight = FC_TAP(both);
+            uint32_t odd, even;
+            tap++;
+            fc_four(&from[both >> 16], stride, &odd, &even);
+            s0 = FC_PLUS_LOW(weight, odd, s0);
+            s1 = FC_PLUS_LOW(weight, even, s1);
+            s2 = FC_PLUS_HIGH(weight, odd, s2);
+            s3 = FC_PLUS_HIGH(weight, even, s3);
+        }
+        sums[0] = s0;
+        sums[1] = s1;
+        sums[2] = s2;
+        sums[3] = s3;
+        sums += 4;
+        from += 4u * stride;
+    }
+}
+
+FC_APART void fc_line_1(const uint8_t *from, const uint32_t *taps, const uint32_t *end, int32_t *sums, uint32_t length)
+{
+    fc_line(from, taps, end, sums, length, 1u);
+}
+
+FC_APART void fc_line_n(const uint8_t *from, const uint32_t *taps, const uint32_t *end, int32_t *sums, uint32_t length,
+                        uint32_t stride)
+{
+    fc_line(from, taps, end, sums, length, stride);
+}
+
+/* The weights of a channel that are not zero; returns where they end. */
+FC_INLINE uint32_t *fc_taps(const fc_layer *layer, fc_stream *stream, uint32_t width, uint32_t *to)
+{
+    uint32_t line = 0u;
+    for (uint32_t ky = 0u; ky < layer->kernel_h; ky++) {
+        uint32_t place = line;
+        for (uint32_t kx = 0u; kx < layer->kernel_w; kx++) {
+            const int32_t weight = (int32_t)fc_digit(stream, layer->bits) + layer->lowest;
+            if (weight != 0) {
+                *to = (place << 16) | ((uint32_t)weight & 0xFFFFu);
+                to++;
+            }
+            place += layer->dilation_w;
+        }
+        line += layer->dilation_h * width;
+    }
+    return to;
+}
+
+/* Channel by channel: its plane is copied, padded, so that the output may lie where the input was; zeros among the
+ * weights are skipped. Sides may be exchanged (`turned`), so that the longer one is gone along. */
 static void fc_depthwise(const fc_layer *layer, uint8_t *arena)
 {
-    const uint32_t span = ((layer->kernel_h - 1u) * layer->dilation_h) + 1u;
-    const uint32_t width = layer->words; /* of a row, padded at both ends */
-    const uint32_t repeat = (uint32_t)layer->out_c / layer->in_c;
-    const int32_t scale = (int32_t)(1ul << layer->headroom);
-    const uint8_t *const source = &arena[layer->source];
-    int16_t *const ring = (int16_t *)(void *)&arena[layer->scratch];
-    int16_t *const taps = ring + (span * width);
-#if FC_THREE
-    const uint32_t three = ((layer->kernel_h == 3u) && (layer->kernel_w == 3u) && (layer->dilation_h == 1u) &&
-                            (layer->dilation_w == 1u) && (layer->stride_h <= 3u))
-                               ? 1u
-                               : 0u;
-#endif
+    const uint32_t width = layer->words; /* of a line of the plane */
+    const uint32_t repeat = (uint32_t)layer->out_c / layer->in_c, length = layer->out_w;
+    const uint32_t lines = ((layer->out_h - 1u) * layer->stride_h) + ((layer->kernel_h - 1u) * layer->dilation_h) + 1u;
+    const uint32_t line = (layer->turned != 0u) ? 1u : layer->in_w, pixel = (layer->turned != 0u) ? layer->in_h : 1u;
+    const uint32_t to_line = layer->out_c * ((layer->turned != 0u) ? 1u : (uint32_t)layer->out_w);
+    int32_t *const sums = (int32_t *)(void *)&arena[layer->scratch];
+    uint32_t *const taps = (uint32_t *)(void *)&sums[(length + 3u) & ~3u];
+    uint8_t *const plane = (uint8_t *)&taps[layer->taps];
+    const uint32_t wide = (layer->in_w < (width - layer->pad_l)) ? layer->in_w : (width - layer->pad_l);
+    const uint32_t high = (layer->in_h < (lines - layer->pad_t)) ? layer->in_h : (lines - layer->pad_t);
     fc_stream stream = {(const uint8_t *)layer->weight, 0u, 0u};
-    for (uint32_t i = 0u; i < (span * width); i++) {
-        ring[i] = 0;
+    fc_result result = fc_into(layer, arena, NULL);
+    result.row = layer->out_c * ((layer->turned != 0u) ? (uint32_t)layer->out_h : 1u);
+    result.stride = 2u * result.row;
+    for (uint32_t i = 0u; i < (lines * width); i++) {
+        plane[i] = layer->in_zero;
     }
     for (uint32_t channel = 0u; channel < layer->out_c; channel++) {
-        const int32_t bias = fc_bias(layer, channel);
-        int32_t ready = -(int32_t)layer->pad_t; /* the first input row that is not in the ring */
-        uint8_t *to = &arena[layer->target + channel];
-        for (uint32_t tap = 0u; tap < layer->taps; tap++) {
-            taps[tap] = (int16_t)((int32_t)fc_digit(&stream, layer->bits) + layer->lowest);
+        const uint32_t *const end = fc_taps(layer, &stream, width, taps);
+        const uint8_t *from = plane;
+        uint32_t at = channel;
+        for (uint32_t y = 0u; y < high; y++) {
+            const uint8_t *in = &arena[layer->source + (channel / repeat) + (y * line * layer->in_c)];
+            uint8_t *to = &plane[((y + layer->pad_t) * width) + layer->pad_l];
+            const uint8_t *const stop = &to[wide];
+            const uint32_t step = pixel * layer->in_c;
+            do {
+                *to = *in;
+                to++;
+                in += step;
+            } while (to != stop);
         }
-#if FC_THREE
-        if (three != 0u) {
-            fc_three(layer, arena, taps, channel, channel / repeat, ring);
-            continue;
-        }
-#endif
         for (uint32_t y = 0u; y < layer->out_h; y++) {
-            const int32_t top = (int32_t)(y * layer->stride_h) - (int32_t)layer->pad_t;
-            if (ready < top) {
-                ready = top;
+            if (layer->stride_w == 1u) {
+                fc_line_1(from, taps, end, sums, length);
+            } else {
+                fc_line_n(from, taps, end, sums, length, layer->stride_w);
             }
-            while (ready < (top + (int32_t)span)) {
-                const uint32_t place = (uint32_t)(ready + (int32_t)layer->pad_t) % span;
-                fc_row(layer, source, ready, channel / repeat, &ring[place * width]);
-                ready++;
+            if (length > 1u) {
+                fc_put(&result, sums, length / 2u, channel, at);
             }
-            for (uint32_t x = 0u; x < layer->out_w; x++) {
-                const int16_t *weight = taps;
-                int32_t sum = 0;
-                for (uint32_t ky = 0u; ky < layer->kernel_h; ky++) {
-                    const uint32_t place =
-                        (uint32_t)(top + (int32_t)(ky * layer->dilation_h) + (int32_t)layer->pad_t) % span;
-                    const int16_t *from = &ring[(place * width) + (x * layer->stride_w)];
-                    for (uint32_t kx = 0u; kx < layer->kernel_w; kx++) {
-                        sum += (int32_t)*from * (int32_t)*weight;
-                        from += layer->dilation_w;
-                        weight++;
-                    }
-                }
-                *to = (uint8_t)fc_requantize(layer, (sum * scale) + bias, channel);
-                to += layer->out_c;
+            if ((length & 1u) != 0u) {
+                fc_result one = result;
+                one.row = 0u;
+                fc_put(&one, &sums[length - 1u], 1u, channel, at + ((length - 1u) * result.row));
             }
+            from += layer->stride_h * width;
+            at += to_line;
         }
     }
 }

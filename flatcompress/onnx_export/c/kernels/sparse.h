@@ -1,261 +1,433 @@
-#if FC_SPARSE
-/* A convolution that skips zeros. Weights are one stream of entries, a gap and a digit each, through all channels;
- * eight pixels share the decoding of one, their inputs in pairs in the halves of four words. Where every sum of a row
- * fits 16 bits (known when this was written) one multiplication serves two pixels. */
-FC_INLINE void fc_pair(const fc_layer *layer, const uint8_t *a, uint32_t step_a, const uint8_t *b, uint32_t step_b,
-                       uint32_t *to)
+#if FC_SPARSE || FC_SPARSE_LINE
+/* Layers that skip zeros. Weights are one stream of entries through all channels: how far the next weight lies from the
+ * last one, and the weight. Forms of the stream: */
+#define FC_WIDE 0u  /* weights of 8 bits, and after every other one a byte of two distances of four bits */
+#define FC_WORDS 1u /* words of entries of gap + bits bits, the first in the lowest, and a 1 above the last */
+#define FC_BYTES 2u /* bytes: a signed weight of four bits, and above it the distance */
+
+typedef struct {
+    const uint8_t *next;
+    uint32_t entry, carry; /* entry: what is decoded; carry: where its weight lies, from the end of the last row */
+    uint32_t held;         /* WIDE: distances, a 1 above the last */
+} fc_entries;
+
+#if FC_SPARSE_WORDS
+/* On to the next entry of a word. */
+#define FC_NEXT_WORD(word, next, width)                                                                                \
+    do {                                                                                                               \
+        (word) >>= (width);                                                                                            \
+        if ((word) == 1u) {                                                                                            \
+            (word) = *(const uint32_t *)(const void *)(next);                                                          \
+            (next) += 4;                                                                                               \
+        }                                                                                                              \
+    } while (0)
+#endif
+
+#if FC_SPARSE_WIDE
+/* On to the next weight; `held & 15` is the distance to it, which then goes. */
+#define FC_NEXT_WIDE(weight, held, next)                                                                               \
+    do {                                                                                                               \
+        (held) >>= 4;                                                                                                  \
+        if ((held) == 1u) {                                                                                            \
+            (held) = (uint32_t)*(next) | 0x100u;                                                                       \
+            (next)++;                                                                                                  \
+        }                                                                                                              \
+        (weight) = (int32_t)(int8_t)*(next);                                                                           \
+        (next)++;                                                                                                      \
+    } while (0)
+#endif
+
+/* The first entry; step: from one weight's input to the next one's. */
+static fc_entries fc_first(const fc_layer *layer, uint32_t step)
 {
-    for (uint32_t i = layer->in_c; i != 0u; i--) {
+    fc_entries state = {(const uint8_t *)layer->weight, 0u, 0u, 0x10u};
+    uint32_t distance = 0u;
+#if FC_SPARSE_BYTES
+    if (layer->form == FC_BYTES) {
+        state.entry = *state.next;
+        state.next++;
+        distance = state.entry >> 4;
+    }
+#endif
+#if FC_SPARSE_WORDS
+    if (layer->form == FC_WORDS) {
+        state.entry = *(const uint32_t *)layer->weight;
+        state.next += 4;
+        distance = state.entry & ((1u << layer->gap) - 1u);
+    }
+#endif
+#if FC_SPARSE_WIDE
+    if (layer->form == FC_WIDE) {
+        int32_t weight;
+        FC_NEXT_WIDE(weight, state.held, state.next);
+        state.entry = (uint32_t)weight;
+        distance = state.held & 15u;
+    }
+#endif
+    state.carry = (distance - 1u) * step;
+    return state;
+}
+#endif
+
+#if FC_SPARSE
+/* Eight pixels share the decoding of an entry: four columns of two lines. The inputs of two lines lie in the halves of
+ * a word, [tap line, channel, column], columns sorted by stride so that neighbours lie side by side. Where every sum
+ * fits 16 bits (known when this was written; `split`: of each part of a row) one product serves both lines. */
+typedef struct {
+    const uint8_t *base;
+    const uint32_t *parts, *last; /* where each part of a row begins */
+    uint32_t length, step;        /* of a part, and from weight to weight, in bytes */
+} fc_walk;
+
+/* Sums of two lines in a word to sums of each: the low half is signed, and what it borrowed goes back. */
+FC_INLINE void fc_apart(uint32_t both, int32_t *sums)
+{
+    const int32_t low = (int32_t)(int16_t)(uint16_t)(both & 0xFFFFu);
+#if FC_SPLIT
+    sums[0] += low;
+    sums[1] += (int32_t)(both - (uint32_t)low) >> 16;
+#else
+    sums[0] = low;
+    sums[1] = (int32_t)(both - (uint32_t)low) >> 16;
+#endif
+}
+
+#define FC_FOUR(weight)                                                                                                \
+    {                                                                                                                  \
+        uint32_t a, b;                                                                                                 \
+        FC_AT2(a, b, at, 0);                                                                                           \
+        s0 += (weight) * a;                                                                                            \
+        s1 += (weight) * b;                                                                                            \
+        FC_AT2(a, b, at, 8);                                                                                           \
+        s2 += (weight) * a;                                                                                            \
+        s3 += (weight) * b;                                                                                            \
+    }
+
+#if FC_SPARSE_BYTES
+FC_APART void fc_bytes(const fc_walk *walk, fc_entries *state, int32_t *sums)
+{
+    const uint8_t *next = state->next;
+    const uint32_t step = walk->step;
+    uint32_t entry = state->entry, carry = state->carry, s0 = 0u, s1 = 0u, s2 = 0u, s3 = 0u;
+    for (const uint32_t *part = walk->parts; part != walk->last; part++) {
+        const uint8_t *at = &walk->base[*part];
+        const uint8_t *const end = &at[walk->length];
+        at += carry;
+        while (at < end) {
+            const uint32_t weight = (uint32_t)((int32_t)(entry << 28) >> 28);
+            FC_FOUR(weight)
+            entry = *next;
+            next++;
+            at += (entry >> 4) * step;
+        }
+        carry = (uint32_t)(at - end);
+    }
+    state->next = next;
+    state->entry = entry;
+    state->carry = carry;
+    fc_apart(s0, &sums[0]);
+    fc_apart(s1, &sums[2]);
+    fc_apart(s2, &sums[4]);
+    fc_apart(s3, &sums[6]);
+}
+#endif
+
+#if FC_SPARSE_WORDS
+FC_APART void fc_words(const fc_walk *walk, fc_entries *state, int32_t *sums, const fc_layer *layer)
+{
+    const uint8_t *next = state->next;
+    const uint32_t step = walk->step, gap = layer->gap, width = gap + layer->bits;
+    const uint32_t gaps = (1u << gap) - 1u, digits = (1u << width) - 1u - gaps, lowest = (uint32_t)(int32_t)layer->lowest;
+    uint32_t word = state->entry, carry = state->carry, s0 = 0u, s1 = 0u, s2 = 0u, s3 = 0u;
+    for (const uint32_t *part = walk->parts; part != walk->last; part++) {
+        const uint8_t *at = &walk->base[*part];
+        const uint8_t *const end = &at[walk->length];
+        at += carry;
+        while (at < end) {
+            const uint32_t weight = ((word & digits) >> gap) + lowest;
+            FC_FOUR(weight)
+            FC_NEXT_WORD(word, next, width);
+            at += (word & gaps) * step;
+        }
+        carry = (uint32_t)(at - end);
+    }
+    state->next = next;
+    state->entry = word;
+    state->carry = carry;
+    fc_apart(s0, &sums[0]);
+    fc_apart(s1, &sums[2]);
+    fc_apart(s2, &sums[4]);
+    fc_apart(s3, &sums[6]);
+}
+#endif
+
+#if FC_SPARSE_WIDE
+FC_APART void fc_wide(const fc_walk *walk, fc_entries *state, int32_t *sums)
+{
+    const uint8_t *next = state->next;
+    const uint32_t step = walk->step;
+    uint32_t held = state->held, carry = state->carry;
+    int32_t weight = (int32_t)state->entry, s0 = 0, s1 = 0, s2 = 0, s3 = 0, s4 = 0, s5 = 0, s6 = 0, s7 = 0;
+    for (const uint32_t *part = walk->parts; part != walk->last; part++) {
+        const uint8_t *at = &walk->base[*part];
+        const uint8_t *const end = &at[walk->length];
+        at += carry;
+        while (at < end) {
+            uint32_t a, b;
+            FC_AT2(a, b, at, 0);
+            s0 = FC_PLUS_LOW(weight, a, s0);
+            s1 = FC_PLUS_HIGH(weight, a, s1);
+            s2 = FC_PLUS_LOW(weight, b, s2);
+            s3 = FC_PLUS_HIGH(weight, b, s3);
+            FC_AT2(a, b, at, 8);
+            s4 = FC_PLUS_LOW(weight, a, s4);
+            s5 = FC_PLUS_HIGH(weight, a, s5);
+            s6 = FC_PLUS_LOW(weight, b, s6);
+            s7 = FC_PLUS_HIGH(weight, b, s7);
+            FC_NEXT_WIDE(weight, held, next);
+            at += (held & 15u) * step;
+        }
+        carry = (uint32_t)(at - end);
+    }
+    state->next = next;
+    state->entry = (uint32_t)weight;
+    state->held = held;
+    state->carry = carry;
+    sums[0] = s0;
+    sums[1] = s1;
+    sums[2] = s2;
+    sums[3] = s3;
+    sums[4] = s4;
+    sums[5] = s5;
+    sums[6] = s6;
+    sums[7] = s7;
+}
+#endif
+
+/* The sums of one channel: of the first column in both lines, and on. */
+FC_INLINE void fc_sums(const fc_layer *layer, fc_walk *walk, fc_entries *state, int32_t *sums)
+{
+#if FC_SPARSE_WIDE
+    if (layer->form == FC_WIDE) {
+        fc_wide(walk, state, sums);
+        return;
+    }
+#endif
+#if FC_SPLIT
+    const uint32_t *const first = walk->parts, *const last = walk->last;
+    for (uint32_t i = 0u; i < 8u; i++) {
+        sums[i] = 0;
+    }
+    walk->last = (layer->split != 0u) ? &first[1] : last;
+    while (walk->parts != last) {
+#endif
+#if FC_SPARSE_BYTES
+    if (layer->form == FC_BYTES) {
+        fc_bytes(walk, state, sums);
+    }
+#endif
+#if FC_SPARSE_WORDS
+    if (layer->form == FC_WORDS) {
+        fc_words(walk, state, sums, layer);
+    }
+#endif
+#if FC_SPLIT
+        walk->parts = walk->last;
+        walk->last++;
+    }
+    walk->parts = first;
+    walk->last = last;
+#endif
+}
+
+/* Where a pixel's channels lie, or a zero, which is no step from itself. */
+FC_INLINE const uint8_t *fc_pixel(const fc_layer *layer, const uint8_t *source, int32_t y, int32_t x, uint32_t *step)
+{
+    const int32_t last = (int32_t)layer->in_h - 1, wide = (int32_t)layer->in_w;
+    if ((y < 0) || (y > last) || (x < 0) || (x >= ((y == last) ? (wide - (int32_t)layer->absent) : wide))) {
+        *step = 0u;
+        return &layer->in_zero;
+    }
+    *step = 1u;
+    return &source[(((uint32_t)y * layer->in_w) + (uint32_t)x) * layer->in_c];
+}
+
+/* All channels of two pixels into the halves of words, `step` words apart. */
+FC_APART void fc_pair(const uint8_t *a, uint32_t step_a, const uint8_t *b, uint32_t step_b, uint32_t *to,
+                      uint32_t step, uint32_t count)
+{
+    uint32_t i = count;
+#if FC_DSP
+    if ((step_a & step_b) != 0u) {
+        const uint32_t mask = 0x00FF00FFu;
+        for (; i >= 4u; i -= 4u) {
+            const uint32_t four = ((const fc_word *)(const void *)a)->value;
+            const uint32_t other = ((const fc_word *)(const void *)b)->value;
+            const uint32_t odd = four & mask, even = (four >> 8) & mask;
+            const uint32_t odd_b = other & mask, even_b = (other >> 8) & mask;
+            to[0] = (odd & 0xFFFFu) | (odd_b << 16);
+            to[step] = (even & 0xFFFFu) | (even_b << 16);
+            to += 2u * step;
+            to[0] = (odd >> 16) | (odd_b & 0xFFFF0000u);
+            to[step] = (even >> 16) | (even_b & 0xFFFF0000u);
+            to += 2u * step;
+            a += 4;
+            b += 4;
+        }
+    }
+#endif
+    for (; i != 0u; i--) {
         *to = (uint32_t)*a | ((uint32_t)*b << 16);
-        to += 4;
+        to += step;
         a += step_a;
         b += step_b;
     }
 }
 
-/* The inputs of eight pixels, `count` of them real; the others repeat the last. */
-static void fc_columns(const fc_layer *layer, const uint8_t *source, uint32_t pixel, uint32_t count, uint32_t *patch)
+/* The inputs of the lines y and y + 1, which are all read before one is written. */
+static void fc_gather(const fc_layer *layer, const uint8_t *source, uint32_t y, uint32_t *patch)
 {
-    for (uint32_t pair = 0u; pair < 4u; pair++) {
-        uint32_t *to = &patch[pair];
-        int32_t top[2], left[2];
-        for (uint32_t i = 0u; i < 2u; i++) {
-            const uint32_t each = (2u * pair) + i;
-            const uint32_t at = pixel + ((each < count) ? each : (count - 1u));
-            top[i] = (int32_t)((at / layer->out_w) * layer->stride_h) - (int32_t)layer->pad_t;
-            left[i] = (int32_t)((at % layer->out_w) * layer->stride_w) - (int32_t)layer->pad_l;
-        }
-        for (uint32_t ky = 0u; ky < layer->kernel_h; ky++) {
-            for (uint32_t kx = 0u; kx < layer->kernel_w; kx++) {
-                const uint8_t *from[2];
-                uint32_t step[2];
-                for (uint32_t i = 0u; i < 2u; i++) {
-                    const int32_t row = top[i] + (int32_t)(ky * layer->dilation_h);
-                    const int32_t column = left[i] + (int32_t)(kx * layer->dilation_w);
-                    if ((row >= 0) && (row < (int32_t)layer->in_h) && (column >= 0) &&
-                        (column < (int32_t)layer->in_w)) {
-                        from[i] = &source[(((uint32_t)row * layer->in_w) + (uint32_t)column) * layer->in_c];
-                        step[i] = 1u;
-                    } else {
-                        from[i] = &layer->in_zero;
-                        step[i] = 0u;
-                    }
-                }
-                if ((step[0] & step[1]) != 0u) {
-                    fc_pair(layer, from[0], 1u, from[1], 1u, to);
-                } else {
-                    fc_pair(layer, from[0], step[0], from[1], step[1], to);
-                }
-                to += 4u * layer->in_c;
+    const uint32_t words = layer->words, apart = words / layer->stride_w;
+    const uint32_t columns = ((layer->out_w - 1u) * layer->stride_w) + ((layer->kernel_w - 1u) * layer->dilation_w) + 1u;
+    int32_t row = (int32_t)(y * layer->stride_h) - (int32_t)layer->pad_t;
+    for (uint32_t ky = 0u; ky < layer->kernel_h; ky++) {
+        uint32_t *to = patch;
+        uint32_t phase = 0u;
+        for (uint32_t column = 0u; column < columns; column++) {
+            const int32_t x = (int32_t)column - (int32_t)layer->pad_l;
+            uint32_t step_a, step_b;
+            const uint8_t *const a = fc_pixel(layer, source, row, x, &step_a);
+            const uint8_t *const b = fc_pixel(layer, source, row + (int32_t)layer->stride_h, x, &step_b);
+            fc_pair(a, step_a, b, step_b, &to[phase * apart], words, layer->in_c);
+            phase++;
+            if (phase == layer->stride_w) {
+                phase = 0u;
+                to++;
             }
         }
-    }
-}
-
-/* The products of one channel for eight pixels. `state` is where the stream stands: the tap of the next entry, which
- * lies beyond the row when the row is done. */
-typedef struct {
-    const uint8_t *next;
-    uint32_t buffer, held, tap, digit;
-} fc_entries;
-
-FC_INLINE void fc_entry(fc_entries *state, uint32_t gap, uint32_t width)
-{
-    uint32_t entry;
-    while (state->held < width) {
-        state->buffer |= (uint32_t)*state->next << state->held;
-        state->next++;
-        state->held += 8u;
-    }
-    entry = state->buffer & ((1u << width) - 1u);
-    state->buffer >>= width;
-    state->held -= width;
-    state->tap += (entry & ((1u << gap) - 1u)) + 1u;
-    state->digit = entry >> gap;
-}
-
-#if FC_SPARSE_BYTES || FC_SPARSE_BITS
-/* Sums of two pixels in a word to sums of each: the low half is signed, and what it borrowed goes back. */
-FC_INLINE void fc_apart(uint32_t both, uint32_t *sums)
-{
-    const uint32_t low = ((both ^ 0x8000u) & 0xFFFFu) - 0x8000u;
-    sums[0] = low;
-    sums[1] = (uint32_t)((int32_t)(both - low) >> 16);
-}
-#endif
-
-#if FC_SPARSE_BYTES
-/* Entries of one byte: a weight of four bits, signed, in the lower half, the gap in the upper, where it counts the 16
- * bytes that a tap has in the patch. */
-FC_APART void fc_bytes(const uint32_t *patch, const uint32_t *end, fc_entries *state, uint32_t *sums)
-{
-    const uint8_t *next = state->next;
-    const uint32_t *at = &patch[4u * state->tap];
-    uint32_t entry = state->digit, s0 = 0u, s1 = 0u, s2 = 0u, s3 = 0u;
-    while (at < end) {
-        const uint32_t weight = (uint32_t)((int32_t)(entry << 28) >> 28);
-        uint32_t a, b, c, d;
-        FC_LOAD2(a, b, at);
-        FC_LOAD2(c, d, at);
-        s0 += weight * a;
-        s1 += weight * b;
-        s2 += weight * c;
-        s3 += weight * d;
-        entry = *next;
-        next++;
-        at += (entry >> 4) * 4u;
-    }
-    state->next = next;
-    state->digit = entry;
-    state->tap = (uint32_t)(at - end) / 4u;
-    fc_apart(s0, &sums[0]);
-    fc_apart(s1, &sums[2]);
-    fc_apart(s2, &sums[4]);
-    fc_apart(s3, &sums[6]);
-}
-#endif
-
-#if FC_SPARSE_BITS
-FC_APART void fc_pairs(const fc_layer *layer, const uint32_t *patch, fc_entries *shared, uint32_t *sums)
-{
-    const uint32_t taps = layer->taps, gap = layer->gap, width = gap + layer->bits;
-    const int32_t lowest = layer->lowest;
-    fc_entries state = *shared;
-    uint32_t s0 = 0u, s1 = 0u, s2 = 0u, s3 = 0u;
-    while (state.tap < taps) {
-        const uint32_t *const at = &patch[4u * state.tap];
-        const uint32_t weight = (uint32_t)((int32_t)state.digit + lowest);
-        s0 += weight * at[0];
-        s1 += weight * at[1];
-        s2 += weight * at[2];
-        s3 += weight * at[3];
-        fc_entry(&state, gap, width);
-    }
-    state.tap -= taps;
-    *shared = state;
-    fc_apart(s0, &sums[0]);
-    fc_apart(s1, &sums[2]);
-    fc_apart(s2, &sums[4]);
-    fc_apart(s3, &sums[6]);
-}
-#endif
-
-#if FC_SPARSE_WIDE
-#define FC_LOW(word) ((int32_t)(int16_t)(uint16_t)((word) & 0xFFFFu)) /* inputs are bytes: this is SMLABB */
-#define FC_HIGH(word) ((int32_t)(word) >> 16)
-
-FC_APART void fc_singles(const fc_layer *layer, const uint32_t *patch, fc_entries *shared, uint32_t *sums)
-{
-    const uint32_t taps = layer->taps, gap = layer->gap, width = gap + layer->bits;
-    const int32_t lowest = layer->lowest;
-    fc_entries state = *shared;
-    int32_t s0 = 0, s1 = 0, s2 = 0, s3 = 0, s4 = 0, s5 = 0, s6 = 0, s7 = 0;
-    while (state.tap < taps) {
-        const uint32_t *at = &patch[4u * state.tap];
-        const int32_t weight = (int16_t)((int32_t)state.digit + lowest);
-        uint32_t a, b;
-        FC_LOAD2(a, b, at);
-        s0 += weight * FC_LOW(a);
-        s1 += weight * FC_HIGH(a);
-        s2 += weight * FC_LOW(b);
-        s3 += weight * FC_HIGH(b);
-        FC_LOAD2(a, b, at);
-        s4 += weight * FC_LOW(a);
-        s5 += weight * FC_HIGH(a);
-        s6 += weight * FC_LOW(b);
-        s7 += weight * FC_HIGH(b);
-        fc_entry(&state, gap, width);
-    }
-    state.tap -= taps;
-    *shared = state;
-    sums[0] = (uint32_t)s0;
-    sums[1] = (uint32_t)s1;
-    sums[2] = (uint32_t)s2;
-    sums[3] = (uint32_t)s3;
-    sums[4] = (uint32_t)s4;
-    sums[5] = (uint32_t)s5;
-    sums[6] = (uint32_t)s6;
-    sums[7] = (uint32_t)s7;
-}
-#endif
-
-FC_INLINE void fc_row_sums(const fc_layer *layer, const uint32_t *patch, fc_entries *state, uint32_t *sums)
-{
-#if FC_SPARSE_WIDE
-    if (layer->pairs == 0u) {
-        fc_singles(layer, patch, state, sums);
-        return;
-    }
-#endif
-#if FC_SPARSE_BYTES
-    if (layer->pairs == 2u) {
-        fc_bytes(patch, &patch[4u * layer->taps], state, sums);
-        return;
-    }
-#endif
-#if FC_SPARSE_BITS
-    fc_pairs(layer, patch, state, sums);
-#endif
-}
-
-/* The sums of up to eight pixels in one channel to codes, the plain way. */
-FC_APART void fc_plain_row(const fc_result *result, const uint32_t *sums, uint32_t count, int32_t bias,
-                           int32_t multiplier, uint8_t *to)
-{
-    const int64_t offset = result->offset;
-    const int32_t low = result->low, high = result->high, scale = result->scale;
-    const uint32_t shift = result->shift, stride = result->stride;
-    for (; count != 0u; count--) {
-        const int32_t sum = ((int32_t)*sums * scale) + bias;
-        *to = (uint8_t)fc_clamp((int32_t)((offset + ((int64_t)sum * multiplier)) >> 32) >> shift, low, high);
-        sums++;
-        to += stride;
+        patch += words * layer->in_c;
+        row += (int32_t)layer->dilation_h;
     }
 }
 
 static void fc_sparse(const fc_layer *layer, uint8_t *arena, float *real FC_RANGE_PARAMETERS)
 {
-#if !FC_RANGE
-    const uint32_t first = 0u, pixels = (uint32_t)layer->out_h * layer->out_w;
-#endif
-    const uint32_t width = (uint32_t)layer->gap + layer->bits;
-    uint32_t *const patch = (uint32_t *)(void *)&arena[layer->scratch];
-    fc_result result = {layer->offset, layer->low, layer->high, layer->shift, layer->out_c, 0, {0, 0}};
-#if FC_FUSED || FC_REALS || FC_FLOATS
-    const uint32_t plain = ((layer->kind == FC_CODES) && (layer->add == NULL)) ? 1u : 0u;
+    const uint32_t width = layer->out_w, words = layer->words, line = width * layer->out_c, split = layer->split;
+    const uint32_t length = (4u * layer->kernel_h * layer->in_c * words) / split;
+    uint32_t *const parts = (uint32_t *)(void *)&arena[layer->scratch];
+    uint32_t *const patch = &parts[layer->kernel_w * split];
+    const fc_walk walk = {(const uint8_t *)patch, parts, patch, length, 4u * words};
+    fc_result result = fc_into(layer, arena, real);
+    uint32_t phase = 0u, place = 0u, at = 0u, *part = parts;
+#if FC_RANGE
+    uint32_t y = 0u, left = pixels;
+    while (first != 0u) {
+        first -= width;
+        y++;
+    }
 #else
-    (void)real;
+    uint32_t y = 0u, left = (width * layer->out_h) - layer->absent;
 #endif
-    result.scale = (int32_t)(1ul << layer->headroom);
-    for (uint32_t pixel = 0u; pixel < pixels; pixel += 8u) {
-        const uint32_t count = ((pixel + 8u) <= pixels) ? 8u : (pixels - pixel);
-        fc_entries state = {(const uint8_t *)layer->weight, 0u, 0u, 0xFFFFFFFFu, 0u};
-        fc_columns(layer, &arena[layer->source], first + pixel, count, patch);
-#if FC_SPARSE_BYTES
-        if (layer->pairs == 2u) {
-            state.digit = *state.next;
-            state.next++;
-            state.tap = state.digit >> 4;
-        } else
-#endif
-        {
-            fc_entry(&state, layer->gap, width);
+    result.stride = layer->out_c;
+    for (uint32_t kx = 0u; kx < layer->kernel_w; kx++) {
+        uint32_t begin = 4u * ((phase * (words / layer->stride_w)) + place);
+        for (uint32_t i = 0u; i < split; i++) {
+            *part = begin;
+            part++;
+            begin += length;
         }
-        for (uint32_t channel = 0u; channel < layer->out_c; channel++) {
-            const int32_t bias = fc_bias(layer, channel);
-            uint32_t sums[8];
-            fc_row_sums(layer, patch, &state, sums);
-#if FC_FUSED || FC_REALS || FC_FLOATS
-            if (plain == 0u) {
-                for (uint32_t i = 0u; i < count; i++) {
-                    fc_finish(layer, arena, real, ((int32_t)sums[i] * result.scale) + bias, pixel + i, channel);
+        phase += layer->dilation_w;
+        while (phase >= layer->stride_w) {
+            phase -= layer->stride_w;
+            place++;
+        }
+    }
+    while (left != 0u) {
+        const uint32_t here = (left < (2u * width)) ? left : (2u * width);
+        const uint32_t above = (here < width) ? here : width, below = here - above;
+        fc_gather(layer, &arena[layer->source], y, patch);
+        for (uint32_t x = 0u; x < above; x += 4u) {
+            const uint32_t most = ((x + 4u) < above) ? 4u : (above - x);
+            const uint32_t both = (below <= x) ? 0u : (((below - x) < most) ? (below - x) : most);
+            fc_entries state = fc_first(layer, 4u * words);
+            fc_walk here_walk = walk;
+            here_walk.base = (const uint8_t *)&patch[x];
+            for (uint32_t channel = 0u; channel < layer->out_c; channel++) {
+                int32_t sums[8];
+                const uint32_t place_of = at + (x * layer->out_c) + channel;
+                fc_sums(layer, &here_walk, &state, sums);
+                if (both != 0u) {
+                    result.row = line;
+                    fc_put(&result, sums, both, channel, place_of);
                 }
-                continue;
+                if (both != most) { /* columns of the upper line alone */
+                    result.row = 0u;
+                    fc_put(&result, &sums[2u * both], most - both, channel, place_of + (both * layer->out_c));
+                }
             }
-#endif
-            fc_plain_row(&result, sums, count, bias, fc_multiplier(layer, channel),
-                         &arena[layer->target + (pixel * layer->out_c) + channel]);
         }
+        at += 2u * line;
+        left -= here;
+        y += 2u;
+    }
+}
+#endif
+
+#if FC_SPARSE_LINE
+/* A linear layer's sparse rows, one input vector, read where it lies. */
+static void fc_sparse_line(const fc_layer *layer, uint8_t *arena, float *real FC_RANGE_PARAMETERS)
+{
+    const uint8_t *const source = &arena[layer->source], *const end = &source[layer->taps];
+    const uint8_t *at;
+    fc_result result = fc_into(layer, arena, real);
+    fc_entries state = fc_first(layer, 1u);
+    result.row = 0u;
+#if FC_RANGE
+    (void)first;
+    (void)pixels;
+#endif
+    at = &source[state.carry];
+    for (uint32_t channel = 0u; channel < layer->out_c; channel++) {
+        const uint8_t *next = state.next;
+        uint32_t entry = state.entry;
+        int32_t sums[2] = {0, 0}, sum = 0;
+#if FC_SPARSE_BYTES
+        if (layer->form == FC_BYTES) {
+            while (at < end) {
+                sum += ((int32_t)(entry << 28) >> 28) * (int32_t)*at;
+                entry = *next;
+                next++;
+                at += entry >> 4;
+            }
+        }
+#endif
+#if FC_SPARSE_WORDS
+        if (layer->form == FC_WORDS) {
+            const uint32_t gap = layer->gap, width = gap + layer->bits, gaps = (1u << gap) - 1u;
+            const uint32_t digits = (1u << width) - 1u - gaps;
+            while (at < end) {
+                sum += ((int32_t)((entry & digits) >> gap) + layer->lowest) * (int32_t)*at;
+                FC_NEXT_WORD(entry, next, width);
+                at += entry & gaps;
+            }
+        }
+#endif
+#if FC_SPARSE_WIDE
+        if (layer->form == FC_WIDE) {
+            int32_t weight = (int32_t)entry;
+            while (at < end) {
+                sum += weight * (int32_t)*at;
+                FC_NEXT_WIDE(weight, state.held, next);
+                at += state.held & 15u;
+            }
+            entry = (uint32_t)weight;
+        }
+#endif
+        state.next = next;
+        state.entry = entry;
+        sums[0] = sum;
+        fc_put(&result, sums, 1u, channel, channel);
+        at = &source[at - end];
     }
 }
 #endif

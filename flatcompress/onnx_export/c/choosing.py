@@ -1,0 +1,75 @@
+"""Which kernel a layer gets: dense or sparse, for images or for one vector, by what instructions and bytes it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from flatcompress.onnx_export.c import ir, weights
+
+CONV, LINEAR, DEPTHWISE, SPARSE, LINE = "conv", "linear", "depthwise", "sparse", "sparse_line"
+# Instructions on an emulated Cortex-M4: a product of the dense kernels; of the sparse ones, where a weight is not zero.
+DENSE, ENTRY = 1.2, {weights.WIDE: 3.0, weights.WORDS: 2.2, weights.BYTES: 1.6}
+VECTOR, VECTOR_ENTRY = 2.2, {weights.WIDE: 12.0, weights.WORDS: 12.0, weights.BYTES: 7.0}
+SMALLER = 0.7  # of the dense bytes: flash that is worth half as many instructions again
+FEW = 0.02  # of all products: a layer of so few takes the kernel that is there anyway
+
+Choice = tuple[str, weights.Entries | None]
+
+
+def flat(step: ir.Conv) -> bool:
+    """A pointwise layer, to whose kernel the image is one line of pixels."""
+    window = step.window
+    return (window.kernel, window.stride, window.pads) == ((1, 1), (1, 1), (0, 0))
+
+
+def shape(step: ir.Conv) -> tuple[int, int]:
+    """Lines and columns of the result as the sparse kernel takes them: a flat image has lines of four pixels."""
+    pixels = step.height * step.width
+    return (-(-pixels // 4), 4) if flat(step) else (step.height, step.width)
+
+
+def choose(convs: Sequence[tuple[ir.Conv, weights.Digits]]) -> list[Choice]:
+    """A kernel for every layer, and its stream where that is sparse; sets how many pixels a layer makes at once."""
+    chosen = [_alone(step, found) for step, found in convs]
+    total = sum(step.macs for step, _ in convs)
+    kernels = {kernel for kernel, _ in chosen}
+    if SPARSE in kernels:  # the last dense layers, so that no dense kernel is needed
+        dense = [i for i, (kernel, _) in enumerate(chosen) if kernel in (CONV, LINEAR, LINE)]
+        streams = {i: _entries(*convs[i]) for i in dense}
+        few = sum(convs[i][0].macs for i in dense) <= FEW * total
+        if few and all(stream is not None for stream in streams.values()):
+            chosen = [(SPARSE, streams[i]) if i in streams else choice for i, choice in enumerate(chosen)]
+    if CONV in {kernel for kernel, _ in chosen}:
+        for i, (kernel, _) in enumerate(chosen):
+            if kernel == LINEAR and convs[i][0].macs <= FEW * total:
+                chosen[i] = CONV, None
+    for (step, _), (kernel, _) in zip(convs, chosen):
+        at_once = 8 if flat(step) else 2 * step.width
+        step.pixels = {CONV: 2, SPARSE: at_once}.get(kernel, 1)
+    return chosen
+
+
+def _entries(step: ir.Conv, found: weights.Digits) -> weights.Entries | None:
+    """The stream of a layer that has one."""
+    if step.groups > 1 or found.lowest > 0 or found.lowest + (1 << found.bits) <= 0:
+        return None
+    return weights.entries(step, found, step.sources[0].high)
+
+
+def _alone(step: ir.Conv, found: weights.Digits) -> Choice:
+    """What suits a layer by itself."""
+    if step.depthwise:
+        return DEPTHWISE, None
+    vector = step.height * step.width == 1 and step.groups == 1 and step.window.kernel == (1, 1)
+    whole = vector and step.taps % weights.unit(found.bits) == 0
+    made = _entries(step, found)
+    if made is not None:
+        lines, columns = shape(step)
+        waste = (-(-lines // 2) * 2 * -(-columns // 4) * 4) / (step.height * step.width)
+        sparse = made.count * (VECTOR_ENTRY[made.form] if vector else ENTRY[made.form] * waste)
+        dense = (VECTOR if whole else DENSE) * step.weight.size
+        stored = weights.rows(found).nbytes
+        worth = 1.5 if made.stream.nbytes < SMALLER * stored else 1.0
+        if made.stream.nbytes <= stored and sparse < worth * dense:
+            return (LINE if vector else SPARSE), made
+    return (LINEAR if whole else CONV), None

@@ -1,0 +1,198 @@
+#if FC_CONV || FC_LINEAR || FC_DEPTHWISE || FC_SPARSE || FC_SPARSE_LINE
+/* A convolution or linear layer. Kinds of result: codes by integer multipliers, codes by float scales (where no
+ * multiplier is exact for every sum), real values. */
+#define FC_CODES 0u
+#define FC_SCALED 1u
+#define FC_REAL 2u
+
+typedef struct {
+#if FC_NUDGED
+    int64_t offset;        /* of the requantization, with one half and the zero point in it */
+#else
+    int32_t offset;        /* its upper word: the lower is zero in every layer */
+#endif
+    const void *weight;    /* rows of words (dense), a stream of entries (sparse) or of digits (depthwise) */
+    const void *scale;     /* int32_t multipliers or float scales, one a channel */
+    const void *bias;      /* int16_t or int32_t, one a channel */
+#if FC_FUSED
+    const fc_add *add;     /* a fused addition or NULL */
+#endif
+#if FC_LATE
+    const float *late;     /* what is added to real results, one a channel, or NULL */
+#endif
+    uint32_t source, target, scratch; /* offsets in the arena */
+    uint16_t in_h, in_w, in_c, out_h, out_w, out_c;
+#if FC_GROUPS
+    uint16_t groups;
+#define FC_GROUPS_OF(layer) ((uint32_t)(layer)->groups)
+#else
+#define FC_GROUPS_OF(layer) 1u
+#endif
+    uint16_t taps, words;  /* products of a value; words of a patch (dense) or of a line of one channel (sparse) */
+    int16_t lowest;        /* the weight that digit 0 stands for */
+    uint8_t kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w, pad_t, pad_l;
+    uint8_t bits, headroom, raise, shift, trim; /* raise: of biases, where a sum has too few bits for `trim` */
+    uint8_t kind, wide, narrow; /* wide: int32_t biases; narrow: int16_t multipliers */
+#if FC_SPARSE || FC_SPARSE_LINE
+    uint8_t gap, form, split, absent; /* split: parts of each column of taps; absent: of the last line's pixels */
+#endif
+#if FC_DEPTHWISE
+    uint8_t turned; /* the image is taken with its sides exchanged */
+#endif
+    uint8_t in_zero, out_zero, low, high;
+} fc_layer;
+
+FC_INLINE int32_t fc_bias(const fc_layer *layer, uint32_t channel)
+{
+#if FC_WIDE_BIAS
+    if (layer->wide != 0u) {
+        return ((const int32_t *)layer->bias)[channel];
+    }
+#endif
+    return (int32_t)((const int16_t *)layer->bias)[channel];
+}
+
+/* A multiplier; of narrow ones the upper 16 bits are stored. */
+FC_INLINE int32_t fc_multiplier(const fc_layer *layer, uint32_t channel)
+{
+#if FC_NARROW
+    if (layer->narrow != 0u) {
+        return (int32_t)((const int16_t *)layer->scale)[channel] * 65536;
+    }
+#endif
+    return ((const int32_t *)layer->scale)[channel];
+}
+
+/* Where results go. Sums come in pairs whose values lie `row` apart, one pair `stride` after the other. */
+typedef struct {
+    const fc_layer *layer;
+    uint8_t *to;
+    float *real;
+    uint32_t row, stride, kind;
+} fc_result;
+
+#define FC_PLAIN 0u
+#define FC_ADDED 1u
+#define FC_FLOAT 2u
+
+static fc_result fc_into(const fc_layer *layer, uint8_t *arena, float *real)
+{
+    fc_result result = {layer, &arena[layer->target], real, layer->out_c, 2u * (uint32_t)layer->out_c, FC_PLAIN};
+#if FC_FUSED
+    result.kind = (layer->add == NULL) ? FC_PLAIN : FC_ADDED;
+#endif
+#if FC_FLOATS
+    result.kind = (layer->kind == FC_SCALED) ? FC_FLOAT : result.kind;
+#endif
+    return result;
+}
+
+/* Pairs of sums to codes. `how` is a constant where this is called. */
+FC_INLINE void fc_put_as(const fc_result *result, const int32_t *sums, uint32_t pairs, uint32_t channel, uint32_t at,
+                         uint32_t how)
+{
+    const fc_layer *const layer = result->layer;
+    const uint32_t headroom = layer->headroom, stride = result->stride, row = result->row;
+    const uint32_t shift = layer->shift, trim = layer->trim;
+#if FC_RAISED
+    const int32_t bias = (int32_t)((uint32_t)fc_bias(layer, channel) << layer->raise);
+#else
+    const int32_t bias = fc_bias(layer, channel);
+#endif
+    const int32_t multiplier = (how == FC_FLOAT) ? 0 : fc_multiplier(layer, channel);
+    const int32_t *const end = &sums[2u * pairs];
+#if FC_NUDGED
+    const int64_t offset = layer->offset;
+#else
+    const int32_t offset = layer->offset;
+#endif
+#if FC_LIMITS
+    const int32_t low = layer->low, high = layer->high;
+#endif
+#if FC_FLOATS
+    const int32_t zero = layer->out_zero;
+    const float factor = (how == FC_FLOAT) ? ((const float *)layer->scale)[channel] : 0.0f;
+#endif
+#if FC_FUSED
+    fc_add add = {0};
+    const uint8_t *others = &result->to[at];
+    if ((how != FC_PLAIN) && (layer->add != NULL)) {
+        add = *layer->add;
+        others += (int32_t)(add.b - layer->target);
+    }
+#endif
+    uint8_t *to = &result->to[at];
+    do {
+        const int32_t first = (int32_t)((uint32_t)sums[0] << headroom) + bias;
+        const int32_t second = (int32_t)((uint32_t)sums[1] << headroom) + bias;
+        int32_t code, next;
+        sums += 2;
+#if FC_FLOATS
+        if (how == FC_FLOAT) {
+            code = (fc_nearest((float)first * factor) + zero) * (int32_t)(1ul << trim);
+            next = (fc_nearest((float)second * factor) + zero) * (int32_t)(1ul << trim);
+        } else
+#endif
+        {
+#if FC_NUDGED
+            code = (int32_t)((offset + ((int64_t)first * multiplier)) >> 32);
+            next = (int32_t)((offset + ((int64_t)second * multiplier)) >> 32);
+#else
+            FC_UPPER(code, first, multiplier, offset);
+            FC_UPPER(next, second, multiplier, offset);
+#endif
+            code >>= shift;
+            next >>= shift;
+        }
+        code = fc_byte(code) >> trim;
+        next = fc_byte(next) >> trim;
+#if FC_LIMITS
+        code = fc_clamp(code, low, high);
+        next = fc_clamp(next, low, high);
+#endif
+#if FC_FUSED
+        if ((how == FC_ADDED) || ((how == FC_FLOAT) && (layer->add != NULL))) {
+            code = fc_sum(&add, code, (int32_t)others[0]);
+            next = fc_sum(&add, next, (int32_t)others[row]);
+            others += stride;
+        }
+#endif
+        to[row] = (uint8_t)next; /* with a row of 0, what is not wanted, and written over */
+        to[0] = (uint8_t)code;
+        to += stride;
+    } while (sums != end);
+}
+
+/* Pairs of a channel's sums to what is stored, from the element `at` on; where `row` is 0 the first of each alone. */
+FC_APART void fc_put(const fc_result *result, const int32_t *sums, uint32_t pairs, uint32_t channel, uint32_t at)
+{
+#if FC_REALS
+    const fc_layer *const layer = result->layer;
+    if (layer->kind == FC_REAL) {
+        for (uint32_t i = 2u * pairs; i != 0u; i--) { /* from the last on, as the first of a pair is the right one */
+            const uint32_t place = at + (((i - 1u) >> 1) * result->stride) + (((i - 1u) & 1u) * result->row);
+            const int32_t sum = (int32_t)((uint32_t)sums[i - 1u] << layer->headroom) + fc_bias(layer, channel);
+            float value = (float)sum * ((const float *)layer->scale)[channel];
+#if FC_LATE
+            value += (layer->late != NULL) ? layer->late[channel] : 0.0f;
+#endif
+            result->real[place] = value;
+        }
+        return;
+    }
+#endif
+#if FC_FUSED
+    if (result->kind == FC_ADDED) {
+        fc_put_as(result, sums, pairs, channel, at, FC_ADDED);
+        return;
+    }
+#endif
+#if FC_FLOATS
+    if (result->kind == FC_FLOAT) {
+        fc_put_as(result, sums, pairs, channel, at, FC_FLOAT);
+        return;
+    }
+#endif
+    fc_put_as(result, sums, pairs, channel, at, FC_PLAIN);
+}
+#endif
