@@ -13,6 +13,8 @@ VECTOR, VECTOR_ENTRY = 2.2, {weights.WIDE: 12.0, weights.WORDS: 12.0, weights.BY
 SMALLER = 0.7  # of the dense bytes: flash that is worth half as many instructions again
 FEW = 0.02  # of all products: a layer of so few takes the kernel that is there anyway
 
+COLUMNS = 8  # that the sparse kernel makes at once, of two lines; four of wide sums
+
 Choice = tuple[str, weights.Entries | None]
 
 
@@ -23,9 +25,9 @@ def flat(step: ir.Conv) -> bool:
 
 
 def shape(step: ir.Conv) -> tuple[int, int]:
-    """Lines and columns of the result as the sparse kernel takes them: a flat image has lines of four pixels."""
+    """Lines and columns of the result as the sparse kernel takes them: a flat image has lines of eight pixels."""
     pixels = step.height * step.width
-    return (-(-pixels // 4), 4) if flat(step) else (step.height, step.width)
+    return (-(-pixels // COLUMNS), COLUMNS) if flat(step) else (step.height, step.width)
 
 
 def choose(convs: Sequence[tuple[ir.Conv, weights.Digits]]) -> list[Choice]:
@@ -44,7 +46,7 @@ def choose(convs: Sequence[tuple[ir.Conv, weights.Digits]]) -> list[Choice]:
             if kernel == LINEAR and convs[i][0].macs <= FEW * total:
                 chosen[i] = CONV, None
     for (step, _), (kernel, _) in zip(convs, chosen):
-        at_once = 8 if flat(step) else 2 * step.width
+        at_once = 2 * (COLUMNS if flat(step) else step.width)
         step.pixels = {CONV: 2, SPARSE: at_once}.get(kernel, 1)
     return chosen
 
@@ -65,7 +67,8 @@ def _alone(step: ir.Conv, found: weights.Digits) -> Choice:
     made = _entries(step, found)
     if made is not None:
         lines, columns = shape(step)
-        waste = (-(-lines // 2) * 2 * -(-columns // 4) * 4) / (step.height * step.width)
+        once = COLUMNS // 2 if made.form == weights.WIDE else COLUMNS
+        waste = (-(-lines // 2) * 2 * -(-columns // once) * once) / (step.height * step.width)
         sparse = made.count * (VECTOR_ENTRY[made.form] if vector else ENTRY[made.form] * waste)
         dense = (VECTOR if whole else DENSE) * step.weight.size
         stored = weights.rows(found).nbytes

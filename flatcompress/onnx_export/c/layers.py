@@ -61,7 +61,8 @@ class Layer:
             return _reach(window, axis, self.step.height if self.turned else width)
         if self.kernel == choosing.SPARSE:
             beyond = (window.kernel[1] - 1) * window.dilation[1] // window.stride[1]
-            return window.stride[1] * (-(-choosing.shape(self.step)[1] // 4) * 4 + beyond)
+            columns = -(-choosing.shape(self.step)[1] // choosing.COLUMNS) * choosing.COLUMNS
+            return window.stride[1] * (columns + beyond)
         unit = weights.unit(self.digits.bits)
         return -(-self.step.taps // unit) * unit // 2
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -140,17 +142,32 @@ def test_a_sparse_stream_holds_every_weight(bits, most, density):
     generator = np.random.default_rng(bits)
     low = -(1 << (bits - 1))
     values = generator.integers(low, -low, (5, 40)) * (generator.random((5, 40)) < density)
-    found = weights.entries(weights.Digits(values - low, low, bits, np.ones(5, np.int64)), most)
-    if found.pairs == weights.BYTES:
-        entry = found.stream.astype(np.int64)
-        gaps, weight = entry >> 4, ((entry & 15) ^ 8) - 8
-    else:
-        width = found.gap + bits
-        ones = np.unpackbits(found.stream, bitorder="little")[: found.count * width].reshape(-1, width).astype(np.int64)
-        entry = ones @ (1 << np.arange(width))
-        gaps, weight = entry & ((1 << found.gap) - 1), (entry >> found.gap) + low
-    places = np.cumsum(gaps + 1) - 1
+    shape = (5, 2, 4, 5)  # [out, kh, kw, in]: the stream goes through the taps column by column
+    conv = SimpleNamespace(weight=values.reshape(shape), outputs=5)
+    found = weights.entries(conv, weights.Digits(values - low, low, bits, np.ones(5, np.int64)), most)
+    distance, weight = decoded(found, bits, low)
+    places = np.cumsum(distance) - 1
     back = np.zeros(int(places[-1]) + 1, np.int64)
     back[places] = weight
     assert places[-1] >= 200 and not weight[places >= 200].any()
-    assert np.array_equal(back[:200].reshape(5, 40), values)
+    assert np.array_equal(back[:200].reshape(5, 4, 2, 5).transpose(0, 2, 1, 3), values.reshape(shape))
+    if found.form != weights.WIDE:  # every sum that the kernel adds in 16 bits fits them, whatever the inputs are
+        apart = back[:200].reshape(5, 1 if found.parts == 1 else 4 * found.parts, -1)
+        assert max(np.maximum(sign * apart, 0).sum(2).max() for sign in (1, -1)) * most < 1 << 15
+
+
+def decoded(found: weights.Entries, bits: int, low: int) -> tuple[np.ndarray, np.ndarray]:
+    """Distances and weights of a stream, as the kernels read them."""
+    stream = found.stream.astype(np.int64)
+    if found.form == weights.BYTES:
+        return stream >> 4, ((stream & 15) ^ 8) - 8
+    if found.form == weights.WIDE:
+        both, *pair = stream.reshape(-1, 3).T
+        return np.stack([both & 15, both >> 4], 1).ravel(), ((np.stack(pair, 1) ^ 128) - 128).ravel()
+    width, entries = found.gap + bits, []
+    for word in stream.tolist():
+        while word != 1:
+            entries.append(word & ((1 << width) - 1))
+            word >>= width
+    entry = np.array(entries)
+    return entry & ((1 << found.gap) - 1), (entry >> found.gap) + low

@@ -119,11 +119,25 @@ FC_INLINE int32_t fc_round(float value, float low, float high)
 #endif
 
 #if FC_FLOATS
+FC_INLINE uint32_t fc_bits_of(float value)
+{
+    union {
+        float real;
+        uint32_t bits;
+    } same;
+    same.real = value;
+    return same.bits;
+}
+
 /* Of what is known to be below 2^21, or else far beyond any code. */
 FC_INLINE int32_t fc_nearest(float value)
 {
 #if FC_FAR
     return fc_round(value, -512.0f, 512.0f);
+#elif FC_DSP && defined(__GNUC__) && defined(__ARM_FP)
+    float whole;
+    __asm__("vcvtr.s32.f32 %0, %1" : "=t"(whole) : "t"(value)); /* rounds as the multiplication before it did */
+    return (int32_t)fc_bits_of(whole);
 #else
     return (int32_t)(value + FC_MAGIC) - (int32_t)FC_MAGIC;
 #endif

@@ -238,6 +238,8 @@ static void fc_conv(const fc_layer *layer, uint8_t *arena, float *real FC_RANGE_
     uint32_t *const patch = (uint32_t *)(void *)&arena[layer->scratch];
     const uint32_t *const finish = &patch[2u * layer->words];
     fc_result result = fc_into(layer, arena, real);
+    const int32_t least = layer->lowest;
+    const uint32_t lowest = (uint32_t)least;
     uint32_t at = 0u;
     for (uint32_t pixel = 0u; pixel < pixels; pixel += 2u) {
         const uint32_t two = ((pixel + 1u) < pixels) ? 2u : 1u;
@@ -250,7 +252,7 @@ static void fc_conv(const fc_layer *layer, uint8_t *arena, float *real FC_RANGE_
             next_y = y;
             next_x = x;
             for (uint32_t i = 0u; i < two; i++) {
-                fixed[i] = fc_patch(layer, arena, next_y, next_x, group, &patch[i]) * (uint32_t)(int32_t)layer->lowest;
+                fixed[i] = fc_patch(layer, arena, next_y, next_x, group, &patch[i]) * lowest;
                 next_x++;
                 if (next_x == width) {
                     next_x = 0u;

@@ -19,23 +19,25 @@ FC_INLINE uint32_t fc_digit(fc_stream *stream, uint32_t bits)
     return digit;
 }
 
-/* Bytes of four pixels as 16-bit numbers: the first and third, and the second and fourth. */
-FC_INLINE void fc_four(const uint8_t *from, uint32_t stride, uint32_t *odd, uint32_t *even)
+/* Bytes of four pixels as 16-bit numbers: the first and third, and the second and fourth. mask: 0x00FF00FF. */
+FC_INLINE void fc_four(const uint8_t *from, uint32_t stride, uint32_t mask, uint32_t *odd, uint32_t *even)
 {
 #if FC_DSP
     if (stride == 1u) {
         const uint32_t four = ((const fc_word *)(const void *)from)->value;
-        *odd = __uxtb16((uint8x4_t)four);
-        *even = __uxtb16((uint8x4_t)(four >> 8) | (four << 24));
+        *odd = four & mask;
+        *even = (four >> 8) & mask;
         return;
     }
     if (stride == 2u) {
         const uint32_t four = ((const fc_word *)(const void *)from)->value;
         const uint32_t next = ((const fc_word *)(const void *)&from[4])->value;
-        *odd = __uxtb16((uint8x4_t)((four & 0xFFFFu) | (next << 16)));
-        *even = __uxtb16((uint8x4_t)((four >> 16) | (next & 0xFFFF0000u)));
+        *odd = ((four & 0xFFFFu) | (next << 16)) & mask;
+        *even = ((four >> 16) | (next & 0xFFFF0000u)) & mask;
         return;
     }
+#else
+    (void)mask;
 #endif
     *odd = (uint32_t)from[0] | ((uint32_t)from[2u * stride] << 16);
     *even = (uint32_t)from[stride] | ((uint32_t)from[3u * stride] << 16);
@@ -51,6 +53,8 @@ FC_INLINE void fc_four(const uint8_t *from, uint32_t stride, uint32_t *odd, uint
 FC_INLINE void fc_line(const uint8_t *from, const uint32_t *taps, const uint32_t *end, int32_t *sums, uint32_t length,
                        uint32_t stride)
 {
+    uint32_t mask = 0x00FF00FFu;
+    FC_HIDE(mask);
     for (uint32_t x = 0u; x < length; x += 4u) {
         const uint32_t *tap = taps;
         int32_t s0 = 0, s1 = 0, s2 = 0, s3 = 0;
@@ -59,7 +63,7 @@ FC_INLINE void fc_line(const uint8_t *from, const uint32_t *taps, const uint32_t
             const int32_t weight = FC_TAP(both);
             uint32_t odd, even;
             tap++;
-            fc_four(&from[both >> 16], stride, &odd, &even);
+            fc_four(&from[both >> 16], stride, mask, &odd, &even);
             s0 = FC_PLUS_LOW(weight, odd, s0);
             s1 = FC_PLUS_LOW(weight, even, s1);
             s2 = FC_PLUS_HIGH(weight, odd, s2);

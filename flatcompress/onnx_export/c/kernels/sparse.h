@@ -70,9 +70,10 @@ static fc_entries fc_first(const fc_layer *layer, uint32_t step)
 #endif
 
 #if FC_SPARSE
-/* Eight pixels share the decoding of an entry: four columns of two lines. The inputs of two lines lie in the halves of
- * a word, [tap line, channel, column], columns sorted by stride so that neighbours lie side by side. Where every sum
- * fits 16 bits (known when this was written; `split`: of each part of a row) one product serves both lines. */
+/* Sixteen pixels share the decoding of an entry, eight columns of two lines, or four columns of wide ones. The inputs of
+ * two lines lie in the halves of a word, [tap line, channel, column], columns sorted by stride so that neighbours lie
+ * side by side. Where every sum fits 16 bits (known when this was written; `split`: of each part of a row) one product
+ * serves both lines. */
 typedef struct {
     const uint8_t *base;
     const uint32_t *parts, *last; /* where each part of a row begins */
@@ -92,30 +93,42 @@ FC_INLINE void fc_apart(uint32_t both, int32_t *sums)
 #endif
 }
 
-#define FC_FOUR(weight)                                                                                                \
+#define FC_TWO(weight, first, second, bytes)                                                                           \
+    FC_AT2(a, b, at, bytes);                                                                                           \
+    (first) += (weight) * a;                                                                                           \
+    (second) += (weight) * b;
+#define FC_EIGHT(weight)                                                                                               \
     {                                                                                                                  \
         uint32_t a, b;                                                                                                 \
-        FC_AT2(a, b, at, 0);                                                                                           \
-        s0 += (weight) * a;                                                                                            \
-        s1 += (weight) * b;                                                                                            \
-        FC_AT2(a, b, at, 8);                                                                                           \
-        s2 += (weight) * a;                                                                                            \
-        s3 += (weight) * b;                                                                                            \
+        FC_TWO(weight, s0, s1, 0)                                                                                      \
+        FC_TWO(weight, s2, s3, 8)                                                                                      \
+        FC_TWO(weight, s4, s5, 16)                                                                                     \
+        FC_TWO(weight, s6, s7, 24)                                                                                     \
     }
+#define FC_ALL_APART                                                                                                   \
+    fc_apart(s0, &sums[0]);                                                                                            \
+    fc_apart(s1, &sums[2]);                                                                                            \
+    fc_apart(s2, &sums[4]);                                                                                            \
+    fc_apart(s3, &sums[6]);                                                                                            \
+    fc_apart(s4, &sums[8]);                                                                                            \
+    fc_apart(s5, &sums[10]);                                                                                           \
+    fc_apart(s6, &sums[12]);                                                                                           \
+    fc_apart(s7, &sums[14]);
 
 #if FC_SPARSE_BYTES
 FC_APART void fc_bytes(const fc_walk *walk, fc_entries *state, int32_t *sums)
 {
     const uint8_t *next = state->next;
     const uint32_t step = walk->step;
-    uint32_t entry = state->entry, carry = state->carry, s0 = 0u, s1 = 0u, s2 = 0u, s3 = 0u;
+    uint32_t entry = state->entry, carry = state->carry;
+    uint32_t s0 = 0u, s1 = 0u, s2 = 0u, s3 = 0u, s4 = 0u, s5 = 0u, s6 = 0u, s7 = 0u;
     for (const uint32_t *part = walk->parts; part != walk->last; part++) {
         const uint8_t *at = &walk->base[*part];
         const uint8_t *const end = &at[walk->length];
         at += carry;
         while (at < end) {
             const uint32_t weight = (uint32_t)((int32_t)(entry << 28) >> 28);
-            FC_FOUR(weight)
+            FC_EIGHT(weight)
             entry = *next;
             next++;
             at += (entry >> 4) * step;
@@ -125,10 +138,7 @@ FC_APART void fc_bytes(const fc_walk *walk, fc_entries *state, int32_t *sums)
     state->next = next;
     state->entry = entry;
     state->carry = carry;
-    fc_apart(s0, &sums[0]);
-    fc_apart(s1, &sums[2]);
-    fc_apart(s2, &sums[4]);
-    fc_apart(s3, &sums[6]);
+    FC_ALL_APART
 }
 #endif
 
@@ -137,15 +147,18 @@ FC_APART void fc_words(const fc_walk *walk, fc_entries *state, int32_t *sums, co
 {
     const uint8_t *next = state->next;
     const uint32_t step = walk->step, gap = layer->gap, width = gap + layer->bits;
-    const uint32_t gaps = (1u << gap) - 1u, digits = (1u << width) - 1u - gaps, lowest = (uint32_t)(int32_t)layer->lowest;
-    uint32_t word = state->entry, carry = state->carry, s0 = 0u, s1 = 0u, s2 = 0u, s3 = 0u;
+    const uint32_t gaps = (1u << gap) - 1u, digits = (1u << width) - 1u - gaps;
+    const int32_t least = layer->lowest;
+    const uint32_t lowest = (uint32_t)least;
+    uint32_t word = state->entry, carry = state->carry;
+    uint32_t s0 = 0u, s1 = 0u, s2 = 0u, s3 = 0u, s4 = 0u, s5 = 0u, s6 = 0u, s7 = 0u;
     for (const uint32_t *part = walk->parts; part != walk->last; part++) {
         const uint8_t *at = &walk->base[*part];
         const uint8_t *const end = &at[walk->length];
         at += carry;
         while (at < end) {
             const uint32_t weight = ((word & digits) >> gap) + lowest;
-            FC_FOUR(weight)
+            FC_EIGHT(weight)
             FC_NEXT_WORD(word, next, width);
             at += (word & gaps) * step;
         }
@@ -154,10 +167,7 @@ FC_APART void fc_words(const fc_walk *walk, fc_entries *state, int32_t *sums, co
     state->next = next;
     state->entry = word;
     state->carry = carry;
-    fc_apart(s0, &sums[0]);
-    fc_apart(s1, &sums[2]);
-    fc_apart(s2, &sums[4]);
-    fc_apart(s3, &sums[6]);
+    FC_ALL_APART
 }
 #endif
 
@@ -215,7 +225,7 @@ FC_INLINE void fc_sums(const fc_layer *layer, fc_walk *walk, fc_entries *state, 
 #endif
 #if FC_SPLIT
     const uint32_t *const first = walk->parts, *const last = walk->last;
-    for (uint32_t i = 0u; i < 8u; i++) {
+    for (uint32_t i = 0u; i < 16u; i++) {
         sums[i] = 0;
     }
     walk->last = (layer->split != 0u) ? &first[1] : last;
@@ -313,6 +323,7 @@ static void fc_gather(const fc_layer *layer, const uint8_t *source, uint32_t y, 
 static void fc_sparse(const fc_layer *layer, uint8_t *arena, float *real FC_RANGE_PARAMETERS)
 {
     const uint32_t width = layer->out_w, words = layer->words, line = width * layer->out_c, split = layer->split;
+    const uint32_t once = (layer->form == FC_WIDE) ? 4u : 8u;
     const uint32_t length = (4u * layer->kernel_h * layer->in_c * words) / split;
     uint32_t *const parts = (uint32_t *)(void *)&arena[layer->scratch];
     uint32_t *const patch = &parts[layer->kernel_w * split];
@@ -346,14 +357,14 @@ static void fc_sparse(const fc_layer *layer, uint8_t *arena, float *real FC_RANG
         const uint32_t here = (left < (2u * width)) ? left : (2u * width);
         const uint32_t above = (here < width) ? here : width, below = here - above;
         fc_gather(layer, &arena[layer->source], y, patch);
-        for (uint32_t x = 0u; x < above; x += 4u) {
-            const uint32_t most = ((x + 4u) < above) ? 4u : (above - x);
+        for (uint32_t x = 0u; x < above; x += once) {
+            const uint32_t most = ((x + once) < above) ? once : (above - x);
             const uint32_t both = (below <= x) ? 0u : (((below - x) < most) ? (below - x) : most);
             fc_entries state = fc_first(layer, 4u * words);
             fc_walk here_walk = walk;
             here_walk.base = (const uint8_t *)&patch[x];
             for (uint32_t channel = 0u; channel < layer->out_c; channel++) {
-                int32_t sums[8];
+                int32_t sums[16];
                 const uint32_t place_of = at + (x * layer->out_c) + channel;
                 fc_sums(layer, &here_walk, &state, sums);
                 if (both != 0u) {
