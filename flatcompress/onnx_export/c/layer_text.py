@@ -16,7 +16,7 @@ from flatcompress.onnx_export.c.text import Sources, number, offset, struct, win
 
 @dataclass
 class Clamp:
-    """How a rule ends: its sums are raised by some bits, then come ``shift``, the clamp to a byte, and ``trim`` bits go;
+    """How a rule ends: sums are raised by some bits, then come ``shift``, the clamp to a byte, and ``trim`` bits go;
     ``limits``: the grid's limits have to follow."""
 
     shift: int

@@ -128,7 +128,7 @@ def _parts(columns: NDArray[np.int64], most: int) -> int | None:
         return 1
     for parts in PARTS:
         if columns.shape[1] * parts > 1 and columns.shape[2] % parts == 0:
-            apart = [sign.reshape(*sign.shape[:2], parts, -1).sum(-1) for sign in signs]
+            apart = [sign.reshape(len(sign), -1, columns.shape[2] // parts).sum(-1) for sign in signs]
             if max(int(one.max()) for one in apart) * most < 1 << 15:
                 return parts
     return None
