@@ -106,8 +106,8 @@ def entries(conv: Conv, found: Digits, most: int) -> Entries:
 
     A distance beyond its bits is bridged by entries whose weight is zero.
     """
-    values = (found.values + found.lowest).reshape(conv.weight.shape).transpose(0, 2, 1, 3)
-    columns = np.ascontiguousarray(values).reshape(conv.outputs, values.shape[1], -1)
+    values = (found.values + found.lowest).reshape(*conv.weight.shape).transpose(0, 2, 1, 3)
+    columns = np.ascontiguousarray(values).reshape(conv.outputs, conv.weight.shape[2], -1)
     parts = _parts(columns, most) if found.bits <= 4 else None
     if parts is None:
         return _wide(columns)
