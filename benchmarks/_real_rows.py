@@ -53,6 +53,7 @@ def _adam(lr: float) -> dict[str, Any]:
 MSE = {"start": "post_training"}
 RELATIVE = {"scale_steps": "relative", "scale_lr": 2.0}  # at 5e-4: at most a thousandth of its size a step
 DISTILLED = {"distill": 1.0}
+DEPTHWISE = {"re:.*_depthwise_conv": {"weight": 8}}  # a tenth of the weights
 STRONG = {**MSE, **RELATIVE, **DISTILLED}
 FLOATS = (
     Row("float ERM"),
@@ -73,6 +74,7 @@ def ladder(bits: int) -> list[Row]:
         Row(f"W{bits}A{bits} LSQ: + scales first", bits, "lsq", {**STRONG, "scale_warmup": 0.1}),
         Row(f"W{bits}A{bits} LSQ: + EMA", bits, "lsq", {**STRONG, "averaging": "ema"}),
         Row(f"W{bits}A{bits} LSQ: + three times the epochs", bits, "lsq", STRONG, epochs=3),
+        Row(f"W{bits}A{bits} LSQ: + depthwise weights at 8 bits", bits, "lsq", {**STRONG, "bits": DEPTHWISE}),
     ]
 
 
