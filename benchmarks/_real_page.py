@@ -244,8 +244,8 @@ _LADDER = """
 Row minus *{other}*, its own start: what is lost to the grid. Each row has one piece more than the row above, but for
 the second, which is `freeze_bn: true` alone. *post-training start*: scales of least squared error and corrected biases
 instead of LSQ's start. *relative steps*: `scale_steps: relative`, at most a thousandth of its size a step. *distilled*
-from the float start. *scales first*: a tenth of the steps moves scales alone. The last four each change the distilled
-row.
+from the float start. *scales first*: a tenth of the steps moves scales alone. The last ones each change the distilled
+row; *post-training alone* trains nothing.
 """.strip()
 _CONTEST = """
 Row minus *{other}*. Every row is on the strong baseline (post-training start, relative steps, distilled) with its

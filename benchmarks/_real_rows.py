@@ -75,10 +75,11 @@ def ladder(bits: int) -> list[Row]:
         Row(f"W{bits}A{bits} LSQ: + EMA", bits, "lsq", {**STRONG, "averaging": "ema"}),
         Row(f"W{bits}A{bits} LSQ: + three times the epochs", bits, "lsq", STRONG, epochs=3),
         Row(f"W{bits}A{bits} LSQ: + depthwise weights at 8 bits", bits, "lsq", {**STRONG, "bits": DEPTHWISE}),
+        Row(f"W{bits}A{bits} post-training alone", bits, "lsq", {"epochs": 0}),
     ]
 
 
-STRONGEST, LONGEST = 4, 7  # positions of the distilled row and of the one that trains longer
+STRONGEST, LONGEST, UNTRAINED = 4, 7, 9  # positions of rows that are run first
 
 
 def contest(bits: int) -> list[Row]:
@@ -140,7 +141,9 @@ def cells(seeds: Sequence[int], styles: Sequence[str], networks: Sequence[str]) 
             yield from (Cell(network, style, seed, row) for row in [FLOATS[0], *rows])
 
     four, three, rows = ladder(4), ladder(3), contest(3)
-    yield from each(first, every[:1], [rung for at in (STRONGEST, LONGEST, 0) for rung in (four[at], three[at])])
+    yield from each(
+        first, every[:1], [rung for at in (UNTRAINED, STRONGEST, LONGEST, 0) for rung in (four[at], three[at])]
+    )
     yield from each(first, every, rows[:3])
     yield from each(first, every[:1], [*four, *three])
     for part in (rows[3:7], rows[7:], [*FLOATS, *four, *three]):

@@ -74,6 +74,7 @@ def test_rows_that_are_compared_differ_in_what_their_name_says_alone() -> None:
 
 def test_the_best_rows_come_first() -> None:
     order = [c.row.name for c in cells([0, 1], ["cartoon"], list(NETWORKS))]
+    assert order.index("W4A4 post-training alone") < order.index("W4A4 LSQ: + distilled")
     assert order.index("W4A4 LSQ: + distilled") < order.index(A) < order.index("W3A3 LSQ+SAM")
 
 
