@@ -138,10 +138,12 @@ def publish(
             found = table.table(part)
             rows += [{"section": heading, **asdict(row)} for row in found]
             lines += [f"## {heading}", "", table.markdown(found, ""), ""]
+    where = _common.machine()
     lines += ["## What holds", "", *[f"- {v.text()}" for v in verdicts], "", table.RULE, ""]
     lines += [
-        f"Made by `python -m benchmarks.{name}` on {_common.machine()['processor']}, one thread a run. *seconds* is",
-        "wall time on a machine that did other work at the same time: compare *passes*.",
+        f"Made by `python -m benchmarks.{name}` on {where['processor']}, torch {where['torch']}, Python",
+        f"{where['python']}, one thread a run. *seconds* is wall time on a machine that did other work at the same time:",
+        "compare *passes*.",
         "",
     ]
     text = "\n".join(line.rstrip() for line in lines)
