@@ -142,7 +142,8 @@ def publish(
     lines += ["## What holds", "", *[f"- {v.text()}" for v in verdicts], "", table.RULE, ""]
     lines += [
         f"Made by `python -m benchmarks.{name}` on {where['processor']}, torch {where['torch']}, Python",
-        f"{where['python']}, one thread a run. *seconds* is wall time on a machine that did other work at the same time:",
+        f"{where['python']}, one thread a run. *seconds* is wall time on a machine that did other work "
+        "at the same time:",
         "compare *passes*.",
         "",
     ]
