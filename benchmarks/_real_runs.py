@@ -44,13 +44,14 @@ def run(cell: Cell, folder: str, output: Path, epochs: int = EPOCHS) -> dict[str
         device="cpu", threads=1, measure="off", checkpoint_every="60s",
     )  # fmt: skip
     began, where = time.process_time(), run_folder(cell, output)
+    whole = not (where / "log.jsonl").exists()
     result = pipeline.run(where)
     row, events = result.ledger[-1], [json.loads(line) for line in (where / "log.jsonl").read_text().splitlines()]
     return {
         "accuracy": row["accuracy"],
         "val": _selected(events),
         "passes": row["passes"],
-        "cpu_seconds": round(time.process_time() - began, 1),
+        "cpu_seconds": round(time.process_time() - began, 1) if whole else None,  # of a run that nobody stopped
         "sharpness": _sharpness(result.model, pictures),
         **_scales(result.model, events),
     }

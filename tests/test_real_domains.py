@@ -42,7 +42,7 @@ def test_differences_are_taken_over_pairs_alone() -> None:
 )  # fmt: skip
 def test_a_rule_wins_by_two_standard_errors_over_five_pairs(gains: list[float], said: str) -> None:
     found = page.read(runs(gains))
-    verdict = next(v for v in page.verdicts(found) if "LSQ+SAGM" in v)
+    verdict = next(v for v in page.verdicts(found) if "LSQ+SAGM on Lite0" in v)
     assert verdict.startswith(said)
     assert verdict in page.page(found, page.verdicts(found))
 
