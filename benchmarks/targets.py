@@ -4,13 +4,11 @@
 
 Networks: the built-in ones (`_ptq_networks.OPTIONS` makes three of them narrower), trained for an epoch on rotated
 digits (ResNet-8, ResNet-20 and DS-CNN on all 6,295, the others on 2,000 images), quantized without training as
-`flatcompress compress --target` does: the target's own weight bits (8; OpenVINO's 7), and for onnxruntime, OpenVINO
-and LiteRT W4A4. ``lint``: breaches of the tool's published rules. ``run``: the package that loaded the file here; a
-dash where there is none. None of the targets was run on a device. ``integer``: the layers that it computes on
-integers. ``equal``: share of 1,000 real test inputs with the reference's class, ``steps``: the largest difference in
-output steps,
-``further``: the share that is more than 1.5 of them away. A sum that lies on a rounding boundary may go either way, and
-with few bits one code is many output steps: that is what ``further`` counts.
+`flatcompress compress --target` does: the target's own weight bits (8; OpenVINO's 7), scales without ties, and for
+onnxruntime, OpenVINO and LiteRT W4A4 too. ``lint``: breaches of the tool's published rules. ``run``: the package that
+loaded the file here; a dash where there is none. None of the targets was run on a device. ``integer``: the layers that
+it computes on integers. ``equal``: share of 1,000 real test inputs with the reference's class, ``steps``: the largest
+difference in output steps, ``further``: the share that is more than 1.5 of them away.
 
 ``--quick``: ResNet-8 and DS-CNN, 200 inputs. What is measured is kept in ``benchmarks/results/targets.partial``:
 a run that was stopped goes on, and ``--kept`` measures nothing and writes the page docs/results/targets.md from it.
@@ -53,6 +51,7 @@ def measured(name: str, target: str, bits: tuple[int, int], inputs: int) -> dict
     scheme = {"method" if key == "quantizer" else key: value for key, value in scheme_of(target).items()}
     model = copy.deepcopy(one.model)
     quant.post_training(model, [one.draw(0)], weight, activation, **{**steps_for(weight), **scheme})
+    onnx_export.untie(model, one.pool[:2])
     quant.set_bias_rounding(model, True)
     chosen = torch.linspace(0, len(one.test[0]) - 1, inputs).long()
     with tempfile.TemporaryDirectory() as folder:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from flatcompress.onnx_export.emit.catalogue import PROFILES
 from flatcompress.onnx_export.exporting import Exported, check_c, export
 from flatcompress.onnx_export.lower.lowering import lower
+from flatcompress.onnx_export.lower.ties import Untied, untie
 from flatcompress.onnx_export.proof.certificate import certify
 from flatcompress.onnx_export.proof.signature import sign
 from flatcompress.onnx_export.proof.verification import Verification, verify
@@ -18,6 +19,6 @@ from flatcompress.onnx_export.targets import TARGETS
 from flatcompress.onnx_export.targets import check as check_target
 
 __all__ = [
-    "PROFILES", "TARGETS", "Exported", "Verification", "bench", "certify", "check_c", "check_target", "export", "lower",
-    "sign", "verify",
+    "PROFILES", "TARGETS", "Exported", "Untied", "Verification", "bench", "certify", "check_c", "check_target",
+    "export", "lower", "sign", "untie", "verify",
 ]  # fmt: skip

@@ -159,8 +159,7 @@ def quantize(run: RunContext, config: Any, insert: Callable[[nn.Module], Plan], 
     )  # fmt: skip
     if not config.freeze_bn:
         estimate_statistics(run)
-    for network in networks:
-        quant.set_bias_rounding(network, True)
+    shipped.settle(run, config.tie_free, *networks)
 
 
 def _put_in(run: RunContext, insert: Callable[[nn.Module], Plan], images: Sequence[Tensor]) -> None:
@@ -226,5 +225,5 @@ def exported(
 def _with_statistics(run: RunContext, part: RunContext) -> RunContext:
     quant.reestimate_batchnorm(part.model, shipped.statistics_batches(run))
     if quant.is_quantized(part.model):
-        quant.set_bias_rounding(part.model, True)
+        shipped.settle(part, True)
     return part

@@ -41,7 +41,6 @@ def quantize(
         done, rounds = quant.within_drop(run.model, images, points, max_drop, weight_bits, **settings)
         run.plan = run.plan + done.plan
         run.emit("post_training", **done.to_dict(), rounds=rounds)
-    quant.set_bias_rounding(run.model, True)
 
 
 def settings(run: RunContext, config: Any, placement: dict[str, Any]) -> dict[str, Any]:

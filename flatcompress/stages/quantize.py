@@ -52,6 +52,7 @@ def _post_training(run: RunContext, config: QuantizeConfig, facts: Facts) -> Non
     settings = post_training.settings(run, config, {**placement(config), "bits": facts["bits"]})
     with run.doing("post-training quantization"):
         post_training.quantize(run, images, config.weight_bits, settings, config.max_drop)
+    shipped.settle(run, config.tie_free)
 
 
 def _train_float(run: RunContext, config: QuantizeConfig, facts: Facts) -> None:
@@ -83,7 +84,7 @@ def _train_quantized(run: RunContext, config: QuantizeConfig, teacher: nn.Module
     train(run, qat_job(run, config, teacher))
     if not config.freeze_bn:
         shipped.estimate(run)
-    quant.set_bias_rounding(run.model, True)
+    shipped.settle(run, config.tie_free)
 
 
 def qat_job(run: RunContext, config: QuantizeConfig, teacher: nn.Module | None) -> Job:

@@ -131,6 +131,7 @@ class QuantizeConfig(TrainingKeys):
     bias_rounding_epochs: Annotated[int, Field(ge=0)] = Field(
         1, description="last epochs that train with the exported file's rounded biases"
     )
+    tie_free: bool = Field(True, description="move scales by under 0.1 % at the end: all runtimes round alike")
 
     @property
     def label(self) -> str:

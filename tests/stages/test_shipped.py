@@ -25,7 +25,7 @@ def quantized(**keys):
 
 @pytest.mark.parametrize("averaging", ["none", "swa"])
 def test_the_number_that_selects_is_that_of_the_model_as_shipped(averaging):
-    work, _, selected = quantized(averaging=averaging)
+    work, _, selected = quantized(averaging=averaging, tie_free=False)  # moves scales after the selection
     assert selected == [evaluate(work.model, work.data.val, work.task)["accuracy"]]
 
 
@@ -50,3 +50,10 @@ def test_frozen_statistics_are_judged_as_they_are():
     with shipped.as_shipped(work, keep_statistics=False):
         assert any(not torch.equal(value, before[name]) for name, value in work.model.named_buffers())
     assert all(torch.equal(value, before[name]) for name, value in work.model.named_buffers())
+
+
+def test_scales_are_moved_at_the_end_by_less_than_a_thousandth_and_nothing_else_is():
+    ours, theirs = (quantized(tie_free=tie_free)[0].model.state_dict() for tie_free in (True, False))
+    moved = [name for name, value in ours.items() if not torch.equal(value, theirs[name])]
+    assert moved and all(name.endswith((".scale", ".initial")) for name in moved)
+    assert all(torch.allclose(ours[name], theirs[name], rtol=1.001 / 1024, atol=0) for name in moved)

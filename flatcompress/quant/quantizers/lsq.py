@@ -153,6 +153,13 @@ class StepQuantizer(nn.Module):
         self.initial.copy_(start)
         self._ready = True
 
+    @torch.no_grad()
+    def move_scale(self, factor: torch.Tensor) -> None:
+        """Multiply the scale by ``factor``, positive: one number, or one for each scale. Its start moves with it."""
+        for tensor in (self.scale, self.initial):
+            shape = tensor.shape if factor.numel() > 1 else ()
+            tensor.copy_(tensor.double() * factor.to(tensor.device).double().reshape(shape))
+
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._ready = False
         super()._load_from_state_dict(*args, **kwargs)

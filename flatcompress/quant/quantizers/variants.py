@@ -64,6 +64,11 @@ class OffsetQuantizer(StepQuantizer):
         with torch.no_grad():
             self.beta.copy_(torch.tensor(low))
 
+    @torch.no_grad()
+    def move_scale(self, factor: torch.Tensor) -> None:
+        super().move_scale(factor)
+        self.beta.copy_(self.beta.double() * factor.to(self.beta.device).double())  # the zero point stays
+
     def start_from_observer(self, observer: Observer) -> None:
         """The part of what was seen, around zero (which must stay exact: it pads convolutions), of least error."""
         low, high = min(observer.low, 0.0), max(observer.high, 0.0)
