@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import _common
-from benchmarks._real_rows import FLOATS, NETWORKS, REFERENCE, contest, ladder
+from benchmarks._real_rows import CUTS, FLOATS, NETWORKS, REFERENCE, SHARES, contest, cuts, ladder
 
 PAGE = Path(__file__).parent.parent / "docs" / "results" / "real_domains.md"
 PARTS = {"test": "in domain", "held_out": "held out, unseen emoji", "held_out_seen": "held out, seen emoji"}
@@ -29,7 +29,7 @@ class Run:
 
     def points(self, part: str) -> float | None:
         """Accuracy in percent."""
-        value = self.told["val"] if part == "val" else self.told["accuracy"].get(part)
+        value = self.told.get(part) if part in ("val", "corrupted") else self.told["accuracy"].get(part)
         return None if value is None else 100 * value
 
 
@@ -160,6 +160,8 @@ def page(runs: Sequence[Run], said: Sequence[str]) -> str:
             lines += _against(own, network, f"{network}: rules for scales at {bits} bits", rows,
                               f"W{bits}A{bits} {REFERENCE}", _CONTEST)  # fmt: skip
         lines += _watched(own)
+        for share in SHARES:
+            lines += _cut(own, network, share)
     if runs:
         lines += ["## All rows", "", _common.markdown(summary(runs)), ""]
     lines += [*_power(runs), "## What was not measured", "", _missing(runs), "", _tail(runs), ""]
@@ -182,6 +184,36 @@ def _against(
     if not table:
         return []
     return [f"## {title}", "", intro.format(other=other), "", _common.markdown(table), ""]
+
+
+def best_radius(runs: Sequence[Run], share: float, method: str) -> str | None:
+    """The row of ``method`` with the best mean validation accuracy, of those that were run on the most pairs."""
+    scores: dict[str, list[float]] = {}
+    for row in cuts(share):
+        values = [v for r in runs if r.row == row.name and (v := r.points("val")) is not None]
+        if row.method == method and values:
+            scores[row.name] = values
+    most = max(map(len, scores.values()), default=0)
+    return max(
+        (n for n, v in scores.items() if len(v) == most), key=lambda n: statistics.fmean(scores[n]), default=None
+    )
+
+
+def _cut(runs: Sequence[Run], network: str, share: float) -> list[str]:
+    uniform, table = best_radius(runs, share, "asam"), []
+    for method in CUTS:
+        row = best_radius(runs, share, method)
+        if row is None or uniform is None or row == uniform:
+            continue
+        told: dict[str, Any] = {"row": row}
+        for part, label in (*PARTS.items(), ("corrupted", "corrupted")):
+            gain = paired(runs, network, row, uniform, part)
+            told[label] = None if gain is None else gain.text()
+        table.append(told)
+    if not table:
+        return []
+    title = f"## {network}: {share:.1%} of the multiply-accumulates left, cut at once"
+    return [title, "", _CUT.format(other=uniform), "", _common.markdown(table), ""]
 
 
 def _watched(runs: Sequence[Run]) -> list[str]:
@@ -225,12 +257,13 @@ def _missing(runs: Sequence[Run]) -> str:
     lines = []
     for network in NETWORKS:
         rows = [*FLOATS, *(row for bits in (4, 3) for row in [*ladder(bits), *contest(bits)])]
+        rows += [row for share in SHARES for row in cuts(share)]
         names = [row.name for row in rows if (network, row.name) not in done]
         some = "; ".join(names) if 0 < len(names) < len(rows) else "every row" if names else "nothing"
         lines.append(f"- {network}: {some}.")
     lines.append(
         "- No row here: FQAT's own freezing of layers (arXiv 2509.00859; the nearest is GAQAT with a layer's scales "
-        "together); AdaSAP and the whole pipeline on these drawings."
+        "together); the whole pipeline on these drawings."
     )
     return "\n".join(lines)
 
@@ -268,6 +301,10 @@ row; *post-training alone* trains nothing.
 _CONTEST = """
 Row minus *{other}*. Every row is on the strong baseline (post-training start, relative steps, distilled) with its
 batches; two-pass methods (SAM, SAGM) take twice LSQ's passes, and *SAGM's passes* is LSQ with as many.
+""".strip()
+_CUT = """
+Row minus *{other}* (one radius for all channels), each at its best radius by validation on the source styles; one-pass
+methods train twice the epochs. *corrupted*: mean over the usual corruptions of in-domain test pictures.
 """.strip()
 _WATCHED = """
 Travel: median of how far scales end from their start, in percent. Disorder, conflict and frozen share: means over

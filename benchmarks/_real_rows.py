@@ -19,9 +19,10 @@ RHO, K = 0.05, 20
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a table: keys of the quantize stage, or of a train stage where there are no bits.
+    """One row of a table: keys of the quantize stage, of the prune stage, or of a train stage.
 
-    ``start``: the float row whose weights it begins with; ``epochs`` as a share of the usual ones.
+    ``bits``: of weights and activations; ``macs``: share of the multiply-accumulates that is kept; with neither it is
+    trained from nothing. ``start``: the float row whose weights it begins with; ``epochs``: a share of the usual ones.
     """
 
     name: str
@@ -30,15 +31,26 @@ class Row:
     keys: dict[str, Any] = field(default_factory=dict)
     start: str = "float ERM"
     epochs: float = 1.0
+    macs: float | None = None
+
+    @property
+    def is_start(self) -> bool:
+        """Whether it is trained from nothing."""
+        return self.bits is None and self.macs is None
 
     def stage(self, network: str, epochs: int) -> dict[str, Any]:
         """The stage as a recipe has it; ``epochs``: of quantization-aware training."""
-        if self.bits is None:
+        if self.is_start:
             rate = 1e-3 if network == "Lite0" else 3e-3
             usual = FLOAT_EPOCHS[network] if epochs >= EPOCHS else 2  # --quick trains next to nothing
             return {"train": {"method": self.method, "epochs": usual, **_adam(rate), **self.keys}}
-        widths = {"weight_bits": self.bits, "activation_bits": self.bits}
         count = max(1, round(epochs * self.epochs))
+        if self.macs is not None:
+            once = {"schedule_steps": 1, "warmup_share": 0.25, "prune_share": 0.25, "round_to": 1}
+            return {
+                "prune": {"method": self.method, "macs": self.macs, "epochs": count, **_adam(5e-4), **once, **self.keys}
+            }
+        widths = {"weight_bits": self.bits, "activation_bits": self.bits}
         off = {"flatness_map": False, "sharpness": False, "bias_rounding_epochs": 0}
         return {"quantize": {"method": self.method, "epochs": count, **_adam(5e-4), **widths, **off, **self.keys}}
 
@@ -114,6 +126,26 @@ def contest(bits: int) -> list[Row]:
     ]
 
 
+SHARES = (0.25, 0.125)  # of the multiply-accumulates that are left
+# Radii that are tried; the best by validation stands for the method.
+CUTS: dict[str, list[dict[str, Any]]] = {
+    "magnitude": [{}],
+    "taylor": [{}],
+    "sam": [{"rho": rho} for rho in (0.05, 0.1)],
+    "asam": [{"rho": rho} for rho in (0.5, 1.0, 2.0)],
+    "adasap": [{"rho_max": rho} for rho in (0.5, 1.0, 2.0)],
+}
+
+
+def cuts(share: float) -> list[Row]:
+    """Channels removed at one event from the trained network, then trained on: as many passes in every row."""
+    return [
+        Row(f"{share:.1%} {method}{''.join(f', {v:g}' for v in keys.values())}", None, method, keys, macs=share,
+            epochs=4.0 if method in ("magnitude", "taylor") else 2.0)
+        for method, radii in CUTS.items() for keys in radii
+    ]  # fmt: skip
+
+
 REFERENCE = "LSQ+SAGM"
 
 
@@ -149,4 +181,5 @@ def cells(seeds: Sequence[int], styles: Sequence[str], networks: Sequence[str]) 
     for part in (rows[3:7], rows[7:], [*FLOATS, *four, *three]):
         yield from each(first, every, part)
     for network in networks:
+        yield from each(network, every, [row for share in SHARES for row in cuts(share)])
         yield from each(network, every, [*contest(4), *rows])

@@ -15,6 +15,8 @@ import torch
 from benchmarks._real_rows import BATCH, EPOCHS, FLOATS, SIZE, Cell
 from flatcompress import Pipeline, data, flat, quant
 from flatcompress.data import DataBundle
+from flatcompress.tasks import build
+from flatcompress.training.batches import evaluate
 
 SPLIT = {"group": "name", "val_fraction": 0.15, "test_fraction": 0.25}
 SHARPNESS_SAMPLES, SHARPNESS_RHO = 128, 0.05
@@ -22,13 +24,14 @@ SHARPNESS_SAMPLES, SHARPNESS_RHO = 128, 0.05
 NORMALISED = {"mean": [127 / 255] * 3, "std": [128 / 255] * 3}
 
 
-@lru_cache(maxsize=1)
-def bundle(folder: str, held_out: str, seed: int) -> DataBundle:
+@lru_cache(maxsize=2)
+def bundle(folder: str, held_out: str, seed: int, corruptions: str = "none") -> DataBundle:
     """The pictures, split by identity; another seed splits, and starts, anew."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return data.load(
-            "domains", seed=seed, path=folder, held_out=held_out, size=SIZE, augment="domainbed", corruptions="none",
+            "domains", seed=seed, path=folder, held_out=held_out, size=SIZE, augment="domainbed",
+            corruptions=corruptions, corrupted_count=300,
             **SPLIT, **NORMALISED,
         )  # fmt: skip
 
@@ -37,7 +40,7 @@ def run(cell: Cell, folder: str, output: Path, epochs: int = EPOCHS) -> dict[str
     """Train ``cell`` and measure it. Its float start must have been run (`start_of`)."""
     pictures = bundle(folder, cell.held_out, cell.seed)
     model: dict[str, Any] = {**_network(cell)}
-    if cell.row.bits is not None:
+    if not cell.row.is_start:
         model["weights"] = str(run_folder(start_of(cell), output) / "checkpoints" / "0-train" / "model.safetensors")
     pipeline = Pipeline(
         model, pictures, [cell.row.stage(cell.network, epochs)], seed=cell.seed, batch_size=BATCH, balance_domains=True,
@@ -53,6 +56,7 @@ def run(cell: Cell, folder: str, output: Path, epochs: int = EPOCHS) -> dict[str
         "passes": row["passes"],
         "cpu_seconds": round(time.process_time() - began, 1) if whole else None,  # of a run that nobody stopped
         "sharpness": _sharpness(result.model, pictures),
+        **(_corrupted(result.model, cell, folder) if cell.row.macs is not None else {}),
         **_scales(result.model, events),
     }
 
@@ -86,6 +90,13 @@ def _sharpness(model: torch.nn.Module, pictures: DataBundle) -> float:
     x, y = pictures.train.__getitems__(list(range(SHARPNESS_SAMPLES)))
     loss = torch.nn.functional.cross_entropy
     return float(flat.sharpness.sharpness(model, [(x, y)], loss, rho=SHARPNESS_RHO))
+
+
+def _corrupted(model: torch.nn.Module, cell: Cell, folder: str) -> dict[str, Any]:
+    """Mean accuracy over the usual corruptions of test pictures."""
+    changed = bundle(folder, cell.held_out, cell.seed, "default").corrupted
+    scores = [evaluate(model, part, build())["accuracy"] for part in changed.values()]
+    return {"corrupted": statistics.fmean(scores)}
 
 
 def _scales(model: torch.nn.Module, events: list[dict[str, Any]]) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def chosen(options: argparse.Namespace) -> list[Cell]:
         wanted = [c for c in wanted if any(fnmatch(c.row.name, pattern) for pattern in options.only)]
     found: dict[str, Cell] = {}
     for cell in wanted:
-        for one in (start_of(cell), cell) if cell.row.bits is not None else (cell,):
+        for one in (start_of(cell), cell) if not cell.row.is_start else (cell,):
             found.setdefault(one.key, one)
     return list(found.values())
 

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks import _real_page as page
 from benchmarks import real_domains
-from benchmarks._real_rows import FLOATS, NETWORKS, cells, contest, ladder
+from benchmarks._real_rows import FLOATS, NETWORKS, cells, contest, cuts, ladder
 from flatcompress.recipe import parse_recipe
 
 A, B = "W3A3 GAQAT as published", "W3A3 LSQ+SAGM"
@@ -52,15 +52,15 @@ def test_every_run_begins_with_a_float_start_of_the_same_pair_and_is_a_valid_rec
     wanted = real_domains.chosen(options)
     seen: set[str] = set()
     for cell in wanted:
-        if cell.row.bits is not None:
+        if not cell.row.is_start:
             assert real_domains.start_of(cell).key in seen
         seen.add(cell.key)
     assert len(seen) == len(wanted)
     for network in NETWORKS:
-        rows = [*FLOATS, *(row for bits in (3, 4) for row in [*ladder(bits), *contest(bits)])]
+        rows = [*FLOATS, *(row for bits in (3, 4) for row in [*ladder(bits), *contest(bits)]), *cuts(0.25)]
         for row in rows:
             stage = row.stage(network, 4)
-            weights = {} if row.bits is None else {"weights": "w.safetensors"}
+            weights = {} if row.is_start else {"weights": "w.safetensors"}
             parse_recipe({"model": {**NETWORKS[network], **weights}, "stages": [stage]}, row.name)
 
 
