@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,9 @@ from flatcompress.recipe import Recipe, identity, load_recipe, parse_recipe
 from flatcompress.report import expected
 from flatcompress.session import Session
 from flatcompress.stages import STAGES, RunContext, StageKeys, run_stage, stage_of
+from flatcompress.stages.budget import Planned
 from flatcompress.stages.dry_run import dry_run
+from flatcompress.stages.keys import TrainingKeys
 from flatcompress.stages.measure import measure
 from flatcompress.tasks import Task
 from flatcompress.training.callback import Callback
@@ -220,6 +223,7 @@ class Pipeline:
             workers=recipe.data.workers,
             balanced=self._balanced(bundle),
             measuring=recipe.measure,
+            planned=_planned(recipe, len(bundle.train)),
             recipe_hash=identity.digest(recipe),
             callbacks=self._callbacks,
         )
@@ -247,6 +251,17 @@ class Pipeline:
             own -= sum(run.spent.values())  # what such a stage measures is within it
         session.spent(run, own)
         session.leave(run, index)
+
+
+def _planned(recipe: Recipe, train: int) -> Planned:
+    """What the stages train on ``train`` samples, and the rows of the ledger."""
+    configs = [entry.config for entry in recipe.stages]
+    samples = 0
+    for config in configs:
+        if isinstance(config, TrainingKeys):
+            longest = sys.maxsize if config.max_steps is None else config.max_steps * recipe.data.batch_size
+            samples += min(config.epochs * train, longest)
+    return Planned(samples, len(configs))
 
 
 def _is_recipe_section(data: Any) -> bool:

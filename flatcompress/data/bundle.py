@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from flatcompress.data.augment import Augment
-from flatcompress.data.images.pixels import Pixels, eight_bits
+from flatcompress.data.images.pixels import ChunkedPixels, Pixels, eight_bits
 from flatcompress.tasks import Task, build
 
 if TYPE_CHECKING:
@@ -98,6 +98,14 @@ class ImageSet(Dataset[Batch]):
     def pixels(self, indices: Sequence[int]) -> Tensor:
         """uint8 [B, C, H, W]: the stored images, neither augmented nor normalised, in eight bits."""
         return eight_bits(self.part.pixels.gather(self.part.rows[torch.as_tensor(indices, dtype=torch.int64)]))
+
+    def narrowed(self, indices: Tensor) -> ImageSet:
+        """The samples at ``indices`` alone, without augmentation; of computed images no others are computed."""
+        part = self.part.take(indices)
+        if isinstance(part.pixels, ChunkedPixels):
+            pixels = ChunkedPixels(part.pixels.source, part.pixels.rows[part.rows], part.pixels.change)
+            part = replace(part, pixels=pixels, rows=torch.arange(len(indices)))
+        return ImageSet(part, self._mean.flatten().tolist(), self._std.flatten().tolist(), task=self._task)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that augmentation draws for; without augmentation nothing changes."""

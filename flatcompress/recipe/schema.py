@@ -143,8 +143,8 @@ class Recipe(Strict):
     threads: Annotated[int, Field(ge=1, le=1024)] | None = Field(None, description="CPU threads (default: all)")
     measure: Literal["quick", "full", "off"] = Field(
         "quick",
-        description="sharpness, also by layer, and the flatness map: of samples and layers that take at most a quarter "
-        "of the training, of all, or off, with no accuracy under corruption either",
+        description="sharpness, also by layer, the flatness map, accuracy under corruption and the proof: of samples, "
+        "layers and kinds that take at most a quarter of the training, of all, or off, which proves all the same",
     )
     data: DataConfig = Field(default_factory=lambda: DataConfig(), description="the data")
     model: ModelConfig = Field(default_factory=lambda: ModelConfig(), description="the model")

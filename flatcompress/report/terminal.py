@@ -189,6 +189,17 @@ class Progress:
             self._say("and more layers stay whole: see the report", "dim", mark="  ")
 
     def _on_sampled(self, event: Mapping[str, Any]) -> None:
+        counts = [number(event.get(key)) for key in ("parts", "of_parts", "samples", "of_samples")]
+        if event.get("what") == "corruption" and None not in counts:
+            parts, of_parts, samples, of_samples = counts
+            told = (
+                f"under corruption: {parts:.0f} of {of_parts:.0f} kinds and severities, on {samples:.0f} of "
+                f"{of_samples:.0f} samples (measure: full takes all)"
+            )
+            self._say(told, "dim", mark="  ")
+        if event.get("what") == "proof" and None not in counts[2:]:
+            told = f"proof on {counts[2]:.0f} of {counts[3]:.0f} test samples (measure: full takes all)"
+            self._say(told, "dim", mark="  ")
         layers, of, samples = (number(event.get(key)) for key in ("layers", "of", "samples"))
         if layers is not None and of is not None and samples is not None:
             told = f"sharpness of {layers:.0f} of {of:.0f} layers, on {samples:.0f} samples (measure: full takes all)"

@@ -1,14 +1,22 @@
-"""How much a stage may measure: numbers of samples and layers, from what it trained, and so the same every time."""
+"""How much is measured: samples, layers and corruptions, from what is trained, and so the same every time.
+
+A quarter of the training, counted in forward passes, is divided evenly between the sharpness of the whole, that of the
+layers with the map of them, the corrupted images and the proof. Sharpness is a stage's own; corrupted images and the
+proof are those of the whole recipe, so that all rows of a ledger are of the same images.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-SHARE = 0.25  # of the training, at most, goes to the sharpness of the whole, of the layers and to the map of them
+SHARE = 0.25  # of the training, at most
+PARTS = 4
 GRADIENT = 3  # forward passes that a gradient costs
 HESSIAN = 6  # and a product with the Hessian
 PROBES = 4  # such products for each sample of the map
+PROOF_FORWARDS = 6  # what the trained model, its reference and the file, twice, cost for a sample
+PROOF_BYTES = 2 << 30
 
 
 @dataclass(frozen=True)
@@ -29,11 +37,72 @@ def sizes(measuring: str, trained: int, layers: int, full: Sizes) -> Sizes:
     """
     if measuring == "full":
         return full
-    third = SHARE * GRADIENT * trained / 3  # in forward passes of one sample
-    whole = _between(32, third / (GRADIENT + 2), full.whole)
-    each = _between(16, third / (GRADIENT + layers), full.each)
-    some = _between(8, third / each - GRADIENT, layers)
-    return Sizes(whole, each, min(layers, some), _between(8, third / (PROBES * HESSIAN), full.map))
+    part = SHARE * GRADIENT * trained / PARTS  # in forward passes of one sample
+    whole = _between(32, part / (GRADIENT + 2), full.whole)
+    each = _between(16, part / (GRADIENT + layers), full.each)
+    some = _between(8, part / each - GRADIENT, layers)
+    return Sizes(whole, each, min(layers, some), _between(8, part / (PROBES * HESSIAN), full.map))
+
+
+def probes(measuring: str, trained: int, samples: int) -> int:
+    """Products with the Hessian for each of the map's ``samples``: as many as their share buys, `PROBES` at most."""
+    part = SHARE * GRADIENT * trained / PARTS
+    return PROBES if measuring == "full" else _between(1, part / (samples * HESSIAN), PROBES)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What a recipe trains: samples, each as often as it is read (passes do not count: methods are compared on the
+    same images), and how many rows its ledger will have.
+    """
+
+    samples: int = 0
+    rows: int = 1
+
+    def forwards(self) -> float:
+        """Forward passes of one sample that a part of the measuring may take for one row."""
+        return SHARE * GRADIENT * self.samples / PARTS / max(1, self.rows)
+
+
+def corrupted(measuring: str, planned: Planned, parts: Mapping[str, int]) -> tuple[list[str], int]:
+    """Which of ``parts``, samples by "kind/severity", are measured after every stage, and on how many samples each.
+
+    All of them where ``measuring`` is "full", nothing is trained, or they cost no more than their share; else fewer
+    samples, 32 at least, and then fewer severities, one of every kind at least.
+    """
+    most = max(parts.values(), default=0)
+    allowed = planned.forwards()
+    if measuring == "full" or not planned.samples or sum(parts.values()) <= allowed:
+        return list(parts), most
+    each = _between(min(32, most), allowed / len(parts), most)
+    kinds = {name.split("/")[0] for name in parts}
+    chosen = set(_by_kinds(list(parts))[: _between(len(kinds), allowed / each, len(parts))])
+    return [name for name in parts if name in chosen], each
+
+
+def _by_kinds(names: Sequence[str]) -> list[str]:
+    """The names with one severity of every kind first, the middle one, then the hardest, then the mildest."""
+    by_kind: dict[str, list[str]] = {}
+    for name in names:
+        by_kind.setdefault(name.split("/")[0], []).append(name)
+    ordered: list[list[str]] = []
+    for found in by_kind.values():
+        middle = found.pop(len(found) // 2)
+        ordered.append([middle, *(found.pop(-1 if i % 2 == 0 else 0) for i in range(len(found)))])
+    return [row[i] for i in range(max(map(len, ordered))) for row in ordered if i < len(row)]
+
+
+def proof(measuring: str, planned: Planned, samples: int, bytes_each: int) -> int:
+    """How many of a test part's ``samples`` the certificate is measured on.
+
+    All where ``measuring`` is "full"; else as many as their share of the training buys, 256 at least, and no more than
+    lie in `PROOF_BYTES` at once.
+    """
+    if measuring == "full":
+        return samples
+    fit = max(32, PROOF_BYTES // max(1, bytes_each))
+    bought = samples if not planned.samples else _between(256, planned.forwards() / PROOF_FORWARDS, samples)
+    return min(samples, fit, bought)
 
 
 def _between(least: int, wanted: float, most: int) -> int:

@@ -15,7 +15,9 @@ from torch import nn
 
 from flatcompress.data import DataBundle
 from flatcompress.plan import Plan
+from flatcompress.stages.budget import Planned
 from flatcompress.tasks import Task
+from flatcompress.training.batches import fitting
 from flatcompress.training.callback import Callback
 from flatcompress.training.job import Progress, steps_per_epoch
 from flatcompress.training.mixing import Mixing
@@ -36,7 +38,9 @@ class RunContext:
     earlier ones found (see `stage.run_stage`). ``callbacks`` are the user's own, and take part in every training job
     after the stage's. ``accumulate``: batches of an optimizer step of the running stage. ``balanced``: batches
     have as many samples of each training domain. ``measuring``: how much
-    is measured (see `budget`). ``spent``: where the running stage's time went, beside its training, in seconds.
+    is measured (see `budget`), ``planned``: of what training; ``corrupted``: the corrupted parts as they are measured,
+    once they were; ``statistics``: see `shipped`. ``spent``: where the running stage's time went, beside its training,
+    in seconds.
     """
 
     model: nn.Module
@@ -62,6 +66,9 @@ class RunContext:
     accumulate: int = 1
     balanced: bool = False
     measuring: str = "full"
+    planned: Planned = field(default_factory=Planned)
+    corrupted: dict[str, Any] | None = None
+    statistics: tuple[bytes, dict[str, Any]] | None = None
     spent: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
@@ -92,6 +99,11 @@ class RunContext:
     def device(self) -> torch.device:
         """Where the model is."""
         return self.accelerator.device
+
+    @property
+    def together(self) -> int:
+        """How many samples are evaluated at a time."""
+        return fitting(self.data.input_shape, 512)
 
     @property
     def mixing(self) -> Mixing | None:

@@ -20,10 +20,10 @@ from flatcompress import onnx_export, quant
 from flatcompress.errors import UserError, unknown
 from flatcompress.onnx_export import targets
 from flatcompress.onnx_export.runtime import latency, sessions
-from flatcompress.stages import families, features_inside, predictions
+from flatcompress.stages import budget, families, features_inside, predictions
 from flatcompress.stages.context import RunContext
 from flatcompress.stages.keys import KeyProblem, Share, StageKeys
-from flatcompress.stages.measure import float_twin, measure, scores
+from flatcompress.stages.measure import float_twin, measure, scores, some
 from flatcompress.stages.predictions import Watched
 from flatcompress.stages.reported import reported
 from flatcompress.stages.stage import Earlier, Facts, Phase, Stage
@@ -166,7 +166,7 @@ def write(run: RunContext, config: ExportConfig, path: Path) -> tuple[dict[str, 
             metadata=metadata(run, before),
             class_names=list(run.data.classes) or None,
         )
-    batches = list(in_order(run.data.test, together(run.data.input_shape)))
+    batches = proved_on(run)
     with run.timed("proof"):
         certificate = onnx_export.certify(
             exported,
@@ -193,9 +193,19 @@ def write(run: RunContext, config: ExportConfig, path: Path) -> tuple[dict[str, 
             "the file could not be compared with the float model's", lambda: beside_float(run, config, path), nothing
         )
     certificate["recipe_sha256"] = run.recipe_hash
+    certificate["test_samples"] = {"proved_on": sum(len(y) for _, y in batches), "of": len(run.data.test)}
     write_json_atomic(path.with_name("certificate.json"), certificate)
     run.emit("layers", layers=layer_rows(certificate, before))
     return ledger_row(run, config, path, before, certificate), certificate
+
+
+def proved_on(run: RunContext) -> list[tuple[Tensor, Tensor]]:
+    """The batches of the test part that the proof is on; an event says where they are not all of it."""
+    shape, whole = run.data.input_shape, len(run.data.test)
+    count = budget.proof(run.measuring, run.planned, whole, 4 * math.prod(shape))
+    if count < whole:
+        run.emit("sampled", what="proof", samples=count, of_samples=whole)
+    return list(in_order(some(run.data.test, count), together(shape)))
 
 
 def _features_inside(run: RunContext, certificate: dict[str, Any], path: Path) -> None:

@@ -22,16 +22,18 @@ def log_map(run: RunContext, before: nn.Module, epochs: int) -> None:
 
     A model without second derivatives, or too large for them in this memory, is trained all the same, with a warning.
     """
-    samples = budget.sizes(run.measuring, epochs * len(run.data.train), 1, FULL).map
+    trained = epochs * len(run.data.train)
+    samples = budget.sizes(run.measuring, trained, 1, FULL).map
+    probes = budget.probes(run.measuring, trained, samples)
     x, y = train_batches(run, samples, samples)[0]
     bits = {name: layer.weight_spec().bits for name, layer in quant.quantized_layers(run.model).items()}
 
     def measured() -> list[dict[str, Any]]:
-        return quant.flatness_map(before, lambda: run.task.loss(before(x), y), bits, RISE, budget.PROBES, seed=run.seed)
+        return quant.flatness_map(before, lambda: run.task.loss(before(x), y), bits, RISE, probes, seed=run.seed)
 
     with run.doing("how far each layer may move"):
         rows = reported(
             "the flatness map of the layers could not be measured", measured, None, " flatness_map: false skips it."
         )
     if rows is not None:
-        run.emit("flatness", rise=RISE, layers=rows)
+        run.emit("flatness", rise=RISE, samples=samples, probes=probes, layers=rows)

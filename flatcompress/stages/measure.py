@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Subset
 
 from flatcompress import flat, graph, quant
 from flatcompress.plan import Plan, apply_plan
@@ -15,7 +16,7 @@ from flatcompress.quant.layers import graph_of
 from flatcompress.stages import budget, members, predictions
 from flatcompress.stages.context import RunContext
 from flatcompress.stages.reported import reported
-from flatcompress.training.batches import evaluate, loader
+from flatcompress.training.batches import evaluate, fitting, loader
 
 FULL = budget.Sizes(whole=256, each=64, layers=10**6, map=32)
 SHARPNESS_RHO = 0.05
@@ -38,7 +39,7 @@ def measure(
     row = {
         "stage": stage,
         "method": method,
-        **scores(run, lambda dataset, task: evaluate(run.model, dataset, task, run.device)),  # type: ignore[arg-type]
+        **scores(run, lambda dataset, task: evaluate(run.model, dataset, task, run.device, run.together)),  # type: ignore[arg-type]
         "sharpness": _measured_sharpness(run, sizes.whole) if flatness else None,
         "params": sum(p.numel() for p in twin.parameters()),
         "nonzero": nonzero(run.model),
@@ -100,7 +101,7 @@ def scores(run: RunContext, score: Callable[[Any, predictions.Watched], dict[str
             said = "the held-out domain's identities that were trained on could not be measured"
             parts["held_out_seen"] = reported(said, lambda: score(known_things, predictions.Watched(task)), {})
     with run.timed("metrics under corruption"):
-        kinds = {} if run.measuring == "off" else data.corrupted
+        kinds, sampled = corrupted_parts(run)
         corrupted = {name: on(name, dataset) for name, dataset in kinds.items()}
     predictions.emit(run, seen)
     found = {}
@@ -111,11 +112,39 @@ def scores(run: RunContext, score: Callable[[Any, predictions.Watched], dict[str
     row = {
         "accuracy": found["accuracy"],
         "corruptions": {name: known(figures.get(task.selects)) for name, figures in corrupted.items()},
+        **({"corruptions_sampled": sampled} if sampled else {}),
     }
     if task.plain:
         return row
     chosen = {"name": task.selects, "higher": bool(task.metric.higher), "share": task.metric.share}
     return {**row, "metric": chosen, "metrics": {name: found[name] for name in task.reported}}
+
+
+def corrupted_parts(run: RunContext) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The corrupted parts of the test data that every row is measured on, and what is said where they are not all.
+
+    They are chosen once and kept: what was corrupted for one stage need not be for the next.
+    """
+    if run.measuring == "off" or not run.data.corrupted:
+        return {}, None
+    given = run.data.corrupted
+    names, each = budget.corrupted(run.measuring, run.planned, {name: len(part) for name, part in given.items()})
+    if run.corrupted is None:
+        run.corrupted = {name: some(given[name], each) for name in names}
+    most = max(len(part) for part in given.values())
+    if len(names) == len(given) and each >= most:
+        return run.corrupted, None
+    said = {"parts": len(names), "of_parts": len(given), "samples": each, "of_samples": most}
+    run.emit("sampled", what="corruption", **said)
+    return run.corrupted, said
+
+
+def some(dataset: Any, count: int) -> Any:
+    """``count`` samples, evenly spread over ``dataset``; all of one that has no more."""
+    if count >= len(dataset):
+        return dataset
+    indices = torch.linspace(0, len(dataset) - 1, count).round().long()
+    return dataset.narrowed(indices) if hasattr(dataset, "narrowed") else Subset(dataset, indices.tolist())
 
 
 def known(value: float | None) -> float | None:
@@ -129,8 +158,12 @@ def float_twin(run: RunContext) -> nn.Module:
     return apply_plan(run.build().cpu(), Plan(steps), run.example().cpu())
 
 
-def train_batches(run: RunContext, samples: int, size: int = 128) -> list[tuple[Tensor, Tensor]]:
-    """The first batches of a fixed shuffle of the training split, on the model's device."""
+def train_batches(run: RunContext, samples: int, size: int | None = None) -> list[tuple[Tensor, Tensor]]:
+    """The first batches of a fixed shuffle of the training split, on the model's device.
+
+    ``size`` of a batch: 128, or fewer of large images, 32 at least.
+    """
+    size = fitting(run.data.input_shape, 128, least=32, numbers=1 << 20) if size is None else size
     n = min(samples, len(run.data.train))
     order = torch.randperm(len(run.data.train), generator=torch.Generator().manual_seed(0)).tolist()[:n]
     batches = [order[i : i + size] for i in range(0, n, size)]

@@ -7,7 +7,8 @@ by those, an epoch can look useless that ships well.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from flatcompress import onnx_export, quant
 from flatcompress.errors import UserError
+from flatcompress.modules import batchnorms
 from flatcompress.stages.context import RunContext
 from flatcompress.stages.measure import train_batches
 
@@ -30,7 +32,37 @@ def statistics_batches(run: RunContext) -> list[Tensor]:
 def estimate(run: RunContext) -> None:
     """The quantized network's own BatchNorm statistics: the float network's no longer fit its activations."""
     with run.doing("BatchNorm statistics"):
-        quant.reestimate_batchnorm(run.model, statistics_batches(run))
+        _estimate(run, statistics_batches(run))
+
+
+def _estimate(run: RunContext, batches: list[Tensor]) -> None:
+    """`quant.reestimate_batchnorm`, or what it found the last time where the network and the batches were the same.
+
+    The epoch that is selected was often judged last, and then has these statistics already.
+    """
+    norms, key = batchnorms(run.model), _fingerprint(run.model, batches)
+    if run.statistics is not None and run.statistics[0] == key:
+        for name, norm in norms.items():
+            norm.load_state_dict(run.statistics[1][name])
+        return
+    quant.reestimate_batchnorm(run.model, batches)
+    run.statistics = key, _statistics(norms)
+
+
+def _statistics(norms: Mapping[str, nn.Module]) -> dict[str, Any]:
+    return {name: {key: value.clone() for key, value in norm.state_dict().items()} for name, norm in norms.items()}
+
+
+def _fingerprint(model: nn.Module, batches: list[Tensor]) -> bytes:
+    """A digest of everything that the statistics come from: weights, scales, which biases are rounded, the inputs."""
+    found = {f"{name}.{key}" for name in batchnorms(model) for key in ("running_mean", "running_var")}
+    rest = [value for name, value in model.state_dict().items() if name not in found and "num_batches" not in name]
+    digest = hashlib.blake2b(bytes(bool(getattr(module, "enabled", False)) for module in model.modules()))
+    for value in (*rest, *batches):
+        plain = value.detach().cpu().contiguous().reshape(-1)
+        digest.update(str((tuple(value.shape), value.dtype)).encode())
+        digest.update(plain.view(torch.uint8).numpy().data)
+    return digest.digest()
 
 
 def settle(run: RunContext, tie_free: bool, *networks: nn.Module) -> None:
@@ -60,5 +92,11 @@ def as_shipped(run: RunContext, keep_statistics: bool) -> Iterator[None]:
         return
     with torch.random.fork_rng(devices=[]):  # reading batches draws from it
         batches = statistics_batches(run)
-    with quant.reestimated(run.model, batches):
+    norms = batchnorms(run.model)
+    before = _statistics(norms)
+    try:
+        _estimate(run, batches)
         yield
+    finally:
+        for name, norm in norms.items():
+            norm.load_state_dict(before[name])

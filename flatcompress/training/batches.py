@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -53,6 +54,15 @@ def loader(dataset: Dataset, batches: list[list[int]], workers: int = 0) -> Data
     """A DataLoader over given index batches; a dataset with ``__getitems__`` gives whole batches at once."""
     collate = _pair if hasattr(dataset, "__getitems__") else None
     return DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers)
+
+
+def fitting(shape: Sequence[int], most: int, least: int = 1, numbers: int = 1 << 21) -> int:
+    """How many samples of ``shape`` are run together: large activations cost memory, and page faults.
+
+    >>> fitting((3, 32, 32), 512), fitting((3, 224, 224), 512)
+    (512, 13)
+    """
+    return max(least, min(most, numbers // max(1, math.prod(shape))))
 
 
 def _pair(batch: Any) -> Any:

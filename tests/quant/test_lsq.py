@@ -232,3 +232,36 @@ def test_offset_start_has_less_error_than_the_whole_range() -> None:
     errors = [float((q.quantize(x).detach() - x).square().mean()) for q in (chosen, whole)]
     assert errors[0] < 0.8 * errors[1]
     assert chosen.activation_spec().zero_point == round(-chosen.beta.item() / chosen.scale.item())
+
+
+SHAPES = {"small": (2, 3, 5, 7), "large": (2, 16, 200, 200)}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("layouts", ["contiguous", "channels_last", "mixed"])
+def test_layout_and_size_change_nothing_but_the_order_of_a_sum(
+    shape: tuple[int, ...], per_channel: bool, layouts: str
+) -> None:
+    g = torch.Generator().manual_seed(0)
+    values, gradient = torch.randn(shape, generator=g), torch.randn(shape, generator=g)
+    scale = torch.full((shape[0], 1, 1, 1), 0.3) if per_channel else torch.tensor(0.3)
+    reference = values.double().requires_grad_()
+    exact = made(4, True, scale, torch.float64)
+    expected = exact.quantize(reference)
+    expected.backward(gradient.double())
+    last = torch.channels_last
+    v = values.to(memory_format=last) if layouts != "contiguous" else values.clone()
+    up = gradient.to(memory_format=last) if layouts == "channels_last" else gradient
+    v.requires_grad_()
+    quantizer = made(4, True, scale)
+    out = quantizer.quantize(v)
+    out.backward(up)
+    plain = values.clone().requires_grad_()
+    other_quantizer = made(4, True, scale)
+    other = other_quantizer.quantize(plain)
+    other.backward(gradient)
+    assert torch.equal(out, other) and torch.equal(v.grad, plain.grad)
+    torch.testing.assert_close(quantizer.scale.grad, other_quantizer.scale.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(quantizer.scale.grad.double(), exact.scale.grad, rtol=1e-3, atol=1e-3)
+    assert out.stride() == v.stride()

@@ -8,8 +8,10 @@ import pytest
 import torch
 from stage_pieces import context
 
+from flatcompress.data.bundle import ImageSet, Part
+from flatcompress.data.images.pixels import ChunkedPixels, MemoryPixels
 from flatcompress.stages import budget
-from flatcompress.stages.measure import FULL, measure
+from flatcompress.stages.measure import FULL, measure, some
 
 TRAINED = [3_000, 20_000, 200_000, 10**7]
 
@@ -65,6 +67,88 @@ def test_fewer_samples_of_every_layer_are_said_too(passes: int, told: bool) -> N
     measure(run, "train", "none", 0.0, passes)
     said = [fields for event, fields in events if event == "sampled"]
     assert bool(said) == told and all(f["layers"] == f["of"] and 16 < f["samples"] < FULL.each for f in said)
+
+
+class Twice(torch.utils.data.Dataset):
+    """A data set after itself."""
+
+    def __init__(self, source):
+        self.source = source
+
+    def __len__(self) -> int:
+        return 2 * len(self.source)
+
+    def __getitems__(self, indices: list[int]):
+        return self.source.__getitems__([i % len(self.source) for i in indices])
+
+
+PARTS = {f"{kind}/{severity}": 80 for kind in ("noise", "blur", "fog") for severity in (1, 3, 5)}
+
+
+@pytest.mark.parametrize("samples", [10**4, 10**5, 10**6])
+@pytest.mark.parametrize("rows", [1, 4])
+def test_corrupted_images_take_their_share_of_the_whole_training(samples: int, rows: int) -> None:
+    parts = dict.fromkeys(PARTS, 5000)
+    names, each = budget.corrupted("quick", budget.Planned(samples, rows), parts)
+    assert len(names) * each * rows <= max(budget.SHARE * budget.GRADIENT * samples / budget.PARTS, rows * 32 * 3)
+    assert {name.split("/")[0] for name in names} == {"noise", "blur", "fog"}
+
+
+def test_of_a_short_training_one_severity_of_each_kind_is_left_and_of_a_long_one_all() -> None:
+    assert budget.corrupted("quick", budget.Planned(10, 2), PARTS) == (["noise/3", "blur/3", "fog/3"], 32)
+    names, each = budget.corrupted("quick", budget.Planned(32 * 6 * 2 * 16 // 3, 2), PARTS)
+    assert (names, each) == ([n for n in PARTS if not n.endswith("/1")], 32)
+    for planned, measuring in ((10**7, "quick"), (0, "quick"), (10, "full")):
+        assert budget.corrupted(measuring, budget.Planned(planned, 2), PARTS) == (list(PARTS), 80)
+
+
+def test_names_that_are_no_kind_and_severity_are_kinds() -> None:
+    assert budget.corrupted("quick", budget.Planned(10), {"rain": 40, "night": 8}) == (["rain", "night"], 32)
+
+
+def test_the_map_takes_fewer_products_of_a_short_training() -> None:
+    assert [budget.probes("quick", trained, 8) for trained in (0, 10**3, 10**6)] == [1, 3, budget.PROBES]
+    assert budget.probes("full", 0, 8) == budget.PROBES
+
+
+def test_the_proof_is_on_all_that_the_training_pays_for_and_memory_holds() -> None:
+    assert budget.proof("quick", budget.Planned(10**8, 3), 10_000, 4 * 3 * 32 * 32) == 10_000
+    assert budget.proof("quick", budget.Planned(100, 3), 10_000, 4 * 3 * 32 * 32) == 256
+    assert budget.proof("quick", budget.Planned(100, 3), 80, 4 * 3 * 32 * 32) == 80
+    images = 4 * 3 * 224 * 224
+    assert budget.proof("quick", budget.Planned(10**8, 3), 50_000, images) * images <= budget.PROOF_BYTES
+    assert budget.proof("full", budget.Planned(100, 3), 50_000, images) == 50_000
+
+
+def test_every_row_is_of_the_same_corrupted_images_and_says_how_many() -> None:
+    events = []
+    run = context(emit=lambda event, **fields: events.append((event, fields)), measuring="quick")
+    run.data = replace(run.data, corrupted={f"noise/{s}": Twice(run.data.test) for s in (1, 3, 5)})
+    run.planned = budget.Planned(8, 2)
+    rows = [measure(run, "train", "none", 0.0, 4) for _ in range(2)]
+    said = {"parts": 1, "of_parts": 3, "samples": 32, "of_samples": 64}
+    assert [row["corruptions_sampled"] for row in rows] == [said, said]
+    assert list(rows[0]["corruptions"]) == ["noise/3"] and rows[0]["corruptions"] == rows[1]["corruptions"]
+    assert [fields for event, fields in events if fields.get("what") == "corruption"] == 2 * [
+        {"what": "corruption", **said}
+    ]
+
+
+def test_of_computed_images_only_the_chosen_are_computed() -> None:
+    made = []
+
+    def change(images: torch.Tensor, chunk: int) -> torch.Tensor:
+        made.append(len(images))
+        return 255 - images
+
+    pixels = torch.arange(200, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 2, 2).contiguous()
+    rows = torch.arange(200)
+    part = Part(ChunkedPixels(MemoryPixels(pixels), rows, change), rows, rows % 4, rows * 0, rows)
+    chosen = some(ImageSet(part, [0.5], [2.0]), 5)
+    x, y = chosen.__getitems__([0, 4])
+    assert sum(made) == 5 and len(chosen) == 5
+    torch.testing.assert_close(x[:, 0, 0, 0], (torch.tensor([255.0, 56.0]) / 255 - 0.5) / 2)
+    assert y.tolist() == [0, 3]
 
 
 def test_accuracy_no_better_than_guessing_is_a_warning() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from stage_pieces import config, context
 
+from flatcompress import quant
 from flatcompress.stages import run_stage, shipped
 from flatcompress.training.batches import evaluate
 
@@ -57,3 +58,37 @@ def test_scales_are_moved_at_the_end_by_less_than_a_thousandth_and_nothing_else_
     moved = [name for name, value in ours.items() if not torch.equal(value, theirs[name])]
     assert moved and all(name.endswith((".scale", ".initial")) for name in moved)
     assert all(torch.allclose(ours[name], theirs[name], rtol=1.001 / 1024, atol=0) for name in moved)
+def test_statistics_of_the_epoch_that_was_judged_last_are_not_estimated_again(monkeypatch):
+    counted = []
+    real = quant.reestimate_batchnorm
+    monkeypatch.setattr(quant, "reestimate_batchnorm", lambda *given: (counted.append(1), real(*given)))
+    work, judged, _ = quantized(select="last")
+    assert len(counted) == len(judged) == 3
+    monkeypatch.setattr(shipped, "_fingerprint", lambda *given: object())
+    other, _, _ = quantized(select="last")
+    assert len(counted) == 3 + 4
+    ours, theirs = work.model.state_dict(), other.model.state_dict()
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+@pytest.mark.parametrize("change", ["weight", "scale", "rounding", "data"])
+def test_whatever_statistics_come_from_has_them_estimated_again(change, monkeypatch):
+    work, _, _ = quantized(epochs=1)
+    counted = []
+    real = quant.reestimate_batchnorm
+    monkeypatch.setattr(quant, "reestimate_batchnorm", lambda *given: (counted.append(1), real(*given)))
+    work.statistics = None
+    shipped.estimate(work)
+    shipped.estimate(work)
+    assert len(counted) == 1
+    with torch.no_grad():
+        if change == "weight":
+            next(iter(quant.quantized_layers(work.model).values())).weight[0].mul_(1.01)
+        elif change == "scale":
+            next(iter(quant.scale_parameters(work.model).values())).mul_(1.01)
+        elif change == "rounding":
+            quant.set_bias_rounding(work.model, False)
+        else:
+            monkeypatch.setattr(shipped, "STATISTICS_BATCHES", 1)
+    shipped.estimate(work)
+    assert len(counted) == 2

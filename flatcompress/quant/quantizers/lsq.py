@@ -26,6 +26,7 @@ from flatcompress.graph import ActivationSpec
 MIN_BITS, MAX_BITS = 2, 8
 FLOOR = 1e-6  # a scale never acts below this share of where it started (positive-scale guard)
 _SAMPLE = 2048
+_LARGE, _PART = 1 << 20, 1 << 18  # numbers: above the first, tensors are worked through in parts of the second
 _GUARD_INTERVAL = 100  # on an accelerator the guard's answer costs a synchronisation, so it is asked for rarely
 
 
@@ -61,7 +62,7 @@ class _Quantize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, v: torch.Tensor, scale: torch.Tensor, step: torch.Tensor, qn: int, qp: int, g: float) -> Any:
-        quantized = (v / step).round_().clamp_(-qn, qp).mul_(step)
+        quantized = _rounded(v, step, qn, qp)
         ctx.save_for_backward(v, quantized, step)
         ctx.range = qn, qp, g
         return quantized
@@ -72,6 +73,10 @@ class _Quantize(torch.autograd.Function):
         v, quantized, step = ctx.saved_tensors
         qn, qp, g = ctx.range
         low, high = step * -qn, step * qp
+        parts = _in_parts(v, grad, quantized) if all(ctx.needs_input_grad[:2]) and step.numel() == 1 else None
+        if parts is not None:
+            gradient, total = _backward_in_parts(v, parts, float(low), float(high))
+            return gradient, total.view(step.shape).div_(step).mul_(g), None, None, None, None
         grad_v = _inside(grad, v, low, high) if ctx.needs_input_grad[0] else None
         grad_scale = None
         if ctx.needs_input_grad[1]:
@@ -79,6 +84,49 @@ class _Quantize(torch.autograd.Function):
             torch.sub(quantized, residual, out=residual)
             grad_scale = _sum_per_scale(grad, residual, step).div_(step).mul_(g)
         return grad_v, grad_scale, None, None, None, None
+
+
+def _rounded(v: torch.Tensor, step: torch.Tensor, qn: int, qp: int) -> torch.Tensor:
+    """Q(v), a new tensor."""
+    parts = _in_parts(v) if step.numel() == 1 else None
+    if parts is None:
+        return (v / step).round_().clamp_(-qn, qp).mul_(step)
+    quantized = torch.empty_like(v)
+    for (part,), target in zip(parts, _flat(quantized).split(_PART), strict=True):  # type: ignore[union-attr]
+        torch.div(part, step, out=target).round_().clamp_(-qn, qp).mul_(step)
+    return quantized
+
+
+def _flat(t: torch.Tensor) -> torch.Tensor | None:
+    """All values in the order of memory, as a view; None where they do not lie densely."""
+    if t.is_contiguous():
+        return t.view(-1)
+    if t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last):
+        return t.permute(0, 2, 3, 1).view(-1)
+    return None
+
+
+def _in_parts(*tensors: torch.Tensor) -> list[tuple[torch.Tensor, ...]] | None:
+    """Large tensors that lie alike, in parts that fit a cache (a third of the time was memory's); else None."""
+    first = tensors[0]
+    if first.is_cuda or first.numel() <= _LARGE or any(t.stride() != first.stride() for t in tensors):
+        return None
+    views = [f for t in tensors if (f := _flat(t)) is not None]
+    return list(zip(*(f.split(_PART) for f in views), strict=True)) if len(views) == len(tensors) else None
+
+
+def _backward_in_parts(
+    v: torch.Tensor, parts: list[tuple[torch.Tensor, ...]], low: float, high: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradient of v, and the sum of grad * residual, of (v, gradient, Q(v)) in parts."""
+    inside = torch.ops.aten.hardtanh_backward.grad_input
+    grad_v, sums, scratch = torch.empty_like(v), [], v.new_empty(_PART)
+    for (value, grad, quantized), out in zip(parts, _flat(grad_v).split(_PART), strict=True):  # type: ignore[union-attr]
+        inside(grad, value, low, high, grad_input=out)
+        residual = scratch[: len(value)]
+        inside(value, value, low, high, grad_input=residual)
+        sums.append(torch.dot(grad, torch.sub(quantized, residual, out=residual)))
+    return grad_v, torch.stack(sums).sum()
 
 
 def _inside(t: torch.Tensor, v: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
@@ -91,10 +139,16 @@ def _inside(t: torch.Tensor, v: torch.Tensor, low: torch.Tensor, high: torch.Ten
 def _sum_per_scale(grad: torch.Tensor, residual: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
     """sum of grad * residual over the elements of each scale; overwrites residual."""
     if step.numel() == 1:
-        return torch.dot(grad.flatten(), residual.flatten()).view(step.shape)
+        one, other = _flat(grad), _flat(residual)
+        if one is None or other is None or grad.stride() != residual.stride():
+            return torch.dot(grad.flatten(), residual.flatten()).view(step.shape)
+        return torch.dot(one, other).view(step.shape)
     if step.shape[0] == 1:  # scales along another dimension: transposed convolutions
         return residual.mul_(grad).sum_to_size(step.shape)
-    return residual.mul_(grad).flatten(1).sum(1).view(step.shape)
+    product = residual.mul_(grad)
+    if product.is_contiguous():
+        return product.flatten(1).sum(1).view(step.shape)
+    return product.sum(tuple(range(1, product.dim()))).view(step.shape)  # channels_last: flatten would copy
 
 
 class StepQuantizer(nn.Module):
