@@ -58,6 +58,8 @@ def test_scales_are_moved_at_the_end_by_less_than_a_thousandth_and_nothing_else_
     moved = [name for name, value in ours.items() if not torch.equal(value, theirs[name])]
     assert moved and all(name.endswith((".scale", ".initial")) for name in moved)
     assert all(torch.allclose(ours[name], theirs[name], rtol=1.001 / 1024, atol=0) for name in moved)
+
+
 def test_statistics_of_the_epoch_that_was_judged_last_are_not_estimated_again(monkeypatch):
     counted = []
     real = quant.reestimate_batchnorm
