@@ -82,6 +82,7 @@ def test_every_width_has_scales_of_its_own_and_the_plan_builds_it_again():
     [
         ([{"elastic": {}}, {"quantize": {}}], "'gaqat' follows the quantizers of one network"),
         ([{"elastic": {}}, {"quantize": {"epochs": 0}}], "made for one network"),
+        ([{"elastic": {}}, {"quantize": {"method": "lsq", "scale_steps": "relative"}}], "scales of one network"),
         ([{"elastic": {}}, {"train": {}}], "Put those epochs into the elastic stage"),
         ([{"elastic": {}}, {"prune": {}}], "Prune channels first"),
         ([{"train": {}}, {"quantize": {}}, {"elastic": {}}], "Put 'quantize' after it"),

@@ -22,6 +22,8 @@ STAGES = [
     ("quantize", {"method": "qt_dog", "weight_bits": 3}, 6),
     ("quantize", {"method": "squat", "bits": "auto"}, 5),
     ("quantize", {"method": "saq", "oscillation_threshold": 0.01, "weight_bits": 2}, 5),
+    ("quantize", {"method": "lsq_sagm", "scale_steps": "relative", "scale_turns": 2, "scale_warmup": 0.3}, 5),
+    ("quantize", {"method": "gaqat", "mode": "standing", "K": 3}, 5),
 ]
 
 
