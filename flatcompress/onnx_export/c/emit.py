@@ -23,6 +23,7 @@ def write(decided: Decided, name: str) -> Sources:
     """The parts of ``NAME.c`` and ``NAME_weights.h``."""
     made = Sources(name)
     made.uses |= {"RANGE"} if ranged(decided.program) else set()
+    made.uses |= {"SMALL"} if decided.plan.arena < 1 << 16 else set()
     made.uses |= {"LATE"} if any(conv.late is not None for conv in decided.program.convs) else set()
     for index, step in enumerate(decided.program.steps):
         if isinstance(step, ir.Rows):

@@ -57,7 +57,8 @@ def add_fields(made: Sources, rule: sums.AddRule, operands: Sequence[ir.Codes], 
         made.uses |= {"FLOAT_ADD", "FLOATS"}
     end = clamp(out.low, out.high, rule.shift)
     made.uses |= {"LIMITS"} if end.limits and not rule.floats else set()
-    return found | {"shift": end.shift, "trim": end.trim, "low": out.low, "high": out.high}
+    found |= {"low": out.low, "high": out.high} if end.limits or rule.floats else {}
+    return found | {"shift": end.shift, "trim": end.trim}
 
 
 def _fused(made: Sources, decided: Decided, index: int, layer: Layer) -> dict[str, str]:
@@ -107,6 +108,7 @@ def layer_struct(made: Sources, decided: Decided, index: int, step: ir.Conv, scr
     kind = "FC_REAL" if result is None else "FC_SCALED" if layer.rule.floats else "FC_CODES"
     end, whole = end_of(layer), _offset(layer)
     made.uses |= ({"LIMITS"} if end.limits else set()) | ({"RAISED"} if end.raised else set())
+    program = decided.program
     fields = {
         "offset": f"INT64_C({whole})" if nudged(decided) else whole >> 32,
         **_parameters(made, index, layer, kind),
@@ -115,29 +117,40 @@ def layer_struct(made: Sources, decided: Decided, index: int, step: ir.Conv, scr
         "target": f"{decided.plan.offsets[step.out.name]}u" if step.out is not None else "0u",
         **({"late": made.array("float", f"late_{index}", map(number, step.late))} if step.late is not None else {}),
         "scratch": f"{scratch}u",
-        **_geometry(layer),
-        **({"groups": step.groups} if any(_grouped(conv) for conv in decided.program.convs) else {}),
+        **_geometry(layer, any(max(conv.window.dilation) > 1 for conv in program.convs)),
+        **({"groups": step.groups} if any(_grouped(conv) for conv in program.convs) else {}),
         "taps": step.taps,
         "words": layer.words,
         "lowest": found.lowest,
         "bits": found.bits,
         "headroom": step.headroom + end.raised,
-        "raise": end.raised,
         "shift": end.shift,
         "trim": end.trim,
-        "kind": kind,
-        "wide": int(_wide(layer)),
-        "narrow": int(layer.rule.narrow),
-        **_stream_fields(layer),
         "in_zero": source.zero,
-        **({"out_zero": result.zero, "low": result.low, "high": result.high} if result is not None else {}),
+        **_kept_fields(decided, layer, kind, end),
+        **_stream_fields(layer),
     }
     made.constants.append(struct("fc_layer", f"layer_{index}", fields))
     made.uses |= _uses_of_conv(layer, kind) | ({"NUDGED"} if nudged(decided) else set())
     return f"fc_{layer.kernel}"
 
 
-def _geometry(layer: Layer) -> dict[str, Any]:
+def _kept_fields(decided: Decided, layer: Layer, kind: str, end: Clamp) -> dict[str, Any]:
+    """What the kernels look at where a layer of the program needs it, and what it is here."""
+    result, every = layer.result, decided.layers.values()
+    ends = [end_of(one) for one in every]
+    fields: dict[str, Any] = {"raise": end.raised} if any(one.raised for one in ends) else {}
+    real = any(one.result is None or one.rule.floats for one in every)
+    fields |= {"kind": kind} if real else {}
+    fields |= {"wide": int(_wide(layer))} if any(_wide(one) for one in every) else {}
+    fields |= {"narrow": int(layer.rule.narrow)} if any(one.rule.narrow for one in every) else {}
+    fields |= {"out_zero": result.zero} if result is not None and layer.rule.floats else {}
+    if result is not None and any(one.limits for one in ends):
+        fields |= {"low": result.low, "high": result.high}
+    return fields
+
+
+def _geometry(layer: Layer, dilated: bool) -> dict[str, Any]:
     """Sizes and window, as the kernel takes them."""
     step, source, window = layer.step, layer.step.sources[0], layer.step.window
     sides, outs = (source.height, source.width), (step.height, step.width)
@@ -149,7 +162,8 @@ def _geometry(layer: Layer) -> dict[str, Any]:
         turned = (pair[::-1] for pair in (window.kernel, window.stride, window.dilation, window.pads))
         window = ir.Window(*turned)
     named = {"in_h": sides[0], "in_w": sides[1], "in_c": source.channels}
-    named |= {"out_h": outs[0], "out_w": outs[1], "out_c": step.outputs, **window_fields(window)}
+    named |= {"out_h": outs[0], "out_w": outs[1], "out_c": step.outputs}
+    named |= {key: value for key, value in window_fields(window).items() if dilated or "dilation" not in key}
     return named | ({"turned": 1} if layer.turned else {})
 
 
@@ -167,7 +181,7 @@ def _grouped(step: ir.Conv) -> bool:
 
 
 def _uses_of_conv(layer: Layer, kind: str) -> set[str]:
-    found, planes = {layer.kernel.upper()}, weights.PLANES[layer.digits.bits]
+    found, planes, window = {layer.kernel.upper()}, weights.PLANES[layer.digits.bits], layer.step.window
     if layer.entries is not None:
         found.add(("SPARSE_WIDE", "SPARSE_WORDS", "SPARSE_BYTES")[layer.entries.form])
         found |= {"SPLIT"} if layer.entries.parts > 1 and layer.kernel == choosing.SPARSE else set()
@@ -178,6 +192,7 @@ def _uses_of_conv(layer: Layer, kind: str) -> set[str]:
     found |= {"NARROW"} if layer.rule.narrow else set()
     found |= {"GROUPS"} if _grouped(layer.step) else set()
     found |= {"FAR"} if layer.far else set()
+    found |= {"DILATED"} if max(window.dilation) > 1 else set()
     return found | {"FC_SCALED": {"FLOATS"}, "FC_REAL": {"REALS"}}.get(kind, set())
 
 

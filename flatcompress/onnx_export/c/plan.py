@@ -61,7 +61,21 @@ def lead(step: ir.Step, source: ir.Tensor) -> int | None:
         and step.pixels > 1  # else every output needs all of the source until the last one is written
     ):
         return _conv_lead(step, source)
+    if isinstance(step, ir.Rows) and isinstance(step.begin, ir.Product) and isinstance(step.out, ir.Codes):
+        others = [tensor.name for tensor in step.sources[1:]]
+        if step.sources[0].name == source.name and source.name not in others and not step.mean:
+            return _product_lead(step, step.begin, source)
     return None
+
+
+def _product_lead(step: ir.Rows, product: ir.Product, source: ir.Tensor) -> int:
+    """Of a product's first operand, a row of which is read whole before the row of the result is written."""
+    first, head, row, deep = product.first
+    needed = [source.bytes] * (step.rows + 1)
+    for at in range(step.rows - 1, -1, -1):
+        start = first + at % product.heads * head + at // product.heads * row
+        needed[at] = min(needed[at + 1], start, start + (product.depth - 1) * deep)
+    return max((at + 1) * step.columns - needed[at + 1] for at in range(step.rows))
 
 
 def _conv_lead(step: ir.Conv, source: ir.Codes) -> int:

@@ -148,12 +148,12 @@ def _wide(values: NDArray[np.int64]) -> Entries:
 def _words(values: NDArray[np.int64], found: Digits, gap: int, parts: int) -> Entries:
     distance, weight = _gaps(values, (1 << gap) - 1)
     width, count = gap + found.bits, len(distance)
-    each = 31 // width
+    each = 32 // width
     short = -count % each
     distance = np.append(distance, np.full(short, (1 << gap) - 1))
     weight = np.append(weight, np.zeros(short, np.int64))
     entry = (distance | ((weight - found.lowest) << gap)).astype(np.uint64).reshape(-1, each)
-    words = (entry << (np.arange(each, dtype=np.uint64) * np.uint64(width))).sum(1) | np.uint64(1 << (each * width))
+    words = (entry << (np.arange(each, dtype=np.uint64) * np.uint64(width))).sum(1)
     return Entries(words.astype(np.uint32), gap, WORDS, parts, count)
 
 

@@ -166,7 +166,7 @@ def decoded(found: weights.Entries, bits: int, low: int) -> tuple[np.ndarray, np
         return np.stack([both & 15, both >> 4], 1).ravel(), ((np.stack(pair, 1) ^ 128) - 128).ravel()
     width, entries = found.gap + bits, []
     for word in stream.tolist():
-        while word != 1:
+        while word:
             entries.append(word & ((1 << width) - 1))
             word >>= width
     entry = np.array(entries)

@@ -117,3 +117,19 @@ def test_pointwise_and_depthwise_layers_need_one_buffer():
         now = wide.out
     made = plan.lay_out(program, [0] * len(program.steps))
     assert (made.arena, made.bound) == (2048, 4096)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_product_over_its_own_first_operand_never_reads_what_it_wrote(seed):
+    draw = random.Random(seed)
+    heads, tokens, depth, columns = (draw.randint(1, 5) for _ in range(4))
+    strides = draw.choice([(depth, heads * depth, 1), (tokens * depth, depth, 1)])  # heads inside of rows, or outside
+    left, right = tensor("left", 1, heads * tokens, depth), tensor("right", 1, heads * depth, columns)
+    product = ir.Product(heads, tokens, columns, depth, (0, *strides), (0, 0, 0, 0), np.float32(1))
+    out = tensor("out", 1, heads * tokens, columns)
+    step = ir.Rows("product", [left, right], out, heads * tokens, columns, product)
+    gap = plan.lead(step, left)
+    assert plan.lead(step, right) is None
+    for at in range(heads * tokens):
+        begin = at % heads * strides[0] + at // heads * strides[1]
+        assert not at or begin + gap >= at * columns

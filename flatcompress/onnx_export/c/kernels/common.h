@@ -77,19 +77,30 @@ typedef struct {
 
 #define FC_MAGIC 12582912.0f /* 1.5 * 2^23: adding it rounds a float below 2^22 half to even */
 
+/* Where something lies in the arena. */
+#if FC_SMALL
+typedef uint16_t fc_place;
+#else
+typedef uint32_t fc_place;
+#endif
+
 /* An addition of codes: (a * first + b * second + offset) >> shift, or in floats where no integers are exact. A fused
  * one adds the code of a convolution, a, to another, b. */
 typedef struct {
     int32_t first, second, offset;
-    uint32_t b; /* offsets in the arena */
+    fc_place b;
 #if FC_ADD
-    uint32_t a, target, count;
+    fc_place a, target;
+    uint32_t count;
 #endif
 #if FC_FLOAT_ADD
     float ratio_first, ratio_second, fixed;
     uint8_t floats, base_a, base_b, base_out, swapped; /* swapped: a convolution's code is the second operand */
 #endif
-    uint8_t shift, trim, low, high;
+    uint8_t shift, trim;
+#if FC_LIMITS || FC_FLOAT_ADD
+    uint8_t low, high;
+#endif
 } fc_add;
 
 FC_INLINE int32_t fc_clamp(int32_t value, int32_t low, int32_t high)

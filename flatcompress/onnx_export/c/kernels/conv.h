@@ -56,31 +56,31 @@ FC_INLINE uint8_t *fc_copy(uint8_t *to, const uint8_t *from, uint32_t count, uin
 
 /* The inputs of one output pixel as 16-bit numbers; padding is the code of zero. Returns their sum. Runs that are no
  * multiple of four bytes long go through `bytes` first. */
-static uint32_t fc_patch(const fc_layer *layer, uint8_t *arena, uint32_t y, uint32_t x, uint32_t group, uint32_t *patch)
+FC_APART uint32_t fc_patch(const fc_layer *layer, uint8_t *arena, uint32_t y, uint32_t x, uint32_t group, uint32_t *patch)
 {
     const uint8_t *const source = &arena[layer->source];
     uint8_t *const bytes = &arena[layer->scratch + (8u * layer->words)];
     const uint32_t depth = (uint32_t)layer->in_c / FC_GROUPS_OF(layer);
     const int32_t top = (int32_t)(y * layer->stride_h) - (int32_t)layer->pad_t;
     const int32_t left = (int32_t)(x * layer->stride_w) - (int32_t)layer->pad_l;
-    const int32_t right = left + (((int32_t)layer->kernel_w - 1) * (int32_t)layer->dilation_w);
+    const int32_t right = left + (((int32_t)layer->kernel_w - 1) * (int32_t)FC_DILATION_W(layer));
     const uint32_t direct = ((depth & 3u) == 0u) ? 1u : 0u;
     uint32_t *to = patch;
     uint8_t *byte = bytes;
     uint32_t sum = 0u, mask = 0x00FF00FFu;
     FC_HIDE(mask);
     for (uint32_t ky = 0u; ky < layer->kernel_h; ky++) {
-        const int32_t row = top + (int32_t)(ky * layer->dilation_h);
+        const int32_t row = top + (int32_t)(ky * FC_DILATION_H(layer));
         const uint32_t inside = ((row >= 0) && (row < (int32_t)layer->in_h)) ? 1u : 0u;
         uint32_t whole = 0u, count = layer->kernel_w, run = depth;
-        if ((inside != 0u) && (left >= 0) && (right < (int32_t)layer->in_w) && (layer->dilation_w == 1u) &&
+        if ((inside != 0u) && (left >= 0) && (right < (int32_t)layer->in_w) && (FC_DILATION_W(layer) == 1u) &&
             (FC_GROUPS_OF(layer) == 1u)) {
             whole = 1u;
             run = depth * count;
             count = 1u;
         }
         for (uint32_t kx = 0u; kx < count; kx++) {
-            const int32_t column = left + (int32_t)(kx * layer->dilation_w);
+            const int32_t column = left + (int32_t)(kx * FC_DILATION_W(layer));
             const uint8_t *from = NULL;
             if ((whole != 0u) || ((inside != 0u) && (column >= 0) && (column < (int32_t)layer->in_w))) {
                 from = source + (((((uint32_t)row * layer->in_w) + (uint32_t)column) * layer->in_c) + (group * depth));

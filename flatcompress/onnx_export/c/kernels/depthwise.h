@@ -101,9 +101,9 @@ FC_INLINE uint32_t *fc_taps(const fc_layer *layer, fc_stream *stream, uint32_t w
                 *to = (place << 16) | ((uint32_t)weight & 0xFFFFu);
                 to++;
             }
-            place += layer->dilation_w;
+            place += FC_DILATION_W(layer);
         }
-        line += layer->dilation_h * width;
+        line += FC_DILATION_H(layer) * width;
     }
     return to;
 }
@@ -114,7 +114,7 @@ static void fc_depthwise(const fc_layer *layer, uint8_t *arena)
 {
     const uint32_t width = layer->words; /* of a line of the plane */
     const uint32_t repeat = (uint32_t)layer->out_c / layer->in_c, length = layer->out_w;
-    const uint32_t lines = ((layer->out_h - 1u) * layer->stride_h) + ((layer->kernel_h - 1u) * layer->dilation_h) + 1u;
+    const uint32_t lines = ((layer->out_h - 1u) * layer->stride_h) + ((layer->kernel_h - 1u) * FC_DILATION_H(layer)) + 1u;
     const uint32_t line = (layer->turned != 0u) ? 1u : layer->in_w, pixel = (layer->turned != 0u) ? layer->in_h : 1u;
     const uint32_t to_line = layer->out_c * ((layer->turned != 0u) ? 1u : (uint32_t)layer->out_w);
     int32_t *const sums = (int32_t *)(void *)&arena[layer->scratch];

@@ -20,7 +20,7 @@ typedef struct {
 #if FC_LATE
     const float *late;     /* what is added to real results, one a channel, or NULL */
 #endif
-    uint32_t source, target, scratch; /* offsets in the arena */
+    fc_place source, target, scratch;
     uint16_t in_h, in_w, in_c, out_h, out_w, out_c;
 #if FC_GROUPS
     uint16_t groups;
@@ -30,16 +30,40 @@ typedef struct {
 #endif
     uint16_t taps, words;  /* products of a value; words of a patch (dense) or of a line of one channel (sparse) */
     int16_t lowest;        /* the weight that digit 0 stands for */
-    uint8_t kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w, pad_t, pad_l;
-    uint8_t bits, headroom, raise, shift, trim; /* raise: of biases, where a sum has too few bits for `trim` */
-    uint8_t kind, wide, narrow; /* wide: int32_t biases; narrow: int16_t multipliers */
+    uint8_t kernel_h, kernel_w, stride_h, stride_w, pad_t, pad_l;
+#if FC_DILATED
+    uint8_t dilation_h, dilation_w;
+#define FC_DILATION_H(layer) ((uint32_t)(layer)->dilation_h)
+#define FC_DILATION_W(layer) ((uint32_t)(layer)->dilation_w)
+#else
+#define FC_DILATION_H(layer) 1u
+#define FC_DILATION_W(layer) 1u
+#endif
+    uint8_t bits, headroom, shift, trim, in_zero;
+#if FC_RAISED
+    uint8_t raise;         /* of biases, where a sum has too few bits for `trim` */
+#endif
+#if FC_REALS || FC_FLOATS
+    uint8_t kind;
+#endif
+#if FC_WIDE_BIAS
+    uint8_t wide;          /* int32_t biases */
+#endif
+#if FC_NARROW
+    uint8_t narrow;        /* int16_t multipliers */
+#endif
 #if FC_SPARSE || FC_SPARSE_LINE
     uint8_t gap, form, split, absent; /* split: parts of each column of taps; absent: of the last line's pixels */
 #endif
 #if FC_DEPTHWISE
-    uint8_t turned; /* the image is taken with its sides exchanged */
+    uint8_t turned;        /* the image is taken with its sides exchanged */
 #endif
-    uint8_t in_zero, out_zero, low, high;
+#if FC_FLOATS
+    uint8_t out_zero;
+#endif
+#if FC_LIMITS
+    uint8_t low, high;
+#endif
 } fc_layer;
 
 FC_INLINE int32_t fc_bias(const fc_layer *layer, uint32_t channel)
@@ -118,7 +142,7 @@ FC_INLINE void fc_put_as(const fc_result *result, const int32_t *sums, uint32_t 
     const uint8_t *others = &result->to[at];
     if ((how != FC_PLAIN) && (layer->add != NULL)) {
         add = *layer->add;
-        others += (int32_t)(add.b - layer->target);
+        others += (int32_t)add.b - (int32_t)layer->target;
     }
 #endif
     uint8_t *to = &result->to[at];
@@ -181,6 +205,9 @@ FC_APART void fc_put(const fc_result *result, const int32_t *sums, uint32_t pair
         return;
     }
 #endif
+#if FC_FLOATS && defined(__OPTIMIZE_SIZE__)
+    fc_put_as(result, sums, pairs, channel, at, result->kind);
+#else
 #if FC_FUSED
     if (result->kind == FC_ADDED) {
         fc_put_as(result, sums, pairs, channel, at, FC_ADDED);
@@ -194,5 +221,6 @@ FC_APART void fc_put(const fc_result *result, const int32_t *sums, uint32_t pair
     }
 #endif
     fc_put_as(result, sums, pairs, channel, at, FC_PLAIN);
+#endif
 }
 #endif

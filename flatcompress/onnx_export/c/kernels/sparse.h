@@ -2,7 +2,7 @@
 /* Layers that skip zeros. Weights are one stream of entries through all channels: how far the next weight lies from the
  * last one, and the weight. Forms of the stream: */
 #define FC_WIDE 0u  /* weights of 8 bits, and after every other one a byte of two distances of four bits */
-#define FC_WORDS 1u /* words of entries of gap + bits bits, the first in the lowest, and a 1 above the last */
+#define FC_WORDS 1u /* words of entries of gap + bits bits, the first in the lowest; none is 0, as distances are not */
 #define FC_BYTES 2u /* bytes: a signed weight of four bits, and above it the distance */
 
 typedef struct {
@@ -16,7 +16,7 @@ typedef struct {
 #define FC_NEXT_WORD(word, next, width)                                                                                \
     do {                                                                                                               \
         (word) >>= (width);                                                                                            \
-        if ((word) == 1u) {                                                                                            \
+        if ((word) == 0u) {                                                                                            \
             (word) = *(const uint32_t *)(const void *)(next);                                                          \
             (next) += 4;                                                                                               \
         }                                                                                                              \
@@ -250,26 +250,14 @@ FC_INLINE void fc_sums(const fc_layer *layer, fc_walk *walk, fc_entries *state, 
 #endif
 }
 
-/* Where a pixel's channels lie, or a zero, which is no step from itself. */
-FC_INLINE const uint8_t *fc_pixel(const fc_layer *layer, const uint8_t *source, int32_t y, int32_t x, uint32_t *step)
-{
-    const int32_t last = (int32_t)layer->in_h - 1, wide = (int32_t)layer->in_w;
-    if ((y < 0) || (y > last) || (x < 0) || (x >= ((y == last) ? (wide - (int32_t)layer->absent) : wide))) {
-        *step = 0u;
-        return &layer->in_zero;
-    }
-    *step = 1u;
-    return &source[(((uint32_t)y * layer->in_w) + (uint32_t)x) * layer->in_c];
-}
-
 /* All channels of two pixels into the halves of words, `step` words apart. */
-FC_APART void fc_pair(const uint8_t *a, uint32_t step_a, const uint8_t *b, uint32_t step_b, uint32_t *to,
-                      uint32_t step, uint32_t count)
+FC_INLINE void fc_pair(const uint8_t *a, uint32_t step_a, const uint8_t *b, uint32_t step_b, uint32_t *to,
+                       uint32_t step, uint32_t count)
 {
     uint32_t i = count;
 #if FC_DSP
     if ((step_a & step_b) != 0u) {
-        const uint32_t mask = 0x00FF00FFu;
+        uint32_t mask = 0x00FF00FFu;
         for (; i >= 4u; i -= 4u) {
             const uint32_t four = ((const fc_word *)(const void *)a)->value;
             const uint32_t other = ((const fc_word *)(const void *)b)->value;
@@ -294,29 +282,36 @@ FC_APART void fc_pair(const uint8_t *a, uint32_t step_a, const uint8_t *b, uint3
     }
 }
 
-/* The inputs of the lines y and y + 1, which are all read before one is written. */
-static void fc_gather(const fc_layer *layer, const uint8_t *source, uint32_t y, uint32_t *patch)
+/* The inputs of the lines y and y + 1, which are all read before one is written; zeros outside of the image. */
+FC_APART void fc_gather(const fc_layer *layer, const uint8_t *source, uint32_t y, uint32_t *patch)
 {
-    const uint32_t words = layer->words, apart = words / layer->stride_w;
-    const uint32_t columns = ((layer->out_w - 1u) * layer->stride_w) + ((layer->kernel_w - 1u) * layer->dilation_w) + 1u;
+    const uint32_t words = layer->words, apart = words / layer->stride_w, depth = layer->in_c;
+    const uint32_t columns = ((layer->out_w - 1u) * layer->stride_w) + ((layer->kernel_w - 1u) * FC_DILATION_W(layer)) + 1u;
+    const int32_t last = (int32_t)layer->in_h - 1;
     int32_t row = (int32_t)(y * layer->stride_h) - (int32_t)layer->pad_t;
     for (uint32_t ky = 0u; ky < layer->kernel_h; ky++) {
-        uint32_t *to = patch;
-        uint32_t phase = 0u;
+        uint32_t *to = patch, phase = 0u, wide[2];
+        const uint8_t *line[2];
+        for (uint32_t i = 0u; i < 2u; i++) {
+            const int32_t here = row + (int32_t)(i * layer->stride_h);
+            const uint32_t inside = ((here >= 0) && (here <= last)) ? 1u : 0u;
+            line[i] = (inside != 0u) ? &source[(uint32_t)here * layer->in_w * depth] : source;
+            wide[i] = (inside == 0u) ? 0u : (layer->in_w - ((here == last) ? (uint32_t)layer->absent : 0u));
+        }
         for (uint32_t column = 0u; column < columns; column++) {
-            const int32_t x = (int32_t)column - (int32_t)layer->pad_l;
-            uint32_t step_a, step_b;
-            const uint8_t *const a = fc_pixel(layer, source, row, x, &step_a);
-            const uint8_t *const b = fc_pixel(layer, source, row + (int32_t)layer->stride_h, x, &step_b);
-            fc_pair(a, step_a, b, step_b, &to[phase * apart], words, layer->in_c);
-            phase++;
-            if (phase == layer->stride_w) {
+            const uint32_t x = column - layer->pad_l; /* far beyond the image where it is negative */
+            const uint32_t step_a = (x < wide[0]) ? 1u : 0u, step_b = (x < wide[1]) ? 1u : 0u;
+            const uint8_t *const a = (step_a != 0u) ? &line[0][x * depth] : &layer->in_zero;
+            const uint8_t *const b = (step_b != 0u) ? &line[1][x * depth] : &layer->in_zero;
+            fc_pair(a, step_a, b, step_b, &to[phase], words, depth);
+            phase += apart;
+            if (phase == words) {
                 phase = 0u;
                 to++;
             }
         }
-        patch += words * layer->in_c;
-        row += (int32_t)layer->dilation_h;
+        patch += words * depth;
+        row += (int32_t)FC_DILATION_H(layer);
     }
 }
 
@@ -347,7 +342,7 @@ static void fc_sparse(const fc_layer *layer, uint8_t *arena, float *real FC_RANG
             part++;
             begin += length;
         }
-        phase += layer->dilation_w;
+        phase += FC_DILATION_W(layer);
         while (phase >= layer->stride_w) {
             phase -= layer->stride_w;
             place++;
