@@ -11,6 +11,7 @@ from typing import Any
 TITLES = {
     "methods": "Flat training",
     "combinations": "Two losses at once",
+    "emphases": "Which samples count more",
     "qat-methods": "Quantization-aware training",
     "prune-methods": "Pruning while training",
     "importances": "Which channel goes",
@@ -46,6 +47,11 @@ TESTS: dict[str, dict[str, str]] = {
     "combinations": {
         "bloop": FLAT + "test_family.py::test_bloop_lets_the_second_loss_act_orthogonally_only",
         "ignite": FLAT + "test_recent.py::test_ignite_constrains_the_gradient_norm_of_the_output",
+    },
+    "emphases": {
+        "useful": STAGES + "test_emphasis.py::test_the_cluster_of_the_higher_loss_is_the_slow_one_in_every_class",
+        "reweight": STAGES + "test_emphasis.py::test_effective_numbers_by_hand",
+        "drw": STAGES + "test_emphasis.py::test_weights_and_the_larger_radius_begin_in_their_epoch",
     },
     "qat-methods": {
         "gaqat": QUANT + "test_conflict.py::test_hand_made_scale_conflict_of_the_card",
@@ -113,7 +119,6 @@ ABSENT = (
     ("Nexus", "2604.09258", "the normalisation of its inner steps could not be read"),
     ("LANTON", "2510.14009", "how noise becomes a layer's rate could not be read; it also needs Muon's step"),
     ("UDIM", "2403.07329", "perturbs inputs and differentiates gradients of single samples; a closure knows no input"),
-    ("USEFUL", "2404.17768", "changes the data and trains anew: stages and a data set, not a row of an optimizer"),
     ("SD-DARTS", "2302.05629", "how its teachers vote could not be read"),
     ("FQAT", "2509.00859", "the abstract alone, which leaves open whether orderly or unruly layers are frozen"),
     ("MSQ", "2507.22349", "the formula of its lowest bit could not be read; it also changes bits while training"),
@@ -130,7 +135,6 @@ ABSENT = (
     ("FlattenGPT", "2602.08858", "no code; merges blocks of large language models, which are not trained here"),
     ("DFedSAM", "2302.04083", "federated: many clients with data of their own; a run here has one data set"),
     ("GETA / QASSO", "2502.16638", "one optimizer in the place of the stages prune and quantize; not built"),
-    ("SAM for long tails", "2212.13827", "`sam` with re-weighting; no long-tailed data set here to show it on"),
     ("SAMformer", "2402.10198", "`sam` on its own forecasting network; there is no forecasting task here"),
     ("SAM against relearning", "2502.05374", "for language models that forget on purpose; no such task here"),
     ("GDNSQ", "2508.14004", "the abstract alone; learned bit widths have no place in the plan of bits yet"),

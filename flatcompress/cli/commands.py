@@ -22,6 +22,7 @@ from flatcompress.search.spec import load_search, parse_search
 from flatcompress.session import restore
 from flatcompress.stages import STAGES, RunContext, members
 from flatcompress.stages import export as export_stage
+from flatcompress.stages.emphasis import EMPHASES
 from flatcompress.stages.measure import sharpness_report
 from flatcompress.stages.prune_methods import PRUNE_METHODS
 from flatcompress.stages.qat_methods import QAT_METHODS
@@ -36,6 +37,7 @@ from flatcompress.yaml_source import parse_yaml
 CATALOGUE: dict[str, Registry] = {
     "methods": flat.METHODS,
     "combinations": flat.COMBINATIONS,
+    "emphases": EMPHASES,
     "prune-methods": PRUNE_METHODS,
     "qat-methods": QAT_METHODS,
     "importances": prune.IMPORTANCES,

@@ -10,5 +10,6 @@ from flatcompress.data.bundle import DataBundle, ImageSet, collate
 from flatcompress.data.corruptions import CORRUPTIONS
 from flatcompress.data.in_memory import bundle
 from flatcompress.data.loading import DATASETS, load
+from flatcompress.data.resampling import resampled
 
-__all__ = ["CORRUPTIONS", "DATASETS", "DataBundle", "ImageSet", "bundle", "collate", "load"]
+__all__ = ["CORRUPTIONS", "DATASETS", "DataBundle", "ImageSet", "bundle", "collate", "load", "resampled"]

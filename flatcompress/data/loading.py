@@ -33,6 +33,7 @@ from flatcompress.data.images.tabled import image_table
 from flatcompress.data.images.yolo import yolo
 from flatcompress.data.in_memory import bundle
 from flatcompress.data.raw_data import RawData
+from flatcompress.data.resampling import with_long_tail
 from flatcompress.data.series import series
 from flatcompress.data.signal_augment import parse as parse_signals
 from flatcompress.data.sounds import sounds
@@ -70,7 +71,7 @@ DATASETS.add("text", text, "a CSV, JSON or Parquet table of texts and classes, a
 DATASETS.add("cifar10", cifar10, "CIFAR-10, the binary files", "Krizhevsky 2009")
 DATASETS.add("mnist", mnist, "MNIST and its likes, idx files, gz or not", "LeCun et al. 1998")
 
-_COMMON = ("augment", "corruptions", "corrupted_count", "mean", "std")
+_COMMON = ("augment", "corruptions", "corrupted_count", "mean", "std", "long_tail")
 _STATISTICS_SAMPLE = 5000  # images that mean and std are computed on: their error is then below 1 %
 
 
@@ -84,6 +85,7 @@ def load(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     task: Any = None,
+    long_tail: float | None = None,
     **options: Any,
 ) -> DataBundle:
     """Load a data set by name. ``options`` are the data set's own; the same seed gives the same bits.
@@ -92,7 +94,8 @@ def load(
     ``corruptions``: "default", "full" (15 kinds at 5 severities), "none", or a list of "kind" and "kind/severity".
     ``corrupted_count``: how many test images each corruption is measured on (0: all).
     ``mean``, ``std``: per channel on pixels in 0..1; computed on the training part where not given.
-    ``task``: name, mapping or `Task`; default: the targets' own. UserError: unknown name or option, unusable data.
+    ``task``: name, mapping or `Task`; default: the targets' own. ``long_tail``: how many times as many training samples
+    the first class has as the last, with exponentially fewer between. UserError: unknown name or option, unusable data.
 
     >>> bundle = load("rotated-digits", held_out="75", size=8)
     >>> len(bundle.train), bundle.input_shape, bundle.held_out_domain
@@ -103,9 +106,10 @@ def load(
     _check_options(entry, options)
     raw = entry(seed, **options)
     if isinstance(raw, DataBundle):
-        _as_they_are(name, mean=mean, std=std, corruptions=corruptions)
+        _as_they_are(name, mean=mean, std=std, corruptions=corruptions, long_tail=long_tail)
         raw = _with_signals(name, raw, augment, seed)
         return raw if task is None or "task" in options else bundle(raw, task)
+    raw = with_long_tail(name, raw, long_tail, seed)
     _refuse_empty(name, train=raw.train, val=raw.val, test=raw.test)
     chosen = _task(name, raw, task)
     mean, std = _statistics(raw.train, mean, std, seed)
