@@ -2,38 +2,49 @@
 
     python -m benchmarks.seed_settings [--quick] [--check]
 
-*useful*: 500 handwritten digits (scikit-learn's); USEFUL's separating epochs count, so its second training is shorter.
-*long tail*: the first digit has 50 times the samples of the last (arXiv 2212.13827's setting, made small); the test
-part is not thinned. *passes* are forward and backward passes; every row of a setting has as many, a method of two
-passes a step taking half the epochs. What a row is compared with stands in its column *against*. Cells that are done are
-kept in benchmarks/results/seed_settings.partial.
+On handwritten digits (scikit-learn's) and a small convolutional network. *useful*: 600 of them; USEFUL's separating
+epochs count, so its second training is shorter. *long tail*: the first digit has 50 times the samples of the last (arXiv
+2212.13827's setting, made small); the test part is not thinned. *apart*: six clients in a ring hold two or three digits
+each; accuracy is the mean over the clients' own networks. *masks*: 90 % of the weights masked at once or gradually
+(arXiv 2004.14765). *regimes*: a dense network trained briefly or long, masked, and retrained twice with other batches
+(arXiv 2305.18383): the way between the two (lmc) and how alike they are (cka), from which the regime follows.
+
+*passes* are forward and backward passes; the rows of a setting have as many (but *regimes*, where their number is what
+varies), a method of two passes a step taking half the epochs. *against* is the row that a gain is over. Cells that are
+done are kept in benchmarks/results/seed_settings.partial.
 
 Targets (``--check`` exits 1 where one is missed): on the long tail SAM with deferred weights above SGD without.
 """
 
 from __future__ import annotations
 
+import copy
 import statistics
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from benchmarks import _common
 from benchmarks.seed_methods import network
-from flatcompress import data
+from flatcompress import data, flat
 from flatcompress.plan import Plan
 from flatcompress.stages import RunContext, run_stage, stage_of
+from flatcompress.stages.measure import sharpness, train_batches
 from flatcompress.training.batches import evaluate
 from flatcompress.training.devices import seed_everything
 from flatcompress.training.loop import make_accelerator
 
 NAME = "seed_settings"
-EPOCHS, BATCH = 40, 25  # of one pass a step
+EPOCHS, BATCH = 20, 25  # of one pass a step
+OPTIMIZER = {"name": "sgd", "lr": 0.1, "weight_decay": 5e-4, "nesterov": False}
+CLIENTS, LOCAL = 6, 5
 DRW = {"name": "drw", "beta": 0.99}
-# setting -> row -> (keys of the train stage, the row it is compared with)
+Found = dict[str, float]
+# setting -> row -> (what is different, the row it is compared with)
 ROWS: dict[str, dict[str, tuple[dict[str, Any], str]]] = {
     "useful": {
         "sgd": ({"method": "none"}, ""),
@@ -49,50 +60,136 @@ ROWS: dict[str, dict[str, tuple[dict[str, Any], str]]] = {
         "sam, drw": ({"method": "sam", "emphasis": DRW}, "sgd"),
         "sam, drw, late_rho 0.2": ({"method": "sam", "emphasis": {**DRW, "late_rho": 0.2}}, "sam, drw"),
     },
+    "apart": {
+        "dfedavg": ({"method": "none", "steps": 1}, ""),
+        "dfedsam": ({"method": "sam", "steps": 1}, "dfedavg"),
+        "dfedavg, 4 averages": ({"method": "none", "steps": 4}, "dfedavg"),
+        "dfedsam-mgs": ({"method": "sam", "steps": 4}, "dfedavg, 4 averages"),
+    },
+    "masks": {
+        "one_shot": ({"removal": "one_shot"}, ""),
+        "gradual": ({"removal": "cubic"}, "one_shot"),
+    },
+    "regimes": {
+        "brief, 80 %": ({"dense": 0.25, "sparsity": 0.8}, ""),
+        "long, 80 %": ({"dense": 2.0, "sparsity": 0.8}, "brief, 80 %"),
+        "brief, 97 %": ({"dense": 0.25, "sparsity": 0.97}, ""),
+        "long, 97 %": ({"dense": 2.0, "sparsity": 0.97}, "brief, 97 %"),
+    },
 }
 
 
 def digits(setting: str, seed: int) -> data.DataBundle:
     """The digits of a setting, split by the seed."""
-    tail = {"long_tail": 50} if setting == "long tail" else {}
+    tail = {"long_tail": 50, "test_fraction": 0.3} if setting == "long tail" else {"test_fraction": 0.62}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        share = 0.3 if tail else 0.62
-        return data.load(
-            "rotated-digits", seed=seed, domains=["0"], size=8, test_fraction=share, corruptions="none", **tail
-        )  # fmt: skip
+        return data.load("rotated-digits", seed=seed, domains=["0"], size=8, corruptions="none", **tail)
 
 
-def trained(setting: str, keys: dict[str, Any], seed: int, epochs: int) -> dict[str, float]:
-    """Test accuracy in percent and the passes of the whole stage; ``epochs`` of one pass a step."""
+def begin(setting: str, seed: int, model: nn.Module | None = None) -> RunContext:
+    """A run on the digits of a setting."""
     seed_everything(seed)
+    made = network() if model is None else model
     bundle = digits(setting, seed)
-    run = RunContext(network(), Plan(), bundle, network, make_accelerator("cpu"), batch_size=BATCH, seed=seed)
+    return RunContext(made, Plan(), bundle, network, make_accelerator("cpu"), batch_size=BATCH, seed=seed)
+
+
+def stage(kind: str, run: RunContext, **keys: Any) -> RunContext:
+    """``run`` after a stage."""
+    whole = {"optimizer": OPTIMIZER, "select": "last", **keys}
+    return run_stage(kind, run, stage_of(kind).config.model_validate(whole))
+
+
+def score(run: RunContext, **more: float) -> Found:
+    """Test accuracy in percent, passes, and what else was found."""
+    accuracy = evaluate(run.model, run.data.test, run.data.task)["accuracy"]
+    return {"accuracy": 100 * accuracy, "passes": float(run.passes), **more}
+
+
+def emphasized(setting: str, keys: dict[str, Any], seed: int, epochs: int) -> Found:
+    """A train stage of as many passes as ``epochs`` of one pass a step have."""
+    run = begin(setting, seed)
     steps = run.steps_per_epoch * epochs // (1 if keys["method"] == "none" else 2)
     if keys.get("emphasis") == "useful":
         steps -= run.steps_per_epoch * max(1, round(0.08 * epochs))
-    optimizer = {"name": "sgd", "lr": 0.1, "weight_decay": 5e-4, "nesterov": False}
-    whole = {"epochs": epochs, "max_steps": steps, "optimizer": optimizer, "select": "last", **keys}
-    run = run_stage("train", run, stage_of("train").config.model_validate(whole))
-    return {"accuracy": 100 * evaluate(run.model, bundle.test, bundle.task)["accuracy"], "passes": float(run.passes)}
+    return score(stage("train", run, epochs=epochs, max_steps=steps, **keys))
+
+
+def apart(setting: str, keys: dict[str, Any], seed: int, epochs: int) -> Found:
+    """Clients with two or three digits each, who average after every five steps."""
+    run = begin(setting, seed)
+    x, y = (torch.cat(part) for part in zip(*train_batches(run, len(run.data.train.labels))))
+    shards = y.argsort(stable=True).chunk(CLIENTS)
+    models = [copy.deepcopy(run.model) for _ in shards]
+    bases = [torch.optim.SGD(m.parameters(), lr=0.05, weight_decay=5e-4) for m in models]
+    clients = [flat.create(keys["method"], m, base, seed=seed) for m, base in zip(models, bases)]
+    federation = flat.federated.dfedsam(models, clients, "ring", keys["steps"])
+    rng = torch.Generator().manual_seed(seed)
+    rounds = run.steps_per_epoch * epochs // (LOCAL * (1 if keys["method"] == "none" else 2))
+    for _ in range(rounds):
+        drawn = [[s[torch.randint(0, len(s), (BATCH,), generator=rng)] for _ in range(LOCAL)] for s in shards]
+        federation.round([[closure(m, x[r], y[r]) for r in rows] for m, rows in zip(models, drawn)])
+    run.passes = sum(client.passes for client in clients)
+    own = [100 * evaluate(m, run.data.test, run.data.task)["accuracy"] for m in models]
+    return {"accuracy": statistics.mean(own), "passes": float(run.passes), "apart": federation.disagreement}
+
+
+def closure(model: nn.Module, x: Tensor, y: Tensor) -> Any:
+    """Forward and backward over one batch."""
+
+    def run() -> Tensor:
+        loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    return run
+
+
+def masks(setting: str, keys: dict[str, Any], seed: int, epochs: int) -> Found:
+    """Masked at once or gradually in as many epochs, with PSP-entropy and sharpness of what comes out."""
+    run = stage("train", begin(setting, seed), method="none", epochs=epochs // 2)
+    run = stage("sparsify", run, method="none", epochs=epochs - epochs // 2, sparsity=0.9, **keys)
+    entropies = flat.entropy.psp_entropy(run.model, train_batches(run, 600), len(run.data.classes))
+    return score(run, entropy=statistics.mean(entropies.values()), sharpness=sharpness(run, 600))
+
+
+def regimes(setting: str, keys: dict[str, Any], seed: int, epochs: int) -> Found:
+    """Two retrainings of one masked network: the way between them and how alike they are."""
+    dense = stage("train", begin(setting, seed), method="none", epochs=max(1, round(keys["dense"] * epochs)))
+    ends = []
+    for other in (1, 2):
+        run = begin(setting, seed, copy.deepcopy(dense.model))
+        run.seed = 1000 * seed + other
+        removal = {"removal": "one_shot", "warmup_share": 0.0, "prune_share": 0.01}
+        ends.append(stage("sparsify", run, method="none", epochs=epochs // 2, sparsity=keys["sparsity"], **removal))
+    found = flat.connectivity.regime(ends[0].model, ends[1].model, train_batches(ends[0], 600))
+    accuracy = statistics.mean(score(end)["accuracy"] for end in ends)
+    return {
+        "accuracy": accuracy, "passes": float(dense.passes + ends[0].passes), "lmc": found.lmc, "cka": found.similarity,
+    }  # fmt: skip
+
+
+MEASURED = {"useful": emphasized, "long tail": emphasized, "apart": apart, "masks": masks, "regimes": regimes}
 
 
 def rows_of(setting: str, seeds: Sequence[int], epochs: int, store: _common.Kept) -> list[dict[str, Any]]:
     """Every row of a setting with its gain over what it is compared with."""
-
-    def cell(name: str, keys: dict[str, Any], seed: int) -> dict[str, float]:
-        make: Callable[[], dict[str, float]] = lambda: trained(setting, keys, seed, epochs)  # noqa: E731
-        return store.get(f"{setting}/{name}/{epochs}/{seed}", make)
-
-    found = {name: [cell(name, keys, s) for s in seeds] for name, (keys, _) in ROWS[setting].items()}
+    found: dict[str, list[Found]] = {name: [] for name in ROWS[setting]}
+    for name, (keys, _) in ROWS[setting].items():
+        for seed in seeds:
+            key = f"{setting}/{name}/{epochs}/{seed}"
+            found[name].append(store.get(key, lambda k=keys, s=seed: MEASURED[setting](setting, k, s, epochs)))
     rows = []
     for name, (_, against) in ROWS[setting].items():
         gains = [a["accuracy"] - b["accuracy"] for a, b in zip(found[name], found[against or name])]
+        means = {key: statistics.mean(c[key] for c in found[name]) for key in found[name][0]}
         rows.append({
-            "setting": setting, "method": name, "passes": round(statistics.mean(c["passes"] for c in found[name])),
-            "accuracy": round(statistics.mean(c["accuracy"] for c in found[name]), 2), "against": against or "-",
+            "setting": setting, "method": name, "passes": round(means.pop("passes")),
+            "accuracy": round(means.pop("accuracy"), 2), "against": against or "-",
             "gain": round(statistics.mean(gains), 2) if against else None,
             "standard error": round(statistics.stdev(gains) / len(gains) ** 0.5, 2) if against and gains[1:] else None,
+            "more": ", ".join(f"{key} {value:.3g}" for key, value in means.items()),
         })  # fmt: skip
     return rows
 
@@ -106,8 +203,7 @@ def missed(rows: Sequence[dict[str, Any]]) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what is not there yet, print, write; the exit code."""
     options = _common.arguments(__doc__, argv, _common.resumable)
-    torch.set_num_threads(1)
-    seeds, epochs = ((0,), 6) if options.quick else ((0, 1, 2), EPOCHS)
+    seeds, epochs = ((0,), 4) if options.quick else ((0, 1, 2), EPOCHS)
     store = _common.kept(NAME, options)
     rows = [row for setting in ROWS for row in rows_of(setting, seeds, epochs, store)]
     return _common.finish(NAME, rows, missed(rows), options)

@@ -38,6 +38,8 @@ CATALOGUE: dict[str, Registry] = {
     "methods": flat.METHODS,
     "combinations": flat.COMBINATIONS,
     "emphases": EMPHASES,
+    "federations": flat.federated.FEDERATIONS,
+    "measures": flat.MEASURES,
     "prune-methods": PRUNE_METHODS,
     "qat-methods": QAT_METHODS,
     "importances": prune.IMPORTANCES,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from flatcompress.flat import (
     averaging,
+    federated,
 )
 from flatcompress.flat.engine import (
     guards,
@@ -19,10 +20,13 @@ from flatcompress.flat.engine.context import HERE, Probe, Program, Result, Step
 from flatcompress.flat.engine.engine import FlatOptimizer
 from flatcompress.flat.factory import create
 from flatcompress.flat.measures import (
+    connectivity,
     curvature,
+    entropy,
     landscape,
     sharpness,
 )
+from flatcompress.flat.measures.rows import MEASURES
 from flatcompress.flat.methods import (
     masked,
     terms,
@@ -34,6 +38,7 @@ from flatcompress.flat.methods.method import Bounds, Facts, Method
 __all__ = [
     "COMBINATIONS",
     "HERE",
+    "MEASURES",
     "METHODS",
     "Ball",
     "Bounds",
@@ -45,9 +50,12 @@ __all__ = [
     "Result",
     "Step",
     "averaging",
+    "connectivity",
     "create",
     "curvature",
     "defaults_by_method",
+    "entropy",
+    "federated",
     "guards",
     "landscape",
     "masked",
