@@ -4,8 +4,8 @@
 
 On handwritten digits (scikit-learn's) and a small convolutional network. *useful*: 600 of them; USEFUL's separating
 epochs count, so its second training is shorter. *long tail*: the first digit has 50 times the samples of the last
-(arXiv 2212.13827's setting, made small); the test part is not thinned. *apart*: six clients in a ring hold two or three digits
-each; accuracy is the mean over the clients' networks. *masks*: 90 % of the weights masked at once or gradually
+(arXiv 2212.13827's setting, made small); the test part is not thinned. *apart*: six clients in a ring hold two or three
+digits each; accuracy is the mean over the clients' networks. *masks*: 90 % of the weights masked at once or gradually
 (arXiv 2004.14765). *regimes*: a dense network trained briefly or long, masked, and retrained twice with other batches
 (arXiv 2305.18383): the way between the two (lmc) and how alike they are (cka), from which the regime follows.
 
