@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import sys
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -110,6 +111,15 @@ def test_an_outline_is_rastered():
     svg = b'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 10 10"><rect x="2" y="2" width="4" height="4"/></svg>'
     image = drawing.on_ground(drawing.picture(svg, ".svg", 20, "here"), "outline", "1f600")
     assert image.getpixel((10, 10)) == (0, 0, 0) and min(image.getpixel((0, 0))) >= drawing.DARKEST
+
+
+def test_without_the_library_that_draws_svg_it_says_what_to_install(tmp_path, monkeypatch):
+    art, line = drawn(tmp_path / "pk")
+    monkeypatch.setitem(sys.modules, "resvg_py", None)
+    with pytest.raises(UserError, match=r"pip install 'flatcompress\[emoji\]'"):
+        building.build(
+            tmp_path / "pk", tmp_path / "out", 16, ("art", "line"), table=(art, replace(line, suffix=".svg"))
+        )
 
 
 def test_missing_packages_are_named_with_the_commands_that_fetch_them(tmp_path, capsys):
