@@ -300,7 +300,8 @@ row; *post-training alone* trains nothing.
 """.strip()
 _CONTEST = """
 Row minus *{other}*. Every row is on the strong baseline (post-training start, relative steps, distilled) with its
-batches, and scales move at three times its rate: where they stand still no rule can matter; two-pass methods (SAM, SAGM) take twice LSQ's passes, and *SAGM's passes* is LSQ with as many.
+batches, and scales move at three times its rate: where they stand still no rule can matter. Two-pass methods (SAM,
+SAGM) take twice LSQ's passes, and *SAGM's passes* is LSQ with as many.
 """.strip()
 _CUT = """
 Row minus *{other}* (one radius for all channels), each at its best radius by validation on the source styles; one-pass
