@@ -146,6 +146,7 @@ def test_a_folder_without_the_right_to_write_is_refused_before_anything_runs(tmp
 
 def hungry(policy):
     """Training whose pass over the whole batch needs about 260 MB, in a process that may take 150 MB more."""
+    torch.set_num_threads(1)  # another thread would reserve address space of its own, 64 MB or none
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 2)
