@@ -8,6 +8,8 @@ epochs count, so its second training is shorter. *long tail*: the first digit ha
 digits each; accuracy is the mean over the clients' networks. *masks*: 90 % of the weights masked at once or gradually
 (arXiv 2004.14765). *regimes*: a dense network trained briefly or long, masked, and retrained twice with other batches
 (arXiv 2305.18383): the way between the two (lmc) and how alike they are (cka), from which the regime follows.
+*unlearning*: a network that knows all digits forgets the sevens and keeps the others; *more* says how many sevens it knows
+then, and after five steps on ten of them (arXiv 2502.05374).
 
 *passes* are forward and backward passes; the rows of a setting have as many (but *regimes*, where their number is what
 varies), a method of two passes a step taking half the epochs. *against* is the row that a gain is over. Cells that are
@@ -40,7 +42,14 @@ from flatcompress.training.devices import seed_everything
 from flatcompress.training.loop import make_accelerator
 
 NAME = "seed_settings"
-EPOCHS = {"long tail": 40, "masks": 16, "useful": 16, "apart": 12, "regimes": 12}  # of one pass a step
+EPOCHS = {
+    "long tail": 40,
+    "masks": 16,
+    "useful": 16,
+    "apart": 12,
+    "unlearning": 16,
+    "regimes": 12,
+}  # of one pass a step
 BATCH = 50
 OPTIMIZER = {"name": "sgd", "lr": 0.1, "weight_decay": 5e-4, "nesterov": False}
 CLIENTS, LOCAL = 6, 5
@@ -70,6 +79,11 @@ ROWS: dict[str, dict[str, tuple[dict[str, Any], str]]] = {
     "masks": {
         "one_shot": ({"removal": "one_shot"}, ""),
         "gradual": ({"removal": "cubic"}, "one_shot"),
+    },
+    "unlearning": {
+        "plain": ({"rho": 0.0}, ""),
+        "unlearn, rho 0.01": ({"rho": 0.01}, "plain"),
+        "unlearn, rho 0.1": ({"rho": 0.1}, "plain"),
     },
     "regimes": {
         "brief, 80 %": ({"dense": 0.25, "sparsity": 0.8}, ""),
@@ -148,6 +162,48 @@ def closure(model: nn.Module, x: Tensor, y: Tensor) -> Any:
     return run
 
 
+def unlearning(setting: str, keys: dict[str, Any], seed: int, epochs: int) -> Found:
+    """Forget the sevens by NPO, then relearn them from ten; accuracy is that of the other digits."""
+    run = stage("train", begin(setting, seed), method="none", epochs=epochs)
+    x, y = (torch.cat(part) for part in zip(*train_batches(run, len(run.data.train.labels))))
+    test_x, test_y = run.data.test.__getitems__(list(range(len(run.data.test))))
+    model = run.model.eval()  # running statistics stay
+    known, gone = copy.deepcopy(model), (y == 7).nonzero().flatten()
+    kept = (y != 7).nonzero().flatten()
+    base = torch.optim.SGD(model.parameters(), lr=0.02)
+    optimizer = flat.create("unlearn", model, base, rho=keys["rho"])
+    rng = torch.Generator().manual_seed(seed)
+
+    def losses(net: nn.Module, rows: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(net(x[rows]), y[rows], reduction="none")
+
+    def forget(rows: Tensor) -> Any:
+        def run() -> Tensor:
+            with torch.no_grad():
+                before = losses(known, rows)
+            loss = flat.terms.npo(losses(model, rows), before, beta=1.0)
+            loss.backward()
+            return loss
+
+        return run
+
+    def right(of: Tensor) -> float:
+        with torch.no_grad():
+            return 100 * float((model(test_x[of]).argmax(1) == test_y[of]).double().mean())
+
+    for _ in range(60 if keys["rho"] else 90):  # a step takes three passes, or two without a radius
+        first = gone[torch.randint(0, len(gone), (BATCH,), generator=rng)]
+        second = kept[torch.randint(0, len(kept), (BATCH,), generator=rng)]
+        optimizer.step(forget(first), closure(model, x[second], y[second]))
+    others, sevens = right(test_y != 7), right(test_y == 7)
+    again = torch.optim.SGD(model.parameters(), lr=0.02)
+    for _ in range(5):
+        again.zero_grad()
+        losses(model, gone[:10]).mean().backward()
+        again.step()
+    return {"accuracy": others, "passes": 180.0, "sevens": sevens, "relearned": right(test_y == 7)}
+
+
 def masks(setting: str, keys: dict[str, Any], seed: int, epochs: int) -> Found:
     """Masked at once or gradually in as many epochs, with PSP-entropy and sharpness of what comes out."""
     run = stage("train", begin(setting, seed), method="none", epochs=epochs // 2)
@@ -172,7 +228,10 @@ def regimes(setting: str, keys: dict[str, Any], seed: int, epochs: int) -> Found
     }  # fmt: skip
 
 
-MEASURED = {"useful": emphasized, "long tail": emphasized, "apart": apart, "masks": masks, "regimes": regimes}
+MEASURED = {
+    "useful": emphasized, "long tail": emphasized, "apart": apart, "masks": masks, "unlearning": unlearning,
+    "regimes": regimes,
+}  # fmt: skip
 
 
 def rows_of(setting: str, seeds: Sequence[int], epochs: int, store: _common.Kept) -> list[dict[str, Any]]:

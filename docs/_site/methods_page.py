@@ -48,6 +48,7 @@ TESTS: dict[str, dict[str, str]] = {
     },
     "combinations": {
         "bloop": FLAT + "test_family.py::test_bloop_lets_the_second_loss_act_orthogonally_only",
+        "unlearn": FLAT + "test_recent.py::test_unlearning_perturbs_the_forgotten_loss_alone_by_hand",
         "ignite": FLAT + "test_recent.py::test_ignite_constrains_the_gradient_norm_of_the_output",
     },
     "emphases": {
@@ -141,7 +142,6 @@ ABSENT = (
     ("FlattenGPT", "2602.08858", "no code; merges blocks of large language models, which are not trained here"),
     ("GETA / QASSO", "2502.16638", "one optimizer in the place of the stages prune and quantize; not built"),
     ("SAMformer", "2402.10198", "`sam` on its own forecasting network; there is no forecasting task here"),
-    ("SAM against relearning", "2502.05374", "for language models that forget on purpose; no such task here"),
     ("GDNSQ", "2508.14004", "the abstract alone; learned bit widths have no place in the plan of bits yet"),
 )
 

@@ -282,6 +282,46 @@ def test_ignite_with_a_bound_that_holds_is_the_base_bit_for_bit():
     assert same(values(model), values(plain))
 
 
+def test_unlearning_perturbs_the_forgotten_loss_alone_by_hand():
+    """Forgotten: the bowl, whose SAM gradient is (3.3, 5.6) at rho 0.5; retained: w1 + 2 w2, weighed by 2."""
+    model = Bowl()
+    optimizer = flat.create("unlearn", model, torch.optim.SGD(model.parameters(), lr=0.0), rho=0.5, lam=2.0)
+
+    def closure_for(loss):
+        def run():
+            value = loss()
+            value.backward()
+            return value
+
+        return run
+
+    optimizer.step(closure_for(model), closure_for(lambda: model.w[0] + 2 * model.w[1]))
+    torch.testing.assert_close(model.w.grad, torch.tensor([5.3, 9.6], dtype=torch.float64))
+    assert optimizer.passes == 3
+
+
+def test_unlearning_without_a_radius_is_the_base_bit_for_bit():
+    model, plain = problem.build("mlp"), problem.build("mlp")
+    optimizer, base = flat.create("unlearn", model, sgd(model), rho=0.0), sgd(plain)
+    for t in range(3):
+        (x, y), (other, label) = problem.batch(t), problem.batch(t + 10)
+        optimizer.step(closure_of(model, x, y), closure_of(model, other, label))
+        base.zero_grad()
+        closure_of(plain, x, y)()
+        closure_of(plain, other, label)()
+        base.step()
+    assert same(values(model), values(plain))
+
+
+def test_npo_by_hand():
+    # beta 1, losses 1 and 0 against references 0 and 0: log sigmoid(1) = -0.313262, log sigmoid(0) = -0.693147
+    found = flat.terms.npo(torch.tensor([1.0, 0.0]), torch.zeros(2), beta=1.0)
+    torch.testing.assert_close(found, torch.tensor(0.313262 + 0.693147), rtol=1e-5, atol=0.0)
+    assert flat.terms.npo(torch.tensor([9.0]), torch.zeros(1)) < flat.terms.npo(torch.tensor([1.0]), torch.zeros(1))
+    with pytest.raises(ValueError, match="beta"):
+        flat.terms.npo(torch.ones(1), torch.ones(1), beta=0.0)
+
+
 BAD = {
     "ksam": {"top": 0.0}, "vsam": {"window": 0}, "xsam": {"points": 1}, "fmtl": {"aggregate": "pcgrd"},
     "ignite": {"r": 0.0},

@@ -144,3 +144,22 @@ def ignite(
         step.memory.values["lam"] = max(0.0, old + eta_lambda * (rho * float(kept[0][0]) - epsilon))
 
     return Method(program, remember=remember, keeps=True)
+
+
+def unlearn(rho: Rho = 0.01, lam: float = 1.0, **ball: Any) -> Method:
+    """SAM against relearning: g = grad L_f(w + e) + lam grad L_r(w), e SAM's along grad L_f (2502.05374, section 4).
+
+    min_w max_{||e|| <= rho} L_f(w + e) + lam L_r(w): what is forgotten stays forgotten nearby, so that a few steps on
+    it do not bring it back. ``step(forget_closure, retain_closure)``; L_f is what falls while the model forgets, such
+    as `terms.npo`. rho = 0 is the base optimizer on L_f + lam L_r.
+    """
+    ascent = Ball(rho, **ball)
+    non_negative(lam=lam)
+
+    def program(step: Step) -> Program:
+        g0 = yield HERE
+        g1 = yield Probe(ascent(step, g0))
+        retained = yield Probe(auxiliary=True)
+        return vectors.add(g1, retained, lam)
+
+    return Method(program, ascent)

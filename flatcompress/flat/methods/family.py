@@ -328,6 +328,10 @@ COMBINATIONS.add(
     "ignite", combined.ignite, "a bound on the gradient norm of the model's mean output", "2503.04242",
     bounds={"rho": _NOT_NEGATIVE, "epsilon": _NOT_NEGATIVE, "eta_lambda": _NOT_NEGATIVE, "lam": _NOT_NEGATIVE},
 )  # fmt: skip
+COMBINATIONS.add(
+    "unlearn", combined.unlearn, "forget one loss's data for good and retain the other's", "2502.05374",
+    bounds={"rho": _NOT_NEGATIVE, "lam": _NOT_NEGATIVE},
+)  # fmt: skip
 
 
 def mix_of(name: str, hyper: Mapping[str, Any]) -> tuple[float, float]:

@@ -24,6 +24,17 @@ def trust_region(logits: Tensor, target: Tensor, scale: float = 1.0, temperature
     return scale * divergence(logits, target.detach(), temperature)
 
 
+def npo(loss: Tensor, reference: Tensor, beta: float = 0.1) -> Tensor:
+    """NPO: -2 / beta mean log sigmoid(beta (loss - reference)), which falls as a model forgets (arXiv 2404.05868).
+
+    ``loss``, ``reference``: [B] losses of the samples to forget under the model and under the model before (detached).
+    It slows down once a sample is forgotten, where the negative loss would not. UserError for beta <= 0.
+    """
+    if not beta > 0:
+        raise UserError(f"beta is {beta!r}; NPO needs beta > 0")
+    return -2 / beta * nn.functional.logsigmoid(beta * (loss - reference.detach())).mean()
+
+
 class SAF:
     """Sharpness-aware training for free: KL to the sample's own logits ``delay`` epochs ago (arXiv 2205.14083, eq. 8).
 
