@@ -8,8 +8,8 @@ epochs count, so its second training is shorter. *long tail*: the first digit ha
 digits each; accuracy is the mean over the clients' networks. *masks*: 90 % of the weights masked at once or gradually
 (arXiv 2004.14765). *regimes*: a dense network trained briefly or long, masked, and retrained twice with other batches
 (arXiv 2305.18383): the way between the two (lmc) and how alike they are (cka), from which the regime follows.
-*unlearning*: a network that knows all digits forgets the sevens and keeps the others; *more* says how many sevens it knows
-then, and after five steps on ten of them (arXiv 2502.05374).
+*unlearning*: a network that knows all digits forgets the sevens and keeps the others; *more* says how many sevens it
+knows then, and after five steps on ten of them (arXiv 2502.05374).
 
 *passes* are forward and backward passes; the rows of a setting have as many (but *regimes*, where their number is what
 varies), a method of two passes a step taking half the epochs. *against* is the row that a gain is over. Cells that are
