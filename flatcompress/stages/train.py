@@ -69,6 +69,7 @@ def _useful(run: RunContext, config: TrainConfig, facts: Facts) -> None:
     row = config.emphasized
     assert isinstance(row, emphases.Useful)
     with emphases.seen_more_often(run, facts["slow"], row.upsample):
+        config = config.within(run.steps_per_epoch)  # longer epochs: max_steps leaves fewer of them
         train(run, make_job(run, config, callbacks(run, config)))
 
 

@@ -70,6 +70,11 @@ def test_useful_trains_anew_on_more_of_what_is_slow_and_resumes_in_the_same_bits
         assert same(weights(run_stage("train", resumed, keys)), weights(whole))
 
 
+def test_max_steps_bounds_the_longer_epochs_too():
+    whole = run_stage("train", context(), config("train", emphasis="useful", method="none", epochs=5, max_steps=17))
+    assert whole.passes == 4 + 17  # one separating epoch
+
+
 def after_phase(run):
     def due(step):
         run.progress.stop_requested = run.phase["name"] == "train" and step >= 3
