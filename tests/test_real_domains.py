@@ -47,6 +47,20 @@ def test_a_rule_wins_by_two_standard_errors_over_five_pairs(gains: list[float], 
     assert verdict in page.page(found, page.verdicts(found))
 
 
+def test_the_row_that_is_measured_against_float_is_chosen_by_validation_and_not_by_its_test() -> None:
+    chosen, lucky = ladder(4)[4].name, ladder(4)[7].name
+
+    def told(val: float, test: float) -> dict:
+        return {"accuracy": dict.fromkeys(page.PARTS, test), "val": val, "passes": 9, "sharpness": 0.1, "travel": {}}
+
+    found = page.read({
+        "Lite0 / cartoon / 0 / float ERM": told(0.50, 0.50), f"Lite0 / cartoon / 0 / {chosen}": told(0.48, 0.46),
+        f"Lite0 / cartoon / 0 / {lucky}": told(0.40, 0.50),
+    })  # fmt: skip
+    verdict = page.verdicts(found)[0]
+    assert verdict.startswith("DOES NOT HOLD") and chosen in verdict and "-4.0" in verdict
+
+
 def test_every_run_begins_with_a_float_start_of_the_same_pair_and_is_a_valid_recipe() -> None:
     options = real_domains._common.arguments(None, [], real_domains._own)
     wanted = real_domains.chosen(options)
