@@ -107,7 +107,7 @@ def layer_struct(made: Sources, decided: Decided, index: int, step: ir.Conv, scr
     found, result = layer.digits, layer.result
     kind = "FC_REAL" if result is None else "FC_SCALED" if layer.rule.floats else "FC_CODES"
     end, whole = end_of(layer), _offset(layer)
-    made.uses |= ({"LIMITS"} if end.limits else set()) | ({"RAISED"} if end.raised else set())
+    made.uses |= ({"LIMITS"} if end.limits else set()) | ({"RAISED"} if _raise(layer) else set())
     program = decided.program
     fields = {
         "offset": f"INT64_C({whole})" if nudged(decided) else whole >> 32,
@@ -139,7 +139,7 @@ def _kept_fields(decided: Decided, layer: Layer, kind: str, end: Clamp) -> dict[
     """What the kernels look at where a layer of the program needs it, and what it is here."""
     result, every = layer.result, decided.layers.values()
     ends = [end_of(one) for one in every]
-    fields: dict[str, Any] = {"raise": end.raised} if any(one.raised for one in ends) else {}
+    fields: dict[str, Any] = {"raise": _raise(layer)} if any(map(_raise, every)) else {}
     real = any(one.result is None or one.rule.floats for one in every)
     fields |= {"kind": kind} if real else {}
     fields |= {"wide": int(_wide(layer))} if any(_wide(one) for one in every) else {}
@@ -200,6 +200,17 @@ def _wide(layer: Layer) -> bool:
     return bool(layer.bias.min() < -(1 << 15) or layer.bias.max() >= 1 << 15)
 
 
+def _stored_bias(layer: Layer) -> requantize.Ints:
+    """Biases, raised already where that keeps them within 16 bits."""
+    raised = layer.bias << end_of(layer).raised
+    return raised if np.abs(raised).max() < 1 << 15 else layer.bias
+
+
+def _raise(layer: Layer) -> int:
+    """By how much the kernel has to raise a layer's biases."""
+    return 0 if _stored_bias(layer) is not layer.bias else end_of(layer).raised
+
+
 def _parameters(made: Sources, index: int, layer: Layer, kind: str) -> dict[str, Any]:
     """The arrays of a layer: weights, multipliers or scales, biases."""
     step, found = layer.step, layer.digits
@@ -214,7 +225,7 @@ def _parameters(made: Sources, index: int, layer: Layer, kind: str) -> dict[str,
     else:  # a negated channel's sum comes back by a negated scale: float products are symmetric
         scales = [number(v) for v in step.scale * found.signs.astype(np.float32)]
         scale = made.array("float", f"scale_{index}", scales)
-    bias = made.array("int32_t" if _wide(layer) else "int16_t", f"bias_{index}", layer.bias.tolist())
+    bias = made.array("int32_t" if _wide(layer) else "int16_t", f"bias_{index}", _stored_bias(layer).tolist())
     made.weight_bytes += values.size * width
     made.parameter_bytes += step.outputs * ((4 if _wide(layer) else 2) + (2 if layer.rule.narrow else 4))
     return {"weight": weight, "scale": scale, "bias": bias}

@@ -32,7 +32,8 @@ def test_every_output_bit_is_right_on_an_emulated_core(core, name, sparsity, tmp
     assert bit_equal(found.outputs, reference_outputs(exported.reference, [torch.from_numpy(x)])).all()
     assert found.flash > 0 and 0 < found.stack < 2000
     spread = 0.05 if core in ("m0", "m3", "m4", "m7") else 0.2  # vectors and floats in software follow the data
-    assert max(found.instructions) - min(found.instructions) < spread * max(found.instructions)
+    divisions = 130 * x[0].size if core in ("m0", "m3") else 0  # what one of an input, in software, varies by
+    assert max(found.instructions) - min(found.instructions) < spread * max(found.instructions) + divisions
     libraries = [name for name in found.linked if not name.endswith(".o")]
     assert {"model.o", "main.o"} <= set(found.linked)
     assert all(name.startswith("libgcc.a(") for name in libraries)

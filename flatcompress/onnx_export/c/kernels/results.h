@@ -193,14 +193,19 @@ FC_APART void fc_put(const fc_result *result, const int32_t *sums, uint32_t pair
 #if FC_REALS
     const fc_layer *const layer = result->layer;
     if (layer->kind == FC_REAL) {
-        for (uint32_t i = 2u * pairs; i != 0u; i--) { /* from the last on, as the first of a pair is the right one */
-            const uint32_t place = at + (((i - 1u) >> 1) * result->stride) + (((i - 1u) & 1u) * result->row);
-            const int32_t sum = (int32_t)((uint32_t)sums[i - 1u] << layer->headroom) + fc_bias(layer, channel);
-            float value = (float)sum * ((const float *)layer->scale)[channel];
+        const int32_t bias = fc_bias(layer, channel);
+        const float factor = ((const float *)layer->scale)[channel];
+        float *to = &result->real[at];
+        for (; pairs != 0u; pairs--) {
+            for (uint32_t i = 2u; i != 0u; i--) { /* the first last, which is the right one where `row` is 0 */
+                float value = (float)((int32_t)((uint32_t)sums[i - 1u] << layer->headroom) + bias) * factor;
 #if FC_LATE
-            value += (layer->late != NULL) ? layer->late[channel] : 0.0f;
+                value += (layer->late != NULL) ? layer->late[channel] : 0.0f;
 #endif
-            result->real[place] = value;
+                to[(i - 1u) * result->row] = value;
+            }
+            sums += 2;
+            to += result->stride;
         }
         return;
     }
