@@ -1,4 +1,4 @@
-"""A C model as one writes it first: int8 weights, a loop for every dimension, one buffer a tensor. For comparison only."""
+"""A C model as one writes it first: int8 weights, a loop for every dimension, one buffer a tensor; to compare with."""
 
 from __future__ import annotations
 
