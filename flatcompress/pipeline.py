@@ -222,6 +222,7 @@ class Pipeline:
             batch_size=recipe.data.batch_size,
             workers=recipe.data.workers,
             balanced=self._balanced(bundle),
+            memory_format=recipe.memory_format,
             measuring=recipe.measure,
             planned=_planned(recipe, len(bundle.train)),
             recipe_hash=identity.digest(recipe),

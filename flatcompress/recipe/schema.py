@@ -141,6 +141,9 @@ class Recipe(Strict):
         default_factory=list, description="trackers that get the log's events as well"
     )
     threads: Annotated[int, Field(ge=1, le=1024)] | None = Field(None, description="CPU threads (default: all)")
+    memory_format: Literal["auto", "channels_last", "contiguous"] = Field(
+        "auto", description="how images and weights lie while training; auto: channels last for depthwise nets on a CPU"
+    )
     measure: Literal["quick", "full", "off"] = Field(
         "quick",
         description="sharpness, also by layer, the flatness map, accuracy under corruption and the proof: of samples, "

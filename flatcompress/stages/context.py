@@ -14,9 +14,11 @@ from accelerate import Accelerator
 from torch import nn
 
 from flatcompress.data import DataBundle
+from flatcompress.errors import UserError
 from flatcompress.plan import Plan
 from flatcompress.stages.budget import Planned
 from flatcompress.tasks import Task
+from flatcompress.training import layout
 from flatcompress.training.batches import fitting
 from flatcompress.training.callback import Callback
 from flatcompress.training.job import Progress, steps_per_epoch
@@ -36,7 +38,8 @@ class RunContext:
     ``artifacts`` are files a stage has written. ``resume`` is the state of this very stage when it was interrupted,
     ``progress`` is where it saves such states, with ``phase``: which phase of the stage is running and what the
     earlier ones found (see `stage.run_stage`). ``callbacks`` are the user's own, and take part in every training job
-    after the stage's. ``accumulate``: batches of an optimizer step of the running stage. ``balanced``: batches
+    after the stage's. ``accumulate``: batches of an optimizer step of the running stage.
+    ``memory_format``: as the recipe has it; ``laid``: what `layout` made of it. ``balanced``: batches
     have as many samples of each training domain. ``measuring``: how much
     is measured (see `budget`), ``planned``: of what training; ``corrupted``: the corrupted parts as they are measured,
     once they were; ``statistics``: see `shipped`. ``spent``: where the running stage's time went, beside its training,
@@ -65,6 +68,8 @@ class RunContext:
     callbacks: Sequence[Callback] = ()
     accumulate: int = 1
     balanced: bool = False
+    memory_format: str = "contiguous"
+    laid: str | None = None
     measuring: str = "full"
     planned: Planned = field(default_factory=Planned)
     corrupted: dict[str, Any] | None = None
@@ -99,6 +104,25 @@ class RunContext:
     def device(self) -> torch.device:
         """Where the model is."""
         return self.accelerator.device
+
+    @property
+    def layout(self) -> str:
+        """``channels_last`` or ``contiguous``: how the model lies while it is trained and measured.
+
+        UserError where the recipe asks for what the model's forward does not take.
+        """
+        if self.laid is None:
+            self.laid = layout.chosen(self.memory_format, self.model, self.data.input_shape, self.device)
+            if self.laid == "channels_last":
+                self.laid = self._tried(self.laid)
+        return self.laid
+
+    def _tried(self, wanted: str) -> str:
+        with torch.random.fork_rng(devices=[]):
+            problem = layout.problem(self.build().to(self.device), self.example())
+        if problem is not None and self.memory_format == wanted:
+            raise UserError(f"memory_format: {wanted}: the model does not run so ({problem}). Take auto or contiguous.")
+        return wanted if problem is None else "contiguous"
 
     @property
     def together(self) -> int:

@@ -26,6 +26,7 @@ def dry_run(run: RunContext, stages: Sequence[tuple[str, Any]]) -> None:
     model: nn.Module = copy.deepcopy(run.model).cpu()
     example = run.example().cpu()
     _check_output(run, model, example)
+    assert run.layout  # a layout that the forward does not take is refused here
     _check_stages(run, stages)
     for index, (kind, config) in enumerate(stages):
         try:

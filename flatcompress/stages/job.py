@@ -18,7 +18,7 @@ from flatcompress.stages.averaging import Averaging
 from flatcompress.stages.callbacks import Heartbeat
 from flatcompress.stages.context import RunContext
 from flatcompress.stages.keys import TrainingKeys
-from flatcompress.training import optimizers
+from flatcompress.training import layout, optimizers
 from flatcompress.training.batches import evaluate
 from flatcompress.training.callback import Callback
 from flatcompress.training.job import Job
@@ -67,6 +67,7 @@ def make_job(
     ``extra``: tensors beside the model's parameters that the optimizer must know. ``as_shipped``: inside it the model
     is what the stage would hand on if the epoch were selected; every epoch is judged there.
     """
+    layout.put(run.model, run.layout)
     model = run.accelerator.prepare(run.model)
     groups = parameter_groups(model, config.optimizer.weight_decay, scales, scale_lr)
     groups += [{"params": further, "weight_decay": 0.0}] if (further := list(extra)) else []
@@ -76,6 +77,7 @@ def make_job(
         optimizers.build(groups, *config.optimizer.arguments),
         scaler=run.accelerator.scaler,
         max_grad_norm=config.max_grad_norm,
+        perturb=config.perturb,
         **(config.hyper if hyper is None else hyper),
         **slots,
     )
@@ -93,6 +95,7 @@ def make_job(
         **_batching(run),
         max_steps=config.max_steps,
         workers=run.workers,
+        memory_format=run.layout,
         seed=run.seed,
         schedule=config.schedule,
         select=config.select,
@@ -132,6 +135,7 @@ def train(run: RunContext, job: Job) -> None:
     if not averages:
         restore_best(job)
     run.model = job.accelerator.unwrap_model(job.model, keep_fp32_wrapper=False)
+    layout.put(run.model, "contiguous")  # surgery, packing and checkpoints begin with what is there
     if job.accelerator.num_processes > 1:  # running statistics are each process's own until now
         broadcast(list(run.model.buffers()))
     job.accelerator.free_memory()

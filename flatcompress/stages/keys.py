@@ -180,6 +180,9 @@ class TrainingKeys(StageKeys):
     )
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.0, description="label smoothing")
     max_grad_norm: Positive | None = Field(None, description="clip the combined gradient to this l2 norm")
+    perturb: Literal["per_replica", "synced"] = Field(
+        "per_replica", description="in several processes: each climbs by its own batch, or all by the whole batch's"
+    )
     select: Literal["best", "last"] = Field(
         "best", description="keep the epoch with the best validation accuracy on the training domains, or the last"
     )

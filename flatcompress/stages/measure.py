@@ -16,6 +16,7 @@ from flatcompress.quant.layers import graph_of
 from flatcompress.stages import budget, members, predictions
 from flatcompress.stages.context import RunContext
 from flatcompress.stages.reported import reported
+from flatcompress.training import layout
 from flatcompress.training.batches import evaluate, fitting, loader
 
 FULL = budget.Sizes(whole=256, each=64, layers=10**6, map=32)
@@ -30,6 +31,12 @@ def measure(
     Of a family of widths it is the full network's.
     """
     run = members.full(run)
+    with layout.lying(run.model, run.layout):
+        row = _row(run, stage, method, seconds, passes, flatness)
+    return {**row, "memory_format": run.layout} if passes and run.layout != "contiguous" else row
+
+
+def _row(run: RunContext, stage: str, method: str, seconds: float, passes: int, flatness: bool) -> dict[str, Any]:
     twin = float_twin(run)
     flatness = flatness and run.measuring != "off"
     sizes = budget.sizes(run.measuring, passes * run.batch_size, len(_probed(run.model)), FULL)

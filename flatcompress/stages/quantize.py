@@ -28,6 +28,7 @@ from flatcompress.stages.qat_callbacks import Conflict, GridPull, Oscillation, P
 from flatcompress.stages.qat_methods import conflict_mix, float_epochs
 from flatcompress.stages.quantize_config import QuantizeConfig
 from flatcompress.stages.stage import Facts, Phase, Stage
+from flatcompress.training import layout
 from flatcompress.training.callback import Callback
 from flatcompress.training.job import Job
 
@@ -75,7 +76,7 @@ def _train_quantized(run: RunContext, config: QuantizeConfig, teacher: nn.Module
             post_training.start(run, given, config.weight_bits, settings)
     else:
         run.plan = run.plan + insert(run.model, run.example(), config, facts["bits"])
-        with run.doing("calibration"):
+        with run.doing("calibration"), layout.lying(run.model, run.layout):
             quant.calibrate(run.model, given)
     if config.freeze_bn == "estimated" and run.resume is None:
         shipped.estimate(run)

@@ -125,6 +125,7 @@ class Job:
     emit: Callable[..., None] = _silent
     schedule: Any = "one_cycle"
     workers: int = 0
+    memory_format: str = "contiguous"
     select: str = "best"
     patience: int | None = None
     first_epoch: int = 0

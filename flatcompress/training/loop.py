@@ -25,6 +25,7 @@ from flatcompress.training.batches import epoch_batches, loader, worker_errors
 from flatcompress.training.devices import select
 from flatcompress.training.divergence import Diverged
 from flatcompress.training.job import Job, Recovery
+from flatcompress.training.layout import laid
 from flatcompress.training.schedules import rates
 from flatcompress.training.steps import Means, take_step
 
@@ -209,4 +210,5 @@ def _batches(job: Job, epoch: int, done: int) -> Iterator[tuple[Tensor, Tensor]]
     )  # fmt: skip
     with worker_errors(job.workers):
         for x, y in loader(job.train, batches[done : job.total_steps - epoch * job.steps_per_epoch], job.workers):
-            yield x.to(accelerator.device, non_blocking=True), y.to(accelerator.device, non_blocking=True)
+            x = laid(x.to(accelerator.device, non_blocking=True), job.memory_format)
+            yield x, y.to(accelerator.device, non_blocking=True)

@@ -63,7 +63,7 @@ def only_training(monkeypatch):
     monkeypatch.setattr("flatcompress.session.Session.report", lambda self: None)
 
 
-def run(bundle, stages, folder, monkeypatch, stop_at=()):
+def run(bundle, stages, folder, monkeypatch, stop_at=(), **given):
     """Run to the end, cut off after the save at each of these steps of the last stage; returns the result and cuts."""
     stops, cuts = list(stop_at), []
     last = f"{len(stages) - 1}-"
@@ -82,7 +82,7 @@ def run(bundle, stages, folder, monkeypatch, stop_at=()):
             torch.manual_seed(7)
             model = TinyNet(10)
             torch.rand(len(cuts))  # whatever a process drew before must not matter
-            options = {"batch_size": 128, "device": "cpu", "checkpoint_every": 1, "threads": 1}
+            options = {"batch_size": 128, "device": "cpu", "checkpoint_every": 1, "threads": 1, **given}
             try:
                 return Pipeline(model=model, data=bundle, stages=stages, **options).run(folder), cuts
             except Interrupted:
@@ -96,11 +96,19 @@ SLOW = {"looksam", "gam", "friendlysam", "esam", "tram", "msam", "rsam", "swa", 
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.slow] * (c.split()[-1] in SLOW)) for c in CASES])
 def test_a_stage_gone_on_with_equals_an_undisturbed_one(case, bundle, tmp_path, monkeypatch, only_training):
-    stages = CASES[case]
-    whole, _ = run(bundle, stages, tmp_path / "whole", monkeypatch)
+    resumed_equals_undisturbed(CASES[case], bundle, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("case", ["train: sgd with momentum", "quantize: gaqat"])
+def test_so_does_one_with_channels_last(case, bundle, tmp_path, monkeypatch, only_training):
+    resumed_equals_undisturbed(CASES[case], bundle, tmp_path, monkeypatch, memory_format="channels_last")
+
+
+def resumed_equals_undisturbed(stages, bundle, tmp_path, monkeypatch, **given):
+    whole, _ = run(bundle, stages, tmp_path / "whole", monkeypatch, **given)
     steps = 3 * (len(bundle.train) // 128)
     wanted = [1, steps // 3, steps // 2, steps - 1]  # also the last step of an epoch, before its validation
-    parts, cuts = run(bundle, stages, tmp_path / "parts", monkeypatch, wanted)
+    parts, cuts = run(bundle, stages, tmp_path / "parts", monkeypatch, wanted, **given)
     assert cuts == wanted
     expected, found = whole.model.state_dict(), parts.model.state_dict()
     assert list(expected) == list(found)
