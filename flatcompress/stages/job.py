@@ -95,7 +95,6 @@ def make_job(
         **_batching(run),
         max_steps=config.max_steps,
         workers=run.workers,
-        memory_format=run.layout,
         seed=run.seed,
         schedule=config.schedule,
         select=config.select,
@@ -113,7 +112,13 @@ def make_job(
 def _batching(run: RunContext) -> dict[str, Any]:
     """What an optimizer step of the running stage is made of."""
     size = run.batch_size * run.accumulate
-    return {"batch_size": size, "accumulate": run.accumulate, "balanced": run.balanced, "mixing": run.mixing}
+    return {
+        "batch_size": size,
+        "memory_format": run.layout,
+        "accumulate": run.accumulate,
+        "balanced": run.balanced,
+        "mixing": run.mixing,
+    }
 
 
 def _heartbeat(run: RunContext, config: TrainingKeys) -> Heartbeat:
