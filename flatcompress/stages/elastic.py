@@ -32,8 +32,8 @@ class ElasticConfig(FlatKeys):
     widths: Annotated[list[Width], Field(min_length=1)] = Field(
         default_factory=lambda: [0.25, 0.5, 0.75, 1.0], description="shares of the channels, rising to 1"
     )
-    sampling: Literal["one", "sandwich", "all"] = Field(
-        "one", description="widths of a step: one, drawn; the full, the narrowest and one between; or all"
+    sampling: Literal["one", "narrow", "sandwich", "all"] = Field(
+        "one", description="widths of a step: one, drawn evenly or narrow ones more often; full, narrowest and one; all"
     )
     importance: str = Field(
         "group_l2", description="what orders the channels; see `flatcompress list importances` (of weights alone)"

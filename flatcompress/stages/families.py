@@ -23,15 +23,16 @@ from flatcompress.stages.keys import TrainingKeys
 from flatcompress.tasks import Loss
 from flatcompress.training.callback import Callback, Training
 
-SAMPLING = ("one", "sandwich", "all")
+SAMPLING = ("one", "narrow", "sandwich", "all")
 
 
 class Widths(Callback):
     """Chooses the widths of every step; all passes of a step take the same.
 
-    ``sampling``: one, drawn evenly (arXiv 2310.07707, section 3.2); sandwich, the full and the narrowest one and one
-    between (arXiv 1903.05134, section 3.1); or all, each with the same share of the loss (arXiv 2310.07707, section
-    3.2). ``extra`` counts the passes beyond the one that the optimizer counts.
+    ``sampling``: one, drawn evenly (arXiv 2310.07707, section 3.2); narrow, one, drawn with a probability of 1 / width,
+    since a wide network learns from the steps of the narrow ones inside it and not the other way round; sandwich, the
+    full and the narrowest one and one between (arXiv 1903.05134, section 3.1); or all, each with the same share of the
+    loss (arXiv 2310.07707, section 3.2). ``extra`` counts the passes beyond the one that the optimizer counts.
     """
 
     name = "widths"
@@ -56,6 +57,8 @@ class Widths(Callback):
         drawn = random.Random(f"{self.seed}/{self.step}")
         if self.sampling == "one":
             chosen = [drawn.randint(0, last)]
+        elif self.sampling == "narrow":
+            chosen = drawn.choices(range(last + 1), [1 / width for width in self.family.widths])
         elif self.sampling == "sandwich" and last > 1:
             chosen = [last, 0, drawn.randint(1, last - 1)]
         else:
@@ -105,7 +108,7 @@ def fit(run: RunContext, config: TrainingKeys, sampling: str, callbacks: Sequenc
     assert family is not None
     if run.accelerator.num_processes > 1:
         raise UserError("a family of widths is trained in one process: a step uses the weights of some widths alone.")
-    if sampling != "one" and run.mixing is not None:
+    if sampling not in ("one", "narrow") and run.mixing is not None:
         raise UserError(f"sampling {sampling!r} cannot take mixup or cutmix (data.augment); take sampling: one.")
     widths = Widths(family, sampling, run.seed, run.task.training_loss(config.label_smoothing))
     job = make_job(run, config, [widths, *callbacks], **options)

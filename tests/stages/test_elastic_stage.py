@@ -27,6 +27,22 @@ def test_the_full_width_alone_is_plain_training_bit_for_bit():
     assert all(torch.equal(value, found[name]) for name, value in plain.model.state_dict().items())
 
 
+def test_narrow_widths_are_drawn_as_often_as_one_over_their_width():
+    family = run_stage("elastic", context(), config("elastic", epochs=1, **THREE)).model
+    counts = {}
+    for sampling in ("one", "narrow"):
+        widths = Widths(family, sampling, 0, torch.nn.functional.cross_entropy)
+        drawn = []
+        for step in range(2100):
+            widths.after_step(step)
+            assert not widths.others
+            drawn.append(family.active)
+        counts[sampling] = [drawn.count(index) for index in range(3)]
+    assert family.widths == [0.25, 0.5, 1.0]
+    assert all(abs(count - 700) < 70 for count in counts["one"])
+    assert all(abs(count - share) < 70 for count, share in zip(counts["narrow"], (1200, 600, 300)))
+
+
 def test_a_stopped_stage_ends_in_the_same_bits():
     keys = config("elastic", sampling="sandwich", **THREE)
     whole = run_stage("elastic", context(), keys)
