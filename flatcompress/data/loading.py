@@ -72,6 +72,7 @@ DATASETS.add("cifar10", cifar10, "CIFAR-10, the binary files", "Krizhevsky 2009"
 DATASETS.add("mnist", mnist, "MNIST and its likes, idx files, gz or not", "LeCun et al. 1998")
 
 _COMMON = ("augment", "corruptions", "corrupted_count", "mean", "std", "long_tail")
+_SAID = ("classes", "domains", "held_out_domain", "skipped", "notes", "intensity")  # bundles say what raw data says
 _STATISTICS_SAMPLE = 5000  # images that mean and std are computed on: their error is then below 1 %
 
 
@@ -121,7 +122,6 @@ def load(
     changed = raw.corrupted or corrupted_parts(raw.test, corruptions, corrupted_count, seed)
     return DataBundle(
         name=name,
-        classes=raw.classes,
         input_shape=raw.train.pixels.shape,
         mean=tuple(mean),
         std=tuple(std),
@@ -131,12 +131,8 @@ def load(
         held_out=images(raw.held_out) if raw.held_out is not None else None,
         held_out_seen=images(raw.held_out_seen) if raw.held_out_seen is not None else None,
         corrupted={key: images(part) for key, part in changed.items()},
-        domains=raw.domains,
-        held_out_domain=raw.held_out_domain,
-        skipped=raw.skipped,
-        notes=raw.notes,
-        intensity=raw.intensity,
         task=chosen,
+        **{key: getattr(raw, key) for key in _SAID},
     )
 
 

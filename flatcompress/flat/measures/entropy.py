@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -20,7 +21,7 @@ def firing_entropy(rates: Tensor) -> Tensor:
     tensor([0., 1., 0.], dtype=torch.float64)
     """
     p = rates.double()
-    return -(torch.xlogy(p, p) + torch.xlogy(1 - p, 1 - p)) / torch.log(torch.tensor(2.0)).double()
+    return (torch.special.entr(p) + torch.special.entr(1 - p)) / math.log(2)
 
 
 class _Watch:

@@ -57,8 +57,8 @@ class Untied:
 def fraction(values: Tensor, nudge: float = NUDGE) -> Tensor:
     """The p / q, q odd and as small as there is one, within ``nudge`` of each of ``values``; NaN where there is none.
 
-    >>> fraction(torch.tensor([0.5, 0.3334], dtype=torch.float64), 0.001).tolist()
-    [nan, 0.3333333333333333]
+    >>> (fraction(torch.tensor([0.5, 0.3334]), 0.001) * torch.tensor([1001, 3])).tolist()
+    [500.0, 1.0]
     """
     values, found = values.double(), torch.full_like(values, float("nan"), dtype=torch.float64)
     for first in range(1, LARGEST, 512):
