@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import inspect
+import json
+from pathlib import Path
 from typing import Any
 
 TITLES = {
@@ -145,6 +147,48 @@ ABSENT = (
     ("GDNSQ", "2508.14004", "the abstract alone; learned bit widths have no place in the plan of bits yet"),
 )
 
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+FIGURES = {
+    "seed_methods": "Every method of flat training against the base optimizer alone for as many steps as make up "
+    "the same work, its own defaults, 500 digits to learn from, three seeds; gains in points. At these defaults SAM "
+    "itself gains nothing on so small and clean a set; `asam`, `gam` and `ksam` do, `ksam` at a plain step's cost.",
+    "seed_settings": "Settings of their own, on the same digits: few samples of some classes, masks, clients that "
+    "train apart, a class to be forgotten, runs that are too brief. Gains in points over the row under *against*.",
+    "elastic_widths": "A family of nested widths from one run, and each width from a run of its own.",
+    "sar_adaptation": "SAR on the quickstart's quantized network, accuracy in percent: the exported file, SAR at batch "
+    "size 64, and the first 300 samples one at a time.",
+}
+ELSEWHERE = {
+    "qat-methods": "[gaqat_variants](results/gaqat_variants.md), [real drawings](results/real_domains.md)",
+    "prune-methods": "[robust_pruning](results/robust_pruning.md), [adasap_ablation](results/adasap_ablation.md)",
+    "importances": "[robust_pruning](results/robust_pruning.md)",
+    **dict.fromkeys(
+        ("scalings", "weight-scales", "calibrators", "roundings", "corrections"),
+        "[post-training](results/post-training.md)",
+    ),
+}
+
+
+def figures() -> list[str]:
+    """Tables of what the benchmarks measured, where they were run."""
+    lines = ["## Figures here", ""]
+    for name, said in FIGURES.items():
+        file = RESULTS / f"{name}.json"
+        if not file.exists():
+            continue
+        found = json.loads(file.read_text())
+        rows = found["rows"]
+        columns = list(dict.fromkeys(column for one in rows for column in one))
+        lines += [f"{said} `python -m benchmarks.{name}`.", "", "| " + " | ".join(columns) + " |"]
+        lines.append("|" + "---|" * len(columns))
+        lines += ["| " + " | ".join(_cell(one.get(column)) for column in columns) + " |" for one in rows]
+        lines += ["", *(f"Missed: {line}." for line in found["missed"]), ""]
+    return lines
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
 
 def page() -> str:
     """The page's text."""
@@ -154,8 +198,9 @@ def page() -> str:
         "# Methods",
         "",
         "Every method that can be named, its paper, the module in which it lives and a test of it. Made from the",
-        "registries (`flatcompress list`); nothing stands here without a test. What the methods of flat training do",
-        "and when to take which: [flat minima](flat.md). A method of your own: [extending](extending.md).",
+        "registries (`flatcompress list`); nothing stands here without a test. Figures are at the end of a table or of",
+        "the page. What the methods of flat training do and when to take which: [flat minima](flat.md). A",
+        "method of your own: [extending](extending.md).",
         "",
     ]
     for kind, title in TITLES.items():
@@ -170,6 +215,8 @@ def page() -> str:
         tests = TESTS[kind]
         lines += [row(entry, tests[entry.name]) for entry in CATALOGUE[kind].values() if entry.name in tests]
         lines.append("")
+        lines += [f"Figures: {ELSEWHERE[kind]}.", ""] if kind in ELSEWHERE else []
+    lines += figures()
     lines += [
         "## Not here, and why",
         "",
