@@ -188,6 +188,13 @@ class Progress:
         elif self._whole == _WHOLE + 1:
             self._say("and more layers stay whole: see the report", "dim", mark="  ")
 
+    def _on_tie_free(self, event: Mapping[str, Any]) -> None:
+        left = mapping(event.get("left"))
+        for name, reason in list(left.items())[:_WHOLE]:
+            self._say(f"{text(name, 80)}: sums may tie: {text(reason, 160)}", "dim", mark="  ")
+        if len(left) > _WHOLE:
+            self._say(f"and {len(left) - _WHOLE} more where sums may tie: see the log", "dim", mark="  ")
+
     def _on_sampled(self, event: Mapping[str, Any]) -> None:
         counts = [number(event.get(key)) for key in ("parts", "of_parts", "samples", "of_samples")]
         if event.get("what") == "corruption" and None not in counts:

@@ -124,6 +124,18 @@ def test_a_stage_without_epochs_shows_the_time_it_takes():
 junk = (
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6) | st.lists(st.integers(), max_size=2)
 )
+
+
+def test_where_scales_could_not_be_moved_is_said():
+    out = io.StringIO()
+    with Progress(Console(file=out, width=200)) as progress:
+        progress({"event": "tie_free", "moved": 3, "left": {}})
+        progress({"event": "tie_free", "moved": 3, "left": dict.fromkeys("abcdefgh", "its channels share a scale")})
+    lines = out.getvalue().splitlines()
+    assert lines[0] == "  a: sums may tie: its channels share a scale"
+    assert lines[-1].endswith("more where sums may tie: see the log")
+
+
 KINDS = ["run", "stage", "epoch", "row", "warning", "stopped", "conflict", "done", "rich__", "__class__"]
 
 

@@ -125,7 +125,7 @@ def _scale(reference: fx.GraphModule, node: fx.Node, moved: dict[str, float]) ->
 
 
 def _untied_result(module: integer.Rounded, out: Grid, scales: list[float], first: fx.Node) -> float | None:
-    """The result's scale nearest to its own at which no codes of the operands tie; None where there is none."""
+    """A scale of the result, close to its own, at which no codes of the operands tie; None where there is none."""
     if isinstance(module, integer.IntegerAdd):
         return _untied_sum(module, out, scales if len(scales) == 2 else scales * 2)
     if isinstance(module, integer.IntegerPool):
@@ -158,8 +158,6 @@ def _layers(model: nn.Module, reference: fx.GraphModule, found: Untied) -> None:
     for path, module, out in layers:
         quantizer = getattr(getattr(modules.get(path), "weight_quant", None), "tensor_quant", None)
         m = module.in_grid.scale * module.scale.double() / out.scale
-        wanted = fraction(m)
-        factors = torch.where(wanted.isnan(), torch.ones_like(wanted), wanted / m)
         if calls[path] > 1:
             found.left[path] = "its weights are used more than once"
         elif not isinstance(quantizer, Movable):
@@ -167,10 +165,12 @@ def _layers(model: nn.Module, reference: fx.GraphModule, found: Untied) -> None:
         elif (count := quantizer.scale.numel()) not in (1, len(m)) or (count == 1 and bool((m != m[0]).any())):
             found.left[path] = "its channels share a scale"
         else:
-            quantizer.move_scale(factors[:count])
+            wanted = fraction(m[:count])
+            none = wanted.isnan()
+            quantizer.move_scale(torch.where(none, 1.0, wanted / m[:count]))
             found.moved.append(path)
-            if bool(wanted.isnan().any()):
-                found.left[path] = f"{int(wanted.isnan().sum())} of {len(m)} channels: their factor is too small"
+            if bool(none.any()):
+                found.left[path] = f"{int(none.sum())} of {count} scales: their factor is too small"
 
 
 def _rounded(reference: fx.GraphModule) -> Iterator[tuple[fx.Node, integer.Rounded, Grid]]:
