@@ -7,21 +7,22 @@ sample gets the same change whatever the batches, the workers or the step a run 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from flatcompress.data import policies
+from flatcompress.data import colours, policies
+from flatcompress.data.geometry import Boxes, boxes
 from flatcompress.data.named import Named
 from flatcompress.errors import UserError, unknown
 from flatcompress.randomness import generator
 
 _COLUMNS = 12
+_ALL = slice(None)
 _MOST = {"mixup": 10, "cutmix": 10, "rand": 14, "magnitude": policies.TOP}  # of a setting; 1 for the others
-_LUMA = (0.299, 0.587, 0.114)
 
 
 @dataclass(frozen=True)
@@ -98,56 +99,102 @@ def _named(option: dict[str, Any], seed: int) -> tuple[dict[str, Any], Named | N
 
 
 class Augment:
-    """Apply `Settings` to float images [B, C, H, W] in 0..1."""
+    """Apply `Settings` to images [B, C, H, W]: uint8 in 0..255 or float in 0..1, which come out as float in 0..1."""
 
     def __init__(self, settings: Settings, seed: int, named: Named | None = None) -> None:
         self.settings, self.seed, self.named = settings, seed, named
         self.moving = True  # may policies move pixels? Not where masks or boxes would stay behind
-        self._drawn: tuple[tuple[int, int], Tensor] | None = None
-        self._holes: tuple[tuple[int, int], Tensor] | None = None
+        self._drawn: dict[str, tuple[tuple[int, int], Tensor]] = {}
 
     def __repr__(self) -> str:
         return f"Augment({asdict(self.settings)})"
 
     def __call__(self, images: Tensor, indices: Tensor, total: int, epoch: int) -> Tensor:
-        """Augment the samples ``indices`` of a set of ``total`` for ``epoch``."""
+        """Augment the samples ``indices`` of a set of ``total`` for ``epoch``; uint8 images are in 0..255."""
+        return self.drawn(indices, total, epoch, images.shape)(images)
+
+    def drawn(self, indices: Tensor, total: int, epoch: int, shape: Sequence[int]) -> Changes:
+        """What happens to each of the samples ``indices``, images [..., C, H, W] of ``shape``."""
         draws, s = self._draws(total, epoch)[indices], self.settings
-        if self.named is not None:
-            images = self.named(images, indices, epoch)
-        if s.crop or s.shift or s.flip:
-            images = _geometry(images, _theta(draws, s), s)
-        if s.rand or s.trivial:
-            images = self._by_policy(images, indices, total, epoch)
-        if s.jitter:
-            images = _jitter(images, draws, s.jitter)
-        if s.grayscale and images.shape[1] == 3:
-            images = torch.where((draws[:, 11] < s.grayscale).view(-1, 1, 1, 1), _luma(images), images)
-        return _erased(images, self._erasing(total, epoch)[indices], s.erase) if s.erase else images
+        return Changes(
+            self,
+            indices,
+            epoch,
+            self._boxes(draws, shape) if s.crop or s.shift or s.flip else None,
+            self._policy(total, epoch)[indices] if s.rand or s.trivial else None,
+            colours.jitter(draws[:, 5:9], s.jitter, shape[-3]) if s.jitter else None,
+            draws[:, 11] < s.grayscale if s.grayscale and shape[-3] == 3 else None,
+            self._erasing(total, epoch)[indices] if s.erase else None,
+        )
 
-    def _by_policy(self, images: Tensor, indices: Tensor, total: int, epoch: int) -> Tensor:
-        s = self.settings
-        columns = 1 + 3 * max(1, s.rand)
-        draws = torch.rand(total, columns, generator=generator(self.seed, "policy", epoch))[indices]
-        changed = policies.apply(images, draws[:, 1:], s.rand, s.magnitude, self.moving)
-        chosen = draws[:, 0] < (1.0 if s.rand else s.trivial)
-        return torch.where(chosen.view(-1, 1, 1, 1), changed, images)
+    def theta(self, indices: Tensor, total: int, epoch: int, size: Sequence[int]) -> Tensor | None:
+        """[B, 2, 3]: where in its source a point of each image lies, both in -1..1; None where nothing is moved.
 
-    def theta(self, indices: Tensor, total: int, epoch: int) -> Tensor | None:
-        """[B, 2, 3]: where in its source a point of each image lies, both in -1..1; None where nothing is moved."""
+        size: the last two are height and width.
+        """
         s = self.settings
-        return _theta(self._draws(total, epoch)[indices], s) if s.crop or s.shift or s.flip else None
+        moving = s.crop or s.shift or s.flip
+        return self._boxes(self._draws(total, epoch)[indices], size).theta() if moving else None
+
+    def _boxes(self, draws: Tensor, size: Sequence[int]) -> Boxes:
+        s = self.settings
+        return boxes(draws[:, :5], (size[-2], size[-1]), s.crop, s.shift, s.flip)
 
     def _draws(self, total: int, epoch: int) -> Tensor:
-        if self._drawn is None or self._drawn[0] != (total, epoch):
-            table = torch.rand(total, _COLUMNS, generator=generator(self.seed, "augment", epoch))
-            self._drawn = ((total, epoch), table)
-        return self._drawn[1]
+        return self._table("augment", total, epoch, _COLUMNS)
+
+    def _policy(self, total: int, epoch: int) -> Tensor:
+        return self._table("policy", total, epoch, 1 + 3 * max(1, self.settings.rand))
 
     def _erasing(self, total: int, epoch: int) -> Tensor:
         """A table of its own: what the older changes draw stays what it was."""
-        if self._holes is None or self._holes[0] != (total, epoch):
-            self._holes = ((total, epoch), torch.rand(total, 5, generator=generator(self.seed, "erase", epoch)))
-        return self._holes[1]
+        return self._table("erase", total, epoch, 5)
+
+    def _table(self, name: str, total: int, epoch: int, columns: int) -> Tensor:
+        """Uniform numbers [total, columns] of this epoch, drawn once."""
+        kept = self._drawn.get(name)
+        if kept is None or kept[0] != (total, epoch):
+            table = torch.rand(total, columns, generator=generator(self.seed, name, epoch))
+            kept = self._drawn[name] = ((total, epoch), table)
+        return kept[1]
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What an `Augment` does to each sample of a batch; None: nothing of the kind."""
+
+    augment: Augment
+    indices: Tensor
+    epoch: int
+    boxes: Boxes | None
+    policy: Tensor | None
+    jitter: tuple[Tensor, Tensor] | None
+    grey: Tensor | None
+    erasing: Tensor | None
+
+    def __call__(self, images: Tensor, here: slice = _ALL) -> Tensor:
+        """The samples ``here`` of the batch, whose ``images`` are uint8 in 0..255 or float in 0..1, as new floats."""
+        s, given = self.augment.settings, images
+        if self.augment.named is not None:
+            images = self.augment.named(_floats(images), self.indices[here], self.epoch)
+        if self.boxes is not None:
+            images = self.boxes.cut(images, here)
+        images = _floats(images)
+        if self.policy is not None:
+            draws = self.policy[here]
+            changed = policies.apply(images, draws[:, 1:], s.rand, s.magnitude, self.augment.moving)
+            chosen = draws[:, 0] < (1.0 if s.rand else s.trivial)
+            images = torch.where(chosen.view(-1, 1, 1, 1), changed, images)
+        if self.jitter is not None:
+            images = colours.jittered(images, self.jitter[0][here], self.jitter[1][here])
+        images = images.clone() if images is given else images
+        if self.grey is not None:
+            images = colours.greyed(images, self.grey[here])
+        return images if self.erasing is None else _erased(images, self.erasing[here], s.erase)
+
+
+def _floats(images: Tensor) -> Tensor:
+    return images.float().div_(255) if images.dtype == torch.uint8 else images
 
 
 def _erased(images: Tensor, draws: Tensor, probability: float) -> Tensor:
@@ -161,54 +208,3 @@ def _erased(images: Tensor, draws: Tensor, probability: float) -> Tensor:
     down = (y > top.view(-1, 1, 1)) & (y < (top + tall).view(-1, 1, 1))
     across = (x > left.view(-1, 1, 1)) & (x < (left + wide).view(-1, 1, 1))
     return torch.where((down & across)[:, None], images.mean((2, 3), keepdim=True), images)
-
-
-def _theta(draws: Tensor, s: Settings) -> Tensor:
-    """Crop, shift and flip as one affine map of each image."""
-    area = 1 - draws[:, 0] * (1 - s.crop) if s.crop else torch.ones(len(draws))
-    aspect = torch.exp((2 * draws[:, 1] - 1) * math.log(4 / 3) / 2) if s.crop else torch.ones(len(draws))
-    width, height = (area.sqrt() * aspect).clamp(max=1), (area.sqrt() / aspect).clamp(max=1)
-    across = (2 * draws[:, 2] - 1) * (1 - width + 2 * s.shift)
-    down = (2 * draws[:, 3] - 1) * (1 - height + 2 * s.shift)
-    mirror = torch.where(draws[:, 4] < s.flip, -1.0, 1.0)
-    theta = torch.zeros(len(draws), 2, 3)
-    theta[:, 0, 0], theta[:, 0, 2] = width * mirror, across
-    theta[:, 1, 1], theta[:, 1, 2] = height, down
-    return theta
-
-
-def _geometry(images: Tensor, theta: Tensor, s: Settings) -> Tensor:
-    """Each image sampled at ``theta``."""
-    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
-    padding = "zeros" if s.shift else "border"
-    return F.grid_sample(images, grid, mode="bilinear", padding_mode=padding, align_corners=False)
-
-
-def _luma(images: Tensor) -> Tensor:
-    weights = torch.tensor(_LUMA).view(1, 3, 1, 1)
-    return (images * weights).sum(1, keepdim=True).expand_as(images)
-
-
-def _jitter(images: Tensor, draws: Tensor, strength: float) -> Tensor:
-    """Brightness, contrast, saturation and hue factors in 1 +- strength, as DomainBed's colour jitter."""
-    factor = (1 + strength * (2 * draws[:, 5:8] - 1)).unsqueeze(-1).unsqueeze(-1)
-    images = images * factor[:, 0:1]
-    mean = images.mean((1, 2, 3), keepdim=True)
-    images = mean + (images - mean) * factor[:, 1:2]
-    if images.shape[1] == 3:
-        grey = _luma(images)
-        images = grey + (images - grey) * factor[:, 2:3]
-        images = _turn_hue(images, (2 * draws[:, 8] - 1) * strength)
-    return images.clamp(0, 1)
-
-
-def _turn_hue(images: Tensor, turns: Tensor) -> Tensor:
-    """Rotate colours about the grey axis by ``turns`` of a full circle (the YIQ approximation of a hue shift)."""
-    cos, sin = torch.cos(2 * math.pi * turns), torch.sin(2 * math.pi * turns)
-    third, root = (1 - cos) / 3, sin / math.sqrt(3)
-    rows = [
-        torch.stack([cos + third, third - root, third + root], 1),
-        torch.stack([third + root, cos + third, third - root], 1),
-        torch.stack([third - root, third + root, cos + third], 1),
-    ]
-    return torch.einsum("bij,bjhw->bihw", torch.stack(rows, 1), images)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from flatcompress.data.augment import Augment
+from flatcompress.data.augment import Augment, Changes
 from flatcompress.data.images.pixels import ChunkedPixels, Pixels, eight_bits
 from flatcompress.tasks import Task, build
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 Batch = tuple[Tensor, Tensor]
+_IN_CACHE = 1 << 17  # numbers that are worked on at once, so that they stay in the processor's cache
 
 
 def collate(batch: Batch) -> Batch:
@@ -86,14 +88,26 @@ class ImageSet(Dataset[Batch]):
 
     def __getitems__(self, indices: list[int]) -> Batch:
         where = torch.as_tensor(indices, dtype=torch.int64)
-        images = self.part.pixels.gather(self.part.rows[where]).float().div_(255)
-        targets = self.targets[where]
+        rows, shape, targets = self.part.rows[where], (len(where), *self.part.pixels.shape), self.targets[where]
+        images, changes = torch.empty(shape), None
         if self.augment is not None:
-            images = self.augment(images, where, len(self), int(self._epoch))
-            theta = None if self._task.moved is None else self.augment.theta(where, len(self), int(self._epoch))
-            targets = targets if theta is None else self._task.moved(targets, theta)  # type: ignore[misc]
-        images = images.sub_(self._mean).div_(self._std)
+            changes = self.augment.drawn(where, len(self), int(self._epoch), shape)
+        step = max(1, _IN_CACHE // math.prod(shape[1:]))
+        for i in range(0, len(rows), step):
+            raw = self.part.pixels.gather(rows[i : i + step])
+            self._finish(raw, images[i : i + step], changes, slice(i, i + step))
+        if self.augment is not None and self._task.moved is not None:
+            theta = self.augment.theta(where, len(self), int(self._epoch), shape)
+            targets = targets if theta is None else self._task.moved(targets, theta)
         return images, self._task.target(images, targets)
+
+    def _finish(self, raw: Tensor, out: Tensor, changes: Changes | None, here: slice) -> None:
+        """Stored images augmented and normalised, in ``out``."""
+        if changes is None:
+            out.copy_(raw).div_(255).sub_(self._mean).div_(self._std)
+            return
+        images = changes(raw if raw.dtype == torch.uint8 else raw.div(255), here)
+        torch.mul(images.sub_(self._mean), 1 / self._std, out=out)
 
     def pixels(self, indices: Sequence[int]) -> Tensor:
         """uint8 [B, C, H, W]: the stored images, neither augmented nor normalised, in eight bits."""

@@ -11,7 +11,9 @@ from torch import nn
 
 from flatcompress import Pipeline, data
 from flatcompress.data import augment as images
-from flatcompress.data import policies
+from flatcompress.data import colours, policies
+from flatcompress.data.bundle import ImageSet, Part
+from flatcompress.data.images.pixels import MemoryPixels
 from flatcompress.data.signal_augment import parse
 from flatcompress.errors import UserError
 from flatcompress.stages import run_stage
@@ -246,6 +248,45 @@ def test_a_policy_or_transform_that_there_is_not_is_refused(option):
         images.parse(option, 0)
 
 
+@pytest.mark.parametrize("settings", [{"shift": 0.2}, {"flip": 1.0}, {"crop": 0.3, "flip": 0.5}], ids=str)
+@pytest.mark.parametrize("kind", [torch.uint8, torch.float32], ids=str)
+def test_a_box_of_whole_pixels_is_where_its_affine_map_says(settings, kind):
+    x = nn.functional.interpolate(torch.rand(12, 3, 5, 6), size=(24, 30), mode="bicubic").clamp(0, 1)
+    x = (x * 255).round().to(kind) if kind == torch.uint8 else x
+    made, rows = images.parse(settings, 1), torch.arange(12)
+    grid = nn.functional.affine_grid(made.theta(rows, 12, 0, x.shape), list(x.shape), align_corners=False)
+    border = "zeros" if "shift" in settings else "border"
+    floats = x.float() / 255 if kind == torch.uint8 else x
+    there = nn.functional.grid_sample(floats, grid, padding_mode=border, align_corners=False)
+    inner = slice(2, -2) if "crop" in settings else slice(None)  # a crop does not look beyond its box
+    found = (made(x, rows, 12, 0) - there)[..., inner, inner]
+    assert float(found.abs().max()) < (0.01 if kind == torch.uint8 else 1e-4)
+
+
+def test_one_map_of_the_colours_is_brightness_contrast_saturation_and_hue_in_turn():
+    x, draws = torch.rand(6, 3, 8, 9), torch.rand(6, 4)
+    bright, contrast, saturation = (1 + 0.3 * (2 * draws[:, :3] - 1)).T.reshape(3, -1, 1, 1, 1)
+    one = x * bright
+    two = one.mean((1, 2, 3), keepdim=True) + (one - one.mean((1, 2, 3), keepdim=True)) * contrast
+    grey = colours.luma(two)
+    three = grey + (two - grey) * saturation
+    turned = torch.einsum("bij,bjhw->bihw", colours.hue((2 * draws[:, 3] - 1) * 0.3), three)
+    torch.testing.assert_close(colours.jittered(x, *colours.jitter(draws, 0.3, 3)), turned.clamp(0, 1))
+    plain = colours.jittered(x[:, :1], *colours.jitter(draws, 0.3, 1))
+    mean = one[:, :1].mean((1, 2, 3), keepdim=True)
+    torch.testing.assert_close(plain, (mean + (one[:, :1] - mean) * contrast).clamp(0, 1))
+
+
+@pytest.mark.parametrize("augment", ["domainbed", "standard", "rand", {"crop": 0.2, "erase": 0.5}], ids=str)
+def test_a_sample_has_the_same_bits_alone_and_in_a_batch(augment):
+    n, where = 9, torch.zeros(9, dtype=torch.int64)
+    stored = MemoryPixels((torch.rand(n, 3, 17, 23) * 255).to(torch.uint8))
+    part = Part(stored, torch.arange(n), where, where, where)
+    found = ImageSet(part, [0.4] * 3, [0.2] * 3, images.parse(augment, 2))
+    whole = found.__getitems__(list(range(n)))[0]
+    assert all(torch.equal(found[i][0], whole[i]) for i in range(n))
+
+
 def test_a_policy_does_not_move_pixels_away_from_their_masks():
     section = {"size": 16, "train_count": 16, "val_count": 8, "test_count": 8, "corruptions": "none"}
     task = {"name": "segmentation", "ignore_index": 255}
@@ -263,7 +304,7 @@ def test_masks_move_with_their_pixels_and_what_comes_from_outside_is_ignored():
     masks = torch.randint(0, 4, (12, 16, 16))
     made, rows = images.parse({"shift": 0.3, "flip": 0.5}, 2), torch.arange(12)
     pictures = made((masks + 1)[:, None].float() / 10, rows, 12, 0)[:, 0] * 10 - 1
-    moved = task.moved(masks, made.theta(rows, 12, 0))
+    moved = task.moved(masks, made.theta(rows, 12, 0, (16, 16)))
     sharp = (pictures - pictures.round()).abs() < 1e-3
     same = (moved == pictures.round()) | (moved == 9)
     assert float(same[sharp].float().mean()) > 0.97 and bool((moved == 9).any())

@@ -165,7 +165,7 @@ def test_boxes_move_with_their_pixels(settings):
     filled = (axis > x0) & (axis < x1) & (axis[:, None] > y0) & (axis[:, None] < y1)
     augment, rows = parse(settings, 3), torch.arange(n)
     pictures = augment(filled[:, None].float(), rows, n, 1)[:, 0] > 0.5
-    moved = detection.moved(y, augment.theta(rows, n, 1))
+    moved = detection.moved(y, augment.theta(rows, n, 1, (side, side)))
     for picture, (label, *box, ignored) in zip(pictures, moved[:, 0].tolist()):
         if label < 0 or ignored:
             continue

@@ -42,7 +42,7 @@ class MemoryPixels:
         return len(self.images)
 
     def gather(self, rows: Tensor) -> Tensor:
-        return self.images[rows]
+        return self.images.index_select(0, rows)  # copies whole images; indexing goes number by number
 
 
 def eight_bits(images: Tensor) -> Tensor:
