@@ -11,11 +11,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flatcompress.data.images.decoding import DAMAGED, MOST_PIXELS, Range, decode, is_deep, opened
+from flatcompress.data.images.decoding import (
+    DAMAGED,
+    MOST_PIXELS,
+    Range,
+    decode,
+    decodes_jpeg,
+    is_deep,
+    is_jpeg,
+    opened,
+)
 from flatcompress.data.images.pixels import MemoryPixels, Pixels, Shape
 from flatcompress.errors import UserError
 
 MOST_BYTES = 2 << 30  # of decoded images kept in memory; a larger set is decoded as it is read
+_MANY = 1000  # JPEG files, from which on a faster decoder is worth a sentence
 _SEVERAL = ("GIF", "TIFF", "WEBP", "PNG")  # formats that may hold more than one picture
 
 
@@ -56,9 +66,10 @@ class Reader:
         value; the range begins at 0 unless a value is below it.
         """
         deep: list[Path] = []
-        total, cut, several = 0, 0, 0
+        total, cut, several, jpegs = 0, 0, 0, 0
         for path in paths:
             total += 1
+            jpegs += is_jpeg(path)
             kind = _kind(path)
             if kind == "deep":
                 deep.append(path)
@@ -68,6 +79,11 @@ class Reader:
             self.notes.append(f"{cut} of {total} images have 16 bits a colour, of which Pillow reads the upper 8")
         if several:
             self.notes.append(f"{several} of {total} image files hold several pictures; the first of each is read")
+        if jpegs >= _MANY and not decodes_jpeg():
+            self.notes.append(
+                f"{jpegs} JPEG files are decoded by Pillow; the same pixels come about 1.4 times as fast with "
+                "pip install 'flatcompress[jpeg]'"
+            )
         if deep:
             self.intensity = self.given or _extent(deep)
             self._say_range(len(deep), total)
