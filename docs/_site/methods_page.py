@@ -129,6 +129,22 @@ TESTS: dict[str, dict[str, str]] = {
         "batchnorm": QUANT + "test_post_training.py::test_corrected_outputs_have_the_float_networks_mean",
     },
 }
+# What is a recipe or a function, not a row of a registry: name, what it does, paper, where, test.
+BESIDE = (
+    (
+        "SAMformer", "`sam` with a large radius on attention over the channels of a series", "2402.10198",
+        "`configs/task-forecast.yaml`, `models.series_nets`",
+        "tests/models/test_series_nets.py::test_samformers_forecast_by_hand",
+    ),
+    (
+        "SAR", "adapts the normalisation layers to what a network meets once it is deployed", "2302.12400",
+        "`flat.adapting`, `export/adapt.py`", FLAT + "test_adapting.py::test_one_step_equals_its_equations",
+    ),
+    (
+        "elastic widths", "nested widths trained at once, each a file of its own", "2310.07707", "stage `elastic`",
+        STAGES + "test_elastic_stage.py::test_one_run_gives_a_family_of_files_that_hold",
+    ),
+)  # fmt: skip
 ABSENT = (
     ("ARSAM", "2510.03763", "how it mixes and adapts could not be read in text or code; `vsam` is its forerunner"),
     ("Nexus", "2604.09258", "the normalisation of its inner steps could not be read"),
@@ -143,7 +159,6 @@ ABSENT = (
     ("HeSS", "", "no text or code of a score of this name was found"),
     ("FlattenGPT", "2602.08858", "no code; merges blocks of large language models, which are not trained here"),
     ("GETA / QASSO", "2502.16638", "one optimizer in the place of the stages prune and quantize; not built"),
-    ("SAMformer", "2402.10198", "`sam` on its own forecasting network; there is no forecasting task here"),
     ("GDNSQ", "2508.14004", "the abstract alone; learned bit widths have no place in the plan of bits yet"),
 )
 
@@ -154,9 +169,11 @@ FIGURES = {
     "itself gains nothing on so small and clean a set; `asam`, `gam` and `ksam` do, `ksam` at a plain step's cost.",
     "seed_settings": "Settings of their own, on the same digits: few samples of some classes, masks, clients that "
     "train apart, a class to be forgotten, runs that are too brief. Gains in points over the row under *against*.",
+    "seed_recipes": "Methods that are recipes or functions, on data sets of the project's own; gains over the row "
+    "under *against*, of as many passes.",
     "elastic_widths": "A family of nested widths from one run, and each width from a run of its own.",
     "sar_adaptation": "SAR on the quickstart's quantized network, accuracy in percent: the exported file, SAR at batch "
-    "size 64, and the first 300 samples one at a time.",
+    "size 64, the first 300 samples one at a time, and the first 150 one class after the other.",
 }
 ELSEWHERE = {
     "qat-methods": "[gaqat_variants](results/gaqat_variants.md), [real drawings](results/real_domains.md)",
@@ -216,7 +233,16 @@ def page() -> str:
         lines += [row(entry, tests[entry.name]) for entry in CATALOGUE[kind].values() if entry.name in tests]
         lines.append("")
         lines += [f"Figures: {ELSEWHERE[kind]}.", ""] if kind in ELSEWHERE else []
-    lines += figures()
+    lines += [
+        "## Recipes, stages and functions",
+        "",
+        "| name | what it does | paper | where | test |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {name} | {what} | {_paper(paper)} | {where} | {_test(test)} |" for name, what, paper, where, test in BESIDE
+    ]
+    lines += ["", *figures()]
     lines += [
         "## Not here, and why",
         "",
@@ -234,10 +260,12 @@ def row(entry: Any, test: str) -> str:
     module = inspect.getmodule(inspect.unwrap(entry.make))
     where = (module.__name__ if module else "").removeprefix("flatcompress.")
     summary = entry.summary.replace("|", "\\|")
+    return f"| `{entry.name}` | {summary} | {_paper(entry.paper)} | `{where}` | {_test(test)} |"
+
+
+def _test(test: str) -> str:
     file, name = test.split("::")
-    return (
-        f"| `{entry.name}` | {summary} | {_paper(entry.paper)} | `{where}` | `{file}`: {name.replace('_', ' ')[5:]} |"
-    )
+    return f"`{file}`: {name.replace('_', ' ')[5:]}"
 
 
 def _paper(paper: str) -> str:

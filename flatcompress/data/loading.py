@@ -17,6 +17,7 @@ from flatcompress.data.bundle import DataBundle, ImageSet, Part
 from flatcompress.data.corruptions import corrupted_parts
 from flatcompress.data.embedded.figures import drawn_figures
 from flatcompress.data.embedded.gauges import drawn_gauges
+from flatcompress.data.embedded.loads import drawn_loads
 from flatcompress.data.embedded.messages import drawn_messages
 from flatcompress.data.embedded.objects import drawn_objects
 from flatcompress.data.embedded.rotated_digits import rotated_digits
@@ -56,6 +57,7 @@ DATASETS.add("drawn-words", drawn_words, "six synthesised words in four voices a
 DATASETS.add("drawn-messages", drawn_messages, "short messages to a device as token numbers [16]; embedded")
 DATASETS.add("drawn-heartbeats", drawn_heartbeats, "synthesised heartbeats [2, 128], three kinds of beat; embedded")
 DATASETS.add("drawn-machines", drawn_machines, "spectra [64] of a synthesised machine, for reconstruction; embedded")
+DATASETS.add("drawn-loads", drawn_loads, "synthesised loads [4, 96] and the next 24 hours, for forecasting; embedded")
 DATASETS.add("folder", folder, "your images: PATH/CLASS/image, or PATH/train and PATH/val")
 DATASETS.add("image-table", image_table, "your images, and a CSV or JSON table of classes, labels or numbers")
 DATASETS.add("image-masks", image_masks, "your images and mask images: PATH/images and PATH/masks, for segmentation")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -44,9 +43,12 @@ class Sar:
     of the entropy falls below it, everything is as it was at first (default: the paper's 0.2 for 1000 classes, by the
     logarithm of the classes). ``ignore``: norm layers that stay, as names or ``re:PATTERN``.
 
-    BatchNorm normalises by the batch's statistics and its own together, as if its own were of ``prior`` samples (arXiv
-    2006.16971, eq. 2) and the batch of one less than it has: a single sample says nothing about the spread of samples,
-    and is normalised by the network's own. SAR's rule, prior 0, is the batch's alone, whatever its size.
+    BatchNorm normalises by the stream's statistics and its own together, as if its own were of ``prior`` samples (arXiv
+    2006.16971, eq. 2) and the stream's of one less than they are: a single sample says nothing about the spread of
+    samples, and the first one is normalised by the network's own. The stream is the batch and what came before it, by
+    the answers: every class keeps the statistics of its last ``memory`` / classes samples (at least one), fading, so
+    that a stream of one class never counts for more than its share (after RoTTA, arXiv 2303.13899, whose bank of
+    samples is balanced over the answers). SAR's rule is the batch alone: prior 0 and memory 0.
     UserError: no normalisation layer with a scale, an ignore pattern without a match, inputs without logits.
 
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
@@ -57,7 +59,7 @@ class Sar:
 
     def __init__(
         self, model: nn.Module, *, margin: float = 0.4, rho: float = 0.05, lr: float = 2.5e-4,
-        recovery: float | None = None, prior: float = 16.0, ignore: Sequence[str] = (),
+        recovery: float | None = None, prior: float = 16.0, memory: float = 64.0, ignore: Sequence[str] = (),
     ) -> None:  # fmt: skip
         found = {n: m for n, m in model.named_modules() if isinstance(m, NORMS) and m.weight is not None}
         if not found:
@@ -68,6 +70,8 @@ class Sar:
         self.norms = {n: m for n, m in found.items() if not any(matches(p, n) for p in ignore)}
         if prior < 0 or margin < 0 or lr <= 0:
             raise UserError(f"prior {prior:g} and margin {margin:g} are at least 0 and lr {lr:g} is above 0.")
+        if memory and memory < 1:
+            raise UserError(f"memory is a number of samples from 1 on, or 0 for the batch alone; found {memory:g}.")
         self.model, self.margin, self.lr, self.recovery, self.prior = model.eval(), margin, lr, recovery, prior
         self.average: float | None = None
         self.resets = self.steps = 0
@@ -80,10 +84,8 @@ class Sar:
         base = torch.optim.SGD(params, lr, momentum=0.9)
         self.optimizer = create("sam", model, base, rho=rho)
         self._fresh = copy.deepcopy(self.optimizer.state_dict())
-        self._hooks = [
-            m.register_forward_hook(partial(_shared_statistics, self))
-            for m in model.modules()
-            if isinstance(m, _BatchNorm) and m.track_running_stats
+        self._streams = [
+            _Stream(m, prior, memory) for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats
         ]
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -99,6 +101,8 @@ class Sar:
                 self.optimizer.step(self._closure(x, entropies[reliable], reliable, limit))
                 self.steps += 1
                 self._recover(logits.shape[1])
+        for stream in self._streams:
+            stream.remember(logits.argmax(1), logits.shape[1])
         return logits.detach()
 
     def _logits(self, x: Tensor) -> Tensor:
@@ -128,12 +132,17 @@ class Sar:
     def _recover(self, classes: int) -> None:
         least = 0.2 * math.log(classes) / math.log(PAPERS_CLASSES) if self.recovery is None else self.recovery
         if self.average is not None and self.average < least:
-            self.reset()
+            self._start_over()  # what was learned has collapsed, not what was seen: the stream's statistics stay
             self.resets += 1
 
-    @torch.no_grad()
     def reset(self) -> None:
         """Everything as it was before the first batch."""
+        self._start_over()
+        for stream in self._streams:
+            stream.forget()
+
+    @torch.no_grad()
+    def _start_over(self) -> None:
         for parameter, value in zip(self.params, self._first, strict=True):
             parameter.copy_(value)
         self.optimizer.load_state_dict(copy.deepcopy(self._fresh))
@@ -141,21 +150,59 @@ class Sar:
 
     def close(self) -> None:
         """Let the model go, with what it has learned: BatchNorm has its own statistics again."""
-        for hook in self._hooks:
-            hook.remove()
+        for stream in self._streams:
+            stream.handle.remove()
         for parameter, trained in self._frozen:
             parameter.requires_grad_(trained)
 
 
-def _shared_statistics(sar: Sar, norm: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    """BatchNorm's output under the batch's statistics and its own, by the numbers of samples behind them."""
-    x = inputs[0]
-    dims = [d for d in range(x.ndim) if d != 1]
-    own = sar.prior / (sar.prior + len(x) - 1) if sar.prior else 0.0
-    if x.numel() // x.shape[1] < 2 and sar.prior == 0:
-        raise UserError("one value for each channel has no statistics: give larger batches, or prior above 0.")
-    mean = (1 - own) * x.mean(dims) + own * norm.running_mean
-    var = (1 - own) * x.var(dims, unbiased=False) + own * norm.running_var
-    shape = [1, -1] + [1] * (x.ndim - 2)
-    scaled = (x - mean.view(shape)) * (var + norm.eps).rsqrt().view(shape)
-    return scaled if norm.weight is None else scaled * norm.weight.view(shape) + norm.bias.view(shape)
+class _Stream:
+    """What a BatchNorm layer has seen and its own statistics, mixed by the numbers of samples behind both."""
+
+    def __init__(self, norm: Any, prior: float, memory: float) -> None:
+        self.prior, self.memory = prior, memory
+        self.handle = norm.register_forward_hook(self._normalised)
+        self.forget()
+
+    def forget(self) -> None:
+        """Nothing seen yet."""
+        self._seen: dict[int, tuple[float, Tensor, Tensor]] = {}  # class -> samples, mean, mean of squares [C]
+        self._last: tuple[Tensor, Tensor] | None = None
+
+    @torch.no_grad()
+    def remember(self, answers: Tensor, classes: int) -> None:
+        """Put the samples of the last batch to those of their class, by its ``answers`` [B]."""
+        if not self.memory or self._last is None:
+            return
+        fade = 1 - 1 / max(self.memory / classes, 1.0)
+        for kind, mean, square in zip(answers.tolist(), *self._last, strict=True):
+            count, before, squares = self._seen.get(kind, (0.0, mean, square))
+            total = fade * count + 1
+            self._seen[kind] = (total, before + (mean - before) / total, squares + (square - squares) / total)
+        self._last = None
+
+    def _statistics(self, x: Tensor) -> tuple[float, Tensor, Tensor]:
+        """Samples behind them, mean and variance [C] of the batch and what came before it."""
+        dims = [d for d in range(x.ndim) if d != 1]
+        if not self.memory:
+            return len(x), x.mean(dims), x.var(dims, unbiased=False)
+        means, squares = (v.flatten(2).mean(2) if x.ndim > 2 else v for v in (x, x.square()))
+        if self._last is None:  # another pass over the same batch, at other weights, is not seen again
+            self._last = (means.detach(), squares.detach())
+        before = list(self._seen.values())
+        total = len(x) + sum(count for count, _, _ in before)
+        mean = (means.sum(0) + sum(count * m for count, m, _ in before)) / total
+        square = (squares.sum(0) + sum(count * s for count, _, s in before)) / total
+        return total, mean, (square - mean.square()).clamp_min(0)
+
+    def _normalised(self, norm: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        x = inputs[0]
+        if x.numel() // x.shape[1] < 2 and self.prior == 0:
+            raise UserError("one value for each channel has no statistics: give larger batches, or prior above 0.")
+        total, mean, var = self._statistics(x)
+        own = self.prior / (self.prior + total - 1) if self.prior else 0.0
+        mean = (1 - own) * mean + own * norm.running_mean
+        var = (1 - own) * var + own * norm.running_var
+        shape = [1, -1] + [1] * (x.ndim - 2)
+        scaled = (x - mean.view(shape)) * (var + norm.eps).rsqrt().view(shape)
+        return scaled if norm.weight is None else scaled * norm.weight.view(shape) + norm.bias.view(shape)

@@ -195,7 +195,7 @@ class _Placement:
                 if source.op != "get_attr" and self._activation(source) and _is_real(source):
                     wants.setdefault(source, []).append((bits, why))
                     readers.setdefault(source, set()).add(hop)
-        names: set[str] = set()
+        names = {*dir(nn.ModuleDict()), "data"}  # what the quantizers' holder has of its own
         return [self._row(n, wants[n], readers[n], names) for n in self.nodes if n in wants]
 
     def _demands(self, node: fx.Node) -> list[tuple[fx.Node, int, str]]:

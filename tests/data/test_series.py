@@ -114,6 +114,7 @@ def test_arrays_hold_every_task_s_targets(tmp_path):
         "drawn-words",
         "drawn-heartbeats",
         "drawn-machines",
+        "drawn-loads",
     ],
 )
 def test_stand_ins_are_the_same_every_time_and_have_an_unseen_domain(name):
@@ -124,6 +125,13 @@ def test_stand_ins_are_the_same_every_time_and_have_an_unseen_domain(name):
     assert len(first.held_out) == 12 and first.corrupted and first.held_out_domain
     with pytest.raises(UserError, match=r"must be between"):
         data.load(name, train_count=1)
+
+
+def test_loads_are_forecast_from_what_was_before_them():
+    found = data.load("drawn-loads", train_count=150, val_count=12, test_count=12, corruptions="none")
+    x, y = found.train.__getitems__([0, 24, 96])
+    assert x.shape == (3, 4, 96) and y.shape == (3, 96)
+    assert torch.equal(y[0].view(4, 24), x[1, :, -24:]) and torch.equal(x[2][:, :24], y[0].view(4, 24))
 
 
 @pytest.mark.parametrize("kind", ["npy", "parquet"])

@@ -98,7 +98,7 @@ def test_a_quantized_model_adapts():
 
 def test_statistics_are_shared_by_the_numbers_of_samples_and_a_single_one_has_none():
     model = net()
-    sar = Sar(copy.deepcopy(model), prior=3.0, margin=0.0)
+    sar = Sar(copy.deepcopy(model), prior=3.0, memory=0.0, margin=0.0)
     x, norm = torch.randn(7, 4), model[1]
     h = model[0](x).detach()
     mean, var = (h.mean(0) * 6 + norm.running_mean * 3) / 9, (h.var(0, unbiased=False) * 6 + norm.running_var * 3) / 9
@@ -107,10 +107,49 @@ def test_statistics_are_shared_by_the_numbers_of_samples_and_a_single_one_has_no
     torch.testing.assert_close(sar(x[:1]), model(x[:1]).detach())
 
 
+def test_samples_one_at_a_time_gather_statistics_by_their_answers():
+    """Three classes, memory 30: in a class the sample before the last weighs 0.9; the network's own weigh 3."""
+    model = net()
+    sar = Sar(copy.deepcopy(model), prior=3.0, memory=30.0, margin=0.0)
+    x, norm = 6 * torch.randn(6, 4), model[1]
+    answers = [int(sar(one[None]).argmax()) for one in x[:5]]
+    assert len(set(answers)) > 1 and len(set(answers)) < 5
+    later = [answers[i + 1 :].count(kind) for i, kind in enumerate(answers)]
+    weights = torch.tensor([0.9**n for n in later] + [1.0])
+    h, total = model[0](x).detach(), float(weights.sum())
+    mean = (weights[:, None] * h).sum(0) / total
+    var = (weights[:, None] * (h - mean) ** 2).sum(0) / total
+    mean, var = (
+        (v * (total - 1) + o * 3) / (total + 2) for v, o in ((mean, norm.running_mean), (var, norm.running_var))
+    )
+    expected = model[3](torch.relu((h[5:] - mean) / (var + norm.eps).sqrt()))
+    torch.testing.assert_close(sar(x[5:]), expected.detach(), rtol=1e-4, atol=1e-5)
+    sar.reset()
+    torch.testing.assert_close(sar(x[:1]), model(x[:1]).detach())
+
+
+def test_a_stream_of_one_class_counts_for_no_more_than_its_share():
+    sar = Sar(net(), prior=16.0, memory=30.0, margin=0.0)
+    for _ in range(200):
+        sar(torch.ones(1, 4))
+    ((count, _, _),) = sar._streams[0]._seen.values()
+    assert count == pytest.approx(10, rel=1e-3)
+
+
+def test_a_batch_is_counted_once_however_often_it_is_passed_through():
+    model, x = net(), torch.randn(8, 4)
+    learning, still = (Sar(copy.deepcopy(model), margin=m, lr=1e-12, recovery=0.0) for m in (1.0, 0.0))
+    for part in x.split(4):
+        torch.testing.assert_close(learning(part), still(part))
+    assert learning.steps == 2 and still.steps == 0
+
+
 def test_what_cannot_be_adapted_is_refused():
     with pytest.raises(UserError, match="no normalisation layer"):
         Sar(nn.Linear(2, 2))
     with pytest.raises(UserError, match="at least two classes"):
         Sar(nn.Sequential(nn.Linear(2, 1), nn.BatchNorm1d(1)))(torch.randn(4, 2))
+    with pytest.raises(UserError, match="from 1 on, or 0"):
+        Sar(net(), memory=0.5)
     with pytest.raises(UserError, match="larger batches"):
         Sar(net(), prior=0.0)(torch.randn(1, 4))

@@ -305,3 +305,21 @@ def test_input_size_is_found_when_nobody_says_it():
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 26 * 26, 2))  # reads 28 x 28 alone
     quant.quantize(net, weight_bits=4, activation_bits=4)
     assert net(torch.randn(1, 3, 28, 28)).shape == (1, 2)
+
+
+def test_layers_may_be_called_what_a_dictionary_of_modules_calls_its_own() -> None:
+    class Attends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.keys, self.values, self.data, self.training_ = (nn.Linear(6, 6) for _ in range(4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.training_(self.data(x + (self.keys(x) @ x.transpose(1, 2)).softmax(-1) @ self.values(x)))
+
+    model, x = Attends().eval(), torch.randn(4, 3, 6)
+    plan = quant.quantize(model, 4, 4, example_input=x)
+    quant.calibrate(model, [x])
+    again = apply_plan(Attends().eval(), plan, x)
+    again.load_state_dict(model.state_dict())
+    assert set(quant.quantized_layers(again)) == {"keys", "values", "data", "training_"}
+    assert torch.equal(again(x), model(x))

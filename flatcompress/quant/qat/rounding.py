@@ -59,6 +59,8 @@ def _add(model: nn.Module, graph: fx.Graph, node: fx.Node, holder: nn.ModuleDict
         return
     after = next(iter(node.users)) if norm is not None else node
     name = re.sub(r"\W", "_", node.name)
+    while hasattr(holder, name):  # a layer may be called keys, or data
+        name += "_"
     holder[name] = BiasRounding(layer, norm, quantizer)
     with graph.inserting_after(after):
         new = graph.call_module(f"{ROUNDING}.{name}", (after,))

@@ -1,0 +1,93 @@
+"""Methods that are recipes or functions, each against its plain counterpart at equal passes, three seeds.
+
+    python -m benchmarks.seed_recipes [--quick] [--check]
+
+*forecast*: SAMformer's network (arXiv 2402.10198) on the synthesised loads, by Adam, and by SAM for half the steps;
+*quality* is R2 on the test part in percent, *more* has it for the other network of sites.
+
+*passes* are forward and backward passes; the rows of a setting have as many. *against* is the row that a gain is over.
+Cells that are done are kept in benchmarks/results/seed_recipes.partial. No target is set: what gains nothing says so.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from benchmarks import _common
+from flatcompress import data
+from flatcompress.models.series_nets import samformer
+from flatcompress.plan import Plan
+from flatcompress.stages import RunContext, run_stage, stage_of
+from flatcompress.training.batches import evaluate
+from flatcompress.training.devices import seed_everything
+from flatcompress.training.loop import make_accelerator
+
+NAME = "seed_recipes"
+Found = dict[str, float]
+# setting -> row -> (what is different, the row it is compared with)
+ROWS: dict[str, dict[str, tuple[dict[str, Any], str]]] = {
+    "forecast": {
+        "adam": ({"method": "none"}, ""),
+        "sam, rho 0.05": ({"method": "sam", "rho": 0.05}, "adam"),
+        "sam, rho 0.3": ({"method": "sam", "rho": 0.3}, "adam"),
+        "sam, rho 0.7": ({"method": "sam", "rho": 0.7}, "adam"),
+    },
+}
+
+
+def stage(kind: str, run: RunContext, **keys: Any) -> RunContext:
+    """``run`` after a stage that keeps its last epoch."""
+    return run_stage(kind, run, stage_of(kind).config.model_validate({"select": "last", **keys}))
+
+
+def forecast(keys: dict[str, Any], seed: int, scale: float) -> Found:
+    """R2 in percent of a SAMformer on the loads."""
+    seed_everything(seed)
+    bundle = data.load("drawn-loads", seed=seed, corruptions="none", task={"name": "regression", "select": "rmse"})
+    build = partial(samformer, 96, bundle.input_shape)
+    run = RunContext(build(), Plan(), bundle, build, make_accelerator("cpu"), batch_size=64, seed=seed)
+    epochs = round(scale * (40 if keys["method"] == "none" else 20))
+    run = stage("train", run, epochs=epochs, optimizer={"name": "adam", "lr": 1e-3, "weight_decay": 1e-5}, **keys)
+    score, other = (100 * evaluate(run.model, part, bundle.task)["r2"] for part in (bundle.test, bundle.held_out))
+    return {"quality": score, "passes": float(run.passes), "held out": other}
+
+
+MEASURED: dict[str, Callable[[dict[str, Any], int, float], Found]] = {"forecast": forecast}
+
+
+def rows_of(setting: str, seeds: Sequence[int], scale: float, store: _common.Kept) -> list[dict[str, Any]]:
+    """Every row of a setting with its gain over what it is compared with."""
+    found: dict[str, list[Found]] = {name: [] for name in ROWS[setting]}
+    for name, (keys, _) in ROWS[setting].items():
+        for seed in seeds:
+            key = f"{setting}/{name}/{scale}/{seed}"
+            found[name].append(store.get(key, partial(MEASURED[setting], keys, seed, scale)))
+    rows = []
+    for name, (_, against) in ROWS[setting].items():
+        gains = [a["quality"] - b["quality"] for a, b in zip(found[name], found[against or name])]
+        means = {key: statistics.mean(c[key] for c in found[name]) for key in found[name][0]}
+        rows.append({
+            "setting": setting, "method": name, "passes": round(means.pop("passes")),
+            "quality": round(means.pop("quality"), 2), "against": against or "-",
+            "gain": round(statistics.mean(gains), 2) if against else None,
+            "standard error": round(statistics.stdev(gains) / len(gains) ** 0.5, 2) if against and gains[1:] else None,
+            "more": ", ".join(f"{key} {value:.4g}" for key, value in means.items()),
+        })  # fmt: skip
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run what is not there yet, print, write; the exit code."""
+    options = _common.arguments(__doc__, argv, _common.resumable)
+    seeds, scale = ((0,), 0.2) if options.quick else ((0, 1, 2), 1.0)
+    store = _common.kept(NAME, options)
+    rows = [row for setting in ROWS for row in rows_of(setting, seeds, scale, store)]
+    return _common.finish(NAME, rows, [], options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
