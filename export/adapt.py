@@ -53,9 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=64, help="images that are predicted and learned from at once")
     parser.add_argument("--lr", type=float, default=2.5e-4, help="learning rate for batches of 64")
     parser.add_argument("--prior", type=float, default=16.0, help="samples that BatchNorm's own statistics count as")
-    parser.add_argument(
-        "--memory", type=float, default=64.0, help="samples over which what was seen fades"
-    )
+    parser.add_argument("--memory", type=float, default=64.0, help="samples over which what was seen fades")
     parser.add_argument("--reset-every", type=int, help="forget what was learned after so many images")
     options = parser.parse_args(argv)
     try:

@@ -35,6 +35,9 @@ class ElasticConfig(FlatKeys):
     sampling: Literal["one", "narrow", "sandwich", "all"] = Field(
         "one", description="widths of a step: one, drawn evenly or narrow ones more often; full, narrowest and one; all"
     )
+    narrow_power: Annotated[float, Field(ge=0.0)] = Field(
+        1.0, description="sampling: narrow draws a width with a probability of 1 / width to this power"
+    )
     importance: str = Field(
         "group_l2", description="what orders the channels; see `flatcompress list importances` (of weights alone)"
     )
@@ -45,6 +48,8 @@ class ElasticConfig(FlatKeys):
     def _known(self) -> ElasticConfig:
         if sorted(set(self.widths)) != self.widths or self.widths[-1] != 1.0:
             raise KeyProblem("widths", f"must rise to 1.0, the full network; found {self.widths}.")
+        if self.narrow_power != 1.0 and self.sampling != "narrow":
+            raise KeyProblem("narrow_power", f"is for sampling: narrow, found sampling: {self.sampling}.")
         if self.importance not in prune.IMPORTANCES:
             raise KeyProblem("importance", str(unknown("importance", self.importance, prune.IMPORTANCES)))
         if prune.IMPORTANCES[self.importance].facts.needs_gradients:
@@ -81,7 +86,7 @@ def _nest(run: RunContext, config: ElasticConfig, facts: Facts) -> Facts:
 
 
 def _train(run: RunContext, config: ElasticConfig, facts: Facts) -> None:
-    families.fit(run, config, config.sampling, [])
+    families.fit(run, config, config.sampling, [], config.narrow_power)
     if len(config.widths) > 1:  # each width has seen a part of the steps
         families.estimate_statistics(run)
 

@@ -29,16 +29,17 @@ SAMPLING = ("one", "narrow", "sandwich", "all")
 class Widths(Callback):
     """Chooses the widths of every step; all passes of a step take the same.
 
-    ``sampling``: one, drawn evenly (arXiv 2310.07707, section 3.2); narrow, one, drawn with a probability of 1 / width,
-    since a wide network learns from the steps of the narrow ones inside it and not the other way round; sandwich, the
-    full and the narrowest one and one between (arXiv 1903.05134, section 3.1); or all, each with the same share of the
-    loss (arXiv 2310.07707, section 3.2). ``extra`` counts the passes beyond the one that the optimizer counts.
+    ``sampling``: one, drawn evenly (arXiv 2310.07707, section 3.2); narrow, one, drawn with a probability of
+    1 / width ** ``power``, since a wide network learns from the steps of the narrow ones inside it and not the other
+    way round; sandwich, the full and the narrowest one and one between (arXiv 1903.05134, section 3.1); or all, each
+    with the same share of the loss (arXiv 2310.07707, section 3.2). ``extra`` counts the passes beyond the one that the
+    optimizer counts.
     """
 
     name = "widths"
 
-    def __init__(self, family: elastic.Family, sampling: str, seed: int, loss: Loss) -> None:
-        self.family, self.sampling, self.seed, self.loss = family, sampling, seed, loss
+    def __init__(self, family: elastic.Family, sampling: str, seed: int, loss: Loss, power: float = 1.0) -> None:
+        self.family, self.sampling, self.seed, self.loss, self.power = family, sampling, seed, loss, power
         self.step = self.extra = 0
         self.others: list[int] = []
         self._input: Any = None
@@ -58,7 +59,7 @@ class Widths(Callback):
         if self.sampling == "one":
             chosen = [drawn.randint(0, last)]
         elif self.sampling == "narrow":
-            chosen = drawn.choices(range(last + 1), [1 / width for width in self.family.widths])
+            chosen = drawn.choices(range(last + 1), [width**-self.power for width in self.family.widths])
         elif self.sampling == "sandwich" and last > 1:
             chosen = [last, 0, drawn.randint(1, last - 1)]
         else:
@@ -99,7 +100,10 @@ class Widths(Callback):
         self._choose()
 
 
-def fit(run: RunContext, config: TrainingKeys, sampling: str, callbacks: Sequence[Callback], **options: Any) -> None:
+def fit(
+    run: RunContext, config: TrainingKeys, sampling: str, callbacks: Sequence[Callback], power: float = 1.0,
+    **options: Any,
+) -> None:  # fmt: skip
     """Train the family ``run.model``; an epoch is judged by its mean over the widths. ``options`` go to `make_job`.
 
     UserError: several processes, or mixed samples where a step takes several widths.
@@ -110,7 +114,7 @@ def fit(run: RunContext, config: TrainingKeys, sampling: str, callbacks: Sequenc
         raise UserError("a family of widths is trained in one process: a step uses the weights of some widths alone.")
     if sampling not in ("one", "narrow") and run.mixing is not None:
         raise UserError(f"sampling {sampling!r} cannot take mixup or cutmix (data.augment); take sampling: one.")
-    widths = Widths(family, sampling, run.seed, run.task.training_loss(config.label_smoothing))
+    widths = Widths(family, sampling, run.seed, run.task.training_loss(config.label_smoothing), power)
     job = make_job(run, config, [widths, *callbacks], **options)
     train(run, replace(job, validate=partial(_mean, family, job.validate)))
     run.passes += widths.extra
