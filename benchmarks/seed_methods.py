@@ -33,12 +33,13 @@ TRAIN, BATCH, STEPS = 500, 50, 300
 CHEAP = 1.3
 
 
-def network() -> nn.Module:
-    """Two convolutions with BatchNorm and a linear layer."""
+def network(wide: int = 1) -> nn.Module:
+    """Two convolutions with BatchNorm and a linear layer, ``wide`` times as wide."""
+    a, b = 12 * wide, 24 * wide
     return nn.Sequential(
-        nn.Conv2d(1, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(12, 24, 3, padding=1), nn.BatchNorm2d(24), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-        nn.Linear(24, 10),
+        nn.Conv2d(1, a, 3, padding=1), nn.BatchNorm2d(a), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(b, 10),
     )  # fmt: skip
 
 

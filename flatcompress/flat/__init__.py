@@ -9,6 +9,7 @@ from __future__ import annotations
 from flatcompress.flat import (
     averaging,
     federated,
+    inconsistency,
 )
 from flatcompress.flat.engine import (
     guards,
@@ -57,6 +58,7 @@ __all__ = [
     "entropy",
     "federated",
     "guards",
+    "inconsistency",
     "landscape",
     "masked",
     "mix_of",

@@ -1,4 +1,7 @@
-"""Training apart: clients with data of their own take flat steps and average with their neighbours, in one process."""
+"""Training apart: clients with data of their own take flat steps and average with their neighbours, in one process.
+
+Equation and algorithm numbers of the papers are not given here: their full texts were not at hand.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,7 @@ TOPOLOGIES = {"ring": ring, "full": full, "exponential": exponential}
 def gossip_matrix(linked: Tensor) -> Tensor:
     """W of `TOPOLOGIES`' links: w_ij = 1 / (1 + max(d_i, d_j)) for neighbours, the rest on the diagonal; float64.
 
-    Metropolis weights: symmetric, rows and columns sum to 1, as arXiv 2302.04083 (definition 1) wants of W. The sum of
+    Metropolis weights: symmetric, rows and columns sum to 1, as arXiv 2302.04083 wants of W. The sum of
     what clients hold stays what it was.
 
     >>> gossip_matrix(ring(4))[0]
@@ -64,7 +67,7 @@ def spectral_gap(matrix: Tensor) -> float:
 
 @torch.no_grad()
 def gossip(models: Sequence[nn.Module], matrix: Tensor, steps: int = 1) -> None:
-    """x_i <- sum_l w_il x_l, ``steps`` times: weights and running statistics of every client (2302.04083, algorithm 1).
+    """x_i <- sum_l w_il x_l, ``steps`` times: weights and running statistics of every client (2302.04083).
 
     A client that hears nobody keeps its bits.
     """
@@ -130,7 +133,7 @@ class Federation:
 def dfedsam(
     models: Sequence[nn.Module], optimizers: Sequence[Any], topology: str = "ring", gossip_steps: int = 1
 ) -> Federation:
-    """DFedSAM (arXiv 2302.04083, algorithm 1): local SAM steps, then z_i <- sum_l w_il z_l over neighbours, Q times.
+    """DFedSAM (arXiv 2302.04083): local SAM steps, then z_i <- sum_l w_il z_l over neighbours, Q times.
 
     ``optimizers``: one `flatcompress.flat.create("sam", ...)` a client; with "none" it is DFedAvg. ``gossip_steps``: Q;
     more than 1 is DFedSAM-MGS. One client alone is plain training, bit for bit. UserError for an unknown topology.
@@ -143,7 +146,7 @@ def dfedsam(
 def dfedsam_mgs(
     models: Sequence[nn.Module], optimizers: Sequence[Any], topology: str = "ring", gossip_steps: int = 4
 ) -> Federation:
-    """DFedSAM-MGS: `dfedsam` with several averages after each round (arXiv 2302.04083, algorithm 1 with Q = 4)."""
+    """DFedSAM-MGS: `dfedsam` with several averages after each round (arXiv 2302.04083, with Q = 4)."""
     return dfedsam(models, optimizers, topology, gossip_steps)
 
 

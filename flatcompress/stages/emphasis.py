@@ -1,4 +1,7 @@
-"""Which training samples count more: the slowly learned ones come twice, rare classes weigh more late in training."""
+"""Which training samples count more: the slowly learned ones come twice, rare classes weigh more late in training.
+
+Equation and algorithm numbers of the papers are not given here: their full texts were not at hand.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ from flatcompress.training.callback import Callback, Training
 
 @dataclass(frozen=True)
 class Useful:
-    """USEFUL (arXiv 2404.17768, section 4, algorithm 1): what is learned slowly is seen more often, from the start.
+    """USEFUL (arXiv 2404.17768): what is learned slowly is seen more often, from the start.
 
     The model trains for ``separating`` of its epochs, at least one. The samples of each class are then parted in two by
     k-means on the network's outputs; the cluster of the higher mean loss comes ``upsample`` times an epoch, and
@@ -52,7 +55,7 @@ class ClassBalanced:
     A class with n training samples weighs 1 / E_n; the weights' mean is 1. They count from ``defer`` of the epochs on
     (deferred re-weighting, arXiv 1906.07413, algorithm 1), which is when the radius of the flat method becomes
     ``late_rho``, where it is given: SAM with a larger radius once rare classes weigh, so that it escapes their saddle
-    points (arXiv 2212.13827, section 4). beta 0 weighs all alike: training without it, bit for bit.
+    points (arXiv 2212.13827). beta 0 weighs all alike: training without it, bit for bit.
     """
 
     beta: float = 0.9999

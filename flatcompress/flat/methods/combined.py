@@ -147,7 +147,7 @@ def ignite(
 
 
 def unlearn(rho: Rho = 0.01, lam: float = 1.0, **ball: Any) -> Method:
-    """SAM against relearning: g = grad L_f(w + e) + lam grad L_r(w), e SAM's along grad L_f (2502.05374, section 4).
+    """SAM against relearning: g = grad L_f(w + e) + lam grad L_r(w), e SAM's along grad L_f (arXiv 2502.05374).
 
     min_w max_{||e|| <= rho} L_f(w + e) + lam L_r(w): what is forgotten stays forgotten nearby, so that a few steps on
     it do not bring it back. ``step(forget_closure, retain_closure)``; L_f is what falls while the model forgets, such
