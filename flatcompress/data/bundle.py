@@ -79,6 +79,13 @@ class ImageSet(Dataset[Batch]):
         # In shared memory: persistent loader workers must see the epoch change.
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
 
+    persistent = True  # only the epoch changes, in shared memory: loading processes may stay
+
+    @property
+    def on_disk(self) -> bool:
+        """Are the images decoded as they are asked for?"""
+        return bool(getattr(self.part.pixels, "on_disk", False))
+
     def __len__(self) -> int:
         return len(self.labels)
 

@@ -25,6 +25,11 @@ class Resampled(Dataset[Batch]):
         domains = getattr(source, "domain_ids", None)
         self.domain_ids = torch.zeros(len(rows), dtype=torch.int64) if domains is None else domains[rows]
 
+    @property
+    def persistent(self) -> bool:
+        """May loading processes stay from epoch to epoch?"""
+        return bool(getattr(self.source, "persistent", False))
+
     def __len__(self) -> int:
         return len(self.rows)
 

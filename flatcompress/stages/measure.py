@@ -46,7 +46,7 @@ def _row(run: RunContext, stage: str, method: str, seconds: float, passes: int, 
     row = {
         "stage": stage,
         "method": method,
-        **scores(run, lambda dataset, task: evaluate(run.model, dataset, task, run.device, run.together)),  # type: ignore[arg-type]
+        **scores(run, lambda dataset, task: evaluate(run.model, dataset, task, run.device, run.together, run.workers)),  # type: ignore[arg-type]
         "sharpness": _measured_sharpness(run, sizes.whole) if flatness else None,
         "params": sum(p.numel() for p in twin.parameters()),
         "nonzero": nonzero(run.model),

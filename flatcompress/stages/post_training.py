@@ -35,7 +35,7 @@ def quantize(
         task = run.task
 
         def points(model: nn.Module) -> float:
-            value = evaluate(model, run.data.val, task, run.device, run.together)[task.selects]
+            value = evaluate(model, run.data.val, task, run.device, run.together, run.workers)[task.selects]
             return (100 if task.metric.share else 1) * (value if task.metric.higher else -value)
 
         done, rounds = quant.within_drop(run.model, images, points, max_drop, weight_bits, **settings)

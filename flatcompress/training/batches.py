@@ -50,10 +50,47 @@ def _in_turns(domain_ids: Tensor, generator: torch.Generator, world: int) -> Ten
     return order
 
 
-def loader(dataset: Dataset, batches: list[list[int]], workers: int = 0) -> DataLoader:
+def loader(dataset: Dataset, batches: list[list[int]], workers: int = 0, **options: Any) -> DataLoader:
     """A DataLoader over given index batches; a dataset with ``__getitems__`` gives whole batches at once."""
     collate = _pair if hasattr(dataset, "__getitems__") else None
-    return DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers)
+    return DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers, **options)
+
+
+class Feed:
+    """Batches of ``dataset``, one epoch after the other, loaded ahead by ``workers`` processes that stay in between.
+
+    They stay where the data set says with ``persistent`` that all that changes from epoch to epoch is in shared memory;
+    else they start anew. pin: batches lie where a GPU copies them from while it computes.
+    """
+
+    def __init__(self, dataset: Any, workers: int = 0, pin: bool = False) -> None:
+        self.dataset, self.workers, self.pin = dataset, workers, pin
+        self.stays = bool(workers) and getattr(dataset, "persistent", False)
+        self._order: list[list[int]] = []
+        self._kept: DataLoader | None = None
+
+    def epoch(self, batches: list[list[int]], resumed: bool = False) -> Iterator[Any]:
+        """The ``batches`` in their order. ``resumed``: the epoch began before, so nothing is drawn from torch here."""
+        state = torch.get_rng_state()
+        found = self._started(batches)
+        if resumed:
+            torch.set_rng_state(state)
+        return found
+
+    def _started(self, batches: list[list[int]]) -> Iterator[Any]:
+        if not self.stays:
+            return iter(loader(self.dataset, batches, self.workers, pin_memory=self.pin))
+        self._order[:] = batches
+        if self._kept is None:
+            options = {"pin_memory": self.pin, "persistent_workers": True}
+            self._kept = loader(self.dataset, self._order, self.workers, **options)
+        else:
+            torch.empty((), dtype=torch.int64).random_()  # as a loader that starts anew does: the same bits after it
+        return iter(self._kept)
+
+    def close(self) -> None:
+        """End the processes."""
+        self._kept = None
 
 
 def fitting(shape: Sequence[int], most: int, least: int = 1, numbers: int = 1 << 21) -> int:
@@ -71,17 +108,29 @@ def _pair(batch: Any) -> Any:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, dataset: Any, task: Task, device: torch.device | str = "cpu", batch_size: int = 512
+    model: nn.Module,
+    dataset: Any,
+    task: Task,
+    device: torch.device | str = "cpu",
+    batch_size: int = 512,
+    workers: int = 0,
 ) -> dict[str, float]:
-    """The task's metrics over ``dataset``, in eval mode, by name; every module's own mode is restored."""
-    with evaluating(model):
-        return task.measure((model(x.to(device)), y.to(device)) for x, y in in_order(dataset, batch_size))
+    """The task's metrics over ``dataset``, in eval mode, by name; every module's own mode is restored.
+
+    ``workers`` processes load ahead where the images lie in files; what lies in memory is there sooner without them.
+    """
+    with evaluating(model), worker_errors(workers):
+        batches = in_order(dataset, batch_size, workers, pin_memory=torch.device(device).type == "cuda")
+        return task.measure((model(x.to(device)), y.to(device)) for x, y in batches)
 
 
-def in_order(dataset: Any, batch_size: int) -> DataLoader:
-    """Every sample once, in order."""
+def in_order(dataset: Any, batch_size: int, workers: int = 0, **options: Any) -> DataLoader:
+    """Every sample once, in order; ``workers`` load a data set that is ``on_disk``."""
     n = len(dataset)
-    return loader(dataset, [list(range(i, min(i + batch_size, n))) for i in range(0, n, batch_size)])
+    workers = workers if getattr(dataset, "on_disk", False) else 0
+    return loader(
+        dataset, [list(range(i, min(i + batch_size, n))) for i in range(0, n, batch_size)], workers, **options
+    )
 
 
 @contextmanager

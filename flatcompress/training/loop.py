@@ -21,7 +21,7 @@ from torch import Tensor
 from flatcompress.errors import Interrupted, RunError
 from flatcompress.randomness import capture, restore
 from flatcompress.training import divergence
-from flatcompress.training.batches import epoch_batches, loader, worker_errors
+from flatcompress.training.batches import Feed, epoch_batches, worker_errors
 from flatcompress.training.devices import select
 from flatcompress.training.divergence import Diverged
 from flatcompress.training.job import Job, Recovery
@@ -58,19 +58,19 @@ def fit(job: Job) -> None:
 
 
 def _fit(job: Job, base_lrs: list[float]) -> None:
-    resume = job.resume
+    resume, feed = job.resume, Feed(job.train, job.workers, job.accelerator.device.type == "cuda")
     if job.progress is not None and job.progress.on_divergence == "rollback" and job.resume is None:
         step = job.first_epoch * job.steps_per_epoch
         job.progress.save(step, _state(job, job.first_epoch, 0, Means(), base_lrs))
     while True:
         try:
-            _run(job, base_lrs, resume)
+            _run(job, feed, base_lrs, resume)
             return
         except Diverged as diverged:
             resume = _rolled_back(job, diverged)
 
 
-def _run(job: Job, base_lrs: list[float], resume: dict[str, Any] | None) -> None:
+def _run(job: Job, feed: Feed, base_lrs: list[float], resume: dict[str, Any] | None) -> None:
     epochs = job.schedule_epochs or job.epochs
     start, done, stats = _resume(job, resume)
     lr = rates(job.schedule, base_lrs, job.total_steps, job.state.recovery.lr_factor)
@@ -81,7 +81,7 @@ def _run(job: Job, base_lrs: list[float], resume: dict[str, Any] | None) -> None
         job.model.train()
         for callback in job.callbacks:
             callback.before_epoch(epoch)
-        for i, (x, y) in enumerate(_batches(job, epoch, done), done):
+        for i, (x, y) in enumerate(_batches(job, feed, epoch, done), done):
             step = epoch * job.steps_per_epoch + i
             for group, rate in zip(job.optimizer.param_groups, lr(step)):
                 group["lr"] = rate
@@ -200,7 +200,7 @@ def restore_best(job: Job) -> None:
         job.emit("selected", **job.task.selected(value))
 
 
-def _batches(job: Job, epoch: int, done: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(job: Job, feed: Feed, epoch: int, done: int) -> Iterator[tuple[Tensor, Tensor]]:
     accelerator = job.accelerator
     if hasattr(job.train, "set_epoch"):
         job.train.set_epoch(epoch)
@@ -209,6 +209,7 @@ def _batches(job: Job, epoch: int, done: int) -> Iterator[tuple[Tensor, Tensor]]
         job.train.domain_ids if job.balanced else None,
     )  # fmt: skip
     with worker_errors(job.workers):
-        for x, y in loader(job.train, batches[done : job.total_steps - epoch * job.steps_per_epoch], job.workers):
+        left = batches[done : job.total_steps - epoch * job.steps_per_epoch]
+        for x, y in feed.epoch(left, resumed=done > 0):
             x = laid(x.to(accelerator.device, non_blocking=True), job.memory_format)
             yield x, y.to(accelerator.device, non_blocking=True)

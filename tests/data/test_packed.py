@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import tarfile
@@ -12,7 +13,9 @@ import torch
 from PIL import Image
 
 from flatcompress import data
+from flatcompress.data.images import packed
 from flatcompress.errors import UserError
+from flatcompress.training.batches import Feed, epoch_batches
 
 COUNT = 24
 
@@ -128,3 +131,36 @@ def test_a_file_that_is_no_shard_and_a_folder_that_is_no_data_set_are_named(tmp_
     (tmp_path / "one" / "data-00000-of-00001.arrow").write_bytes(b"x" * 50)
     with pytest.raises(UserError, match="cannot be read as Arrow"):
         load("hf-dataset", tmp_path / "one")
+
+
+@pytest.mark.parametrize("packing", ["", "gz"])
+def test_a_set_larger_than_memory_gives_the_same_batches_from_its_shards(tmp_path, monkeypatch, packing):
+    for number in range(3):
+        shard(tmp_path / f"{number}.tar", members(range(8 * number, 8 * number + 8)))
+        if packing:
+            path = tmp_path / f"{number}.tar"
+            path.write_bytes(gzip.compress(path.read_bytes()))
+    whole = load("webdataset", tmp_path, augment="domainbed")
+    monkeypatch.setattr(packed, "MOST_BYTES", 0)
+    streamed = load("webdataset", tmp_path, augment="domainbed")
+    assert streamed.train.on_disk and not whole.train.on_disk
+    assert (streamed.mean, streamed.std) == (whole.mean, whole.std)
+    kept = {type(sample.image) for sample in streamed.train.part.pixels.samples}
+    assert kept == ({bytes} if packing else {packed.Place})
+    order = epoch_batches(len(whole.train), 4, seed=3, epoch=1)
+    for ours, theirs in zip(Feed(streamed.train, workers=2).epoch(order), Feed(whole.train).epoch(order)):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
+
+
+def test_a_sample_that_cannot_be_read_any_more_is_named(tmp_path, monkeypatch):
+    content = members(range(COUNT))
+    content["006.png"] = b"no image at all"
+    shard(tmp_path / "a.tar", content)
+    monkeypatch.setattr(packed, "MOST_BYTES", 0)
+    found = load("webdataset", tmp_path, mean=[0.5], std=[0.2])
+    pixels = found.train.part.pixels
+    with pytest.raises(UserError, match=r"a\.tar: sample /006: not an image"):
+        pixels.gather(torch.tensor([5, 6]))
+    (tmp_path / "a.tar").write_bytes((tmp_path / "a.tar").read_bytes()[:2000])
+    with pytest.raises(UserError, match="has become shorter"):
+        pixels.gather(torch.tensor([20]))

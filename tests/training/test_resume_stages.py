@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from PIL import Image
 from tiny_net import TinyNet
+from torch import nn
 
 from flatcompress import Pipeline, data
+from flatcompress.data.images import reading
 from flatcompress.errors import Interrupted
 from flatcompress.session import Progress
 
@@ -63,7 +66,7 @@ def only_training(monkeypatch):
     monkeypatch.setattr("flatcompress.session.Session.report", lambda self: None)
 
 
-def run(bundle, stages, folder, monkeypatch, stop_at=(), **given):
+def run(bundle, stages, folder, monkeypatch, stop_at=(), model=TinyNet, workers=0, **given):
     """Run to the end, cut off after the save at each of these steps of the last stage; returns the result and cuts."""
     stops, cuts = list(stop_at), []
     last = f"{len(stages) - 1}-"
@@ -80,11 +83,13 @@ def run(bundle, stages, folder, monkeypatch, stop_at=(), **given):
     try:
         while True:
             torch.manual_seed(7)
-            model = TinyNet(10)
+            made = model(10)
             torch.rand(len(cuts))  # whatever a process drew before must not matter
             options = {"batch_size": 128, "device": "cpu", "checkpoint_every": 1, "threads": 1, **given}
             try:
-                return Pipeline(model=model, data=bundle, stages=stages, **options).run(folder), cuts
+                pipeline = Pipeline(model=made, data=bundle, stages=stages, **options)
+                pipeline.recipe.data.workers = workers
+                return pipeline.run(folder), cuts
             except Interrupted:
                 continue
     finally:
@@ -102,6 +107,28 @@ def test_a_stage_gone_on_with_equals_an_undisturbed_one(case, bundle, tmp_path, 
 @pytest.mark.parametrize("case", ["train: sgd with momentum", "quantize: gaqat"])
 def test_so_does_one_with_channels_last(case, bundle, tmp_path, monkeypatch, only_training):
     resumed_equals_undisturbed(CASES[case], bundle, tmp_path, monkeypatch, memory_format="channels_last")
+
+
+def test_so_does_one_whose_images_are_decoded_as_they_are_asked_for(tmp_path, monkeypatch, only_training):
+    for i in range(60):
+        (tmp_path / "data" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        noise = Image.effect_noise((20, 16), 10 + 60 * (i % 2)).convert("RGB")
+        noise.save(tmp_path / "data" / "ab"[i % 2] / f"{i}.jpg")
+    monkeypatch.setattr(reading, "MOST_BYTES", 0)
+    bundle = data.load("folder", path=str(tmp_path / "data"), size=8, augment="domainbed", corruptions="none")
+    assert bundle.train.on_disk and bundle.val.on_disk
+
+    def dropping(classes: int) -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(192, 16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 2))
+
+    stages, given = [{"train": {"epochs": 3, "method": "sam"}}], {"batch_size": 10, "model": dropping}
+    whole, _ = run(bundle, stages, tmp_path / "whole", monkeypatch, **given)
+    steps = 3 * (len(bundle.train) // 10)
+    assert steps == 12
+    parts, cuts = run(bundle, stages, tmp_path / "parts", monkeypatch, [2, 7, 11], workers=2, **given)
+    assert cuts == [2, 7, 11]
+    expected, found = whole.model.state_dict(), parts.model.state_dict()
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
 
 
 def resumed_equals_undisturbed(stages, bundle, tmp_path, monkeypatch, **given):

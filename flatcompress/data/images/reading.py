@@ -32,6 +32,8 @@ _SEVERAL = ("GIF", "TIFF", "WEBP", "PNG")  # formats that may hold more than one
 class FilePixels:
     """Images decoded from their files as they are asked for."""
 
+    on_disk = True
+
     def __init__(self, paths: Sequence[Path], shape: Shape, intensity: Range | None = None) -> None:
         self.paths, self._shape, self.intensity = list(paths), shape, intensity
 
