@@ -21,7 +21,6 @@ from flatcompress.errors import UserError, unknown
 from flatcompress.randomness import generator
 
 _COLUMNS = 12
-_ALL = slice(None)
 _MOST = {"mixup": 10, "cutmix": 10, "rand": 14, "magnitude": policies.TOP}  # of a setting; 1 for the others
 
 
@@ -111,7 +110,9 @@ class Augment:
 
     def __call__(self, images: Tensor, indices: Tensor, total: int, epoch: int) -> Tensor:
         """Augment the samples ``indices`` of a set of ``total`` for ``epoch``; uint8 images are in 0..255."""
-        return self.drawn(indices, total, epoch, images.shape)(images)
+        out, channel = torch.empty(images.shape), torch.ones(images.shape[1], 1, 1)
+        self.drawn(indices, total, epoch, images.shape)(images, slice(None), 0 * channel, channel, out)
+        return out
 
     def drawn(self, indices: Tensor, total: int, epoch: int, shape: Sequence[int]) -> Changes:
         """What happens to each of the samples ``indices``, images [..., C, H, W] of ``shape``."""
@@ -122,8 +123,9 @@ class Augment:
             epoch,
             self._boxes(draws, shape) if s.crop or s.shift or s.flip else None,
             self._policy(total, epoch)[indices] if s.rand or s.trivial else None,
-            colours.jitter(draws[:, 5:9], s.jitter, shape[-3]) if s.jitter else None,
-            draws[:, 11] < s.grayscale if s.grayscale and shape[-3] == 3 else None,
+            colours.maps(draws[:, 5:9], s.jitter, draws[:, 11] < s.grayscale, shape[-3])
+            if s.jitter or (s.grayscale and shape[-3] == 3)
+            else None,
             self._erasing(total, epoch)[indices] if s.erase else None,
         )
 
@@ -168,29 +170,31 @@ class Changes:
     epoch: int
     boxes: Boxes | None
     policy: Tensor | None
-    jitter: tuple[Tensor, Tensor] | None
-    grey: Tensor | None
+    colours: colours.Maps | None
     erasing: Tensor | None
 
-    def __call__(self, images: Tensor, here: slice = _ALL) -> Tensor:
-        """The samples ``here`` of the batch, whose ``images`` are uint8 in 0..255 or float in 0..1, as new floats."""
-        s, given = self.augment.settings, images
+    def __call__(self, images: Tensor, here: slice, mean: Tensor, std: Tensor, out: Tensor) -> None:
+        """The samples ``here`` of the batch, uint8 in 0..255 or float in 0..1, changed and normalised, in ``out``.
+
+        mean, std: [C, 1, 1] of images in 0..1.
+        """
+        s = self.augment.settings
         if self.augment.named is not None:
             images = self.augment.named(_floats(images), self.indices[here], self.epoch)
         if self.boxes is not None:
             images = self.boxes.cut(images, here)
-        images = _floats(images)
         if self.policy is not None:
-            draws = self.policy[here]
+            draws, images = self.policy[here], _floats(images)
             changed = policies.apply(images, draws[:, 1:], s.rand, s.magnitude, self.augment.moving)
             chosen = draws[:, 0] < (1.0 if s.rand else s.trivial)
             images = torch.where(chosen.view(-1, 1, 1, 1), changed, images)
-        if self.jitter is not None:
-            images = colours.jittered(images, self.jitter[0][here], self.jitter[1][here])
-        images = images.clone() if images is given else images
-        if self.grey is not None:
-            images = colours.greyed(images, self.grey[here])
-        return images if self.erasing is None else _erased(images, self.erasing[here], s.erase)
+        if self.colours is not None:
+            self.colours.apply(images, here, mean, std, out)
+        else:
+            unit = 255 if images.dtype == torch.uint8 else 1
+            out.copy_(images).mul_(1 / (unit * std)).sub_(mean / std)
+        if self.erasing is not None:
+            out.copy_(_erased(out, self.erasing[here], s.erase))
 
 
 def _floats(images: Tensor) -> Tensor:

@@ -113,8 +113,7 @@ class ImageSet(Dataset[Batch]):
         if changes is None:
             out.copy_(raw).div_(255).sub_(self._mean).div_(self._std)
             return
-        images = changes(raw if raw.dtype == torch.uint8 else raw.div(255), here)
-        torch.mul(images.sub_(self._mean), 1 / self._std, out=out)
+        changes(raw if raw.dtype == torch.uint8 else raw.div(255), here, self._mean, self._std, out)
 
     def pixels(self, indices: Sequence[int]) -> Tensor:
         """uint8 [B, C, H, W]: the stored images, neither augmented nor normalised, in eight bits."""

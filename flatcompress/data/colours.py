@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,32 +11,46 @@ from torch import Tensor
 LUMA = (0.299, 0.587, 0.114)
 
 
-def luma(images: Tensor) -> Tensor:
-    """[B, 1, H, W]: the brightness of images [B, 3, H, W] (ITU-R BT.601)."""
-    red, green, blue = LUMA
-    return images[:, 0:1].mul(red).add_(images[:, 1:2], alpha=green).add_(images[:, 2:3], alpha=blue)
+@dataclass(frozen=True)
+class Maps:
+    """One affine map of the colours of each image: ``matrix`` [B, C, C], and ``of_mean`` [B], which is added to every
+    colour as a share of the image's mean, around which contrast works.
+    """
+
+    matrix: Tensor
+    of_mean: Tensor
+
+    def apply(self, images: Tensor, here: slice, mean: Tensor, std: Tensor, out: Tensor) -> None:
+        """The images ``here`` [B, C, H, W], uint8 in 0..255 or float in 0..1, mapped, cut to 0..1 and normalised."""
+        channels, unit = images.shape[1], 1 / 255 if images.dtype == torch.uint8 else 1.0
+        weights = torch.zeros(len(images), channels, channels + 1)
+        weights[:, :, :channels] = self.matrix[here] * (unit / std.view(-1, 1))
+        shares = self.of_mean[here] * unit
+        low, high = (-mean / std).flatten().tolist(), ((1 - mean) / std).flatten().tolist()
+        pixels = torch.ones(channels + 1, images[0, 0].numel())  # the last row takes what is added
+        for i, image in enumerate(images):
+            pixels[:channels].copy_(image.view(channels, -1))
+            weights[i, :, channels] = ((pixels[:channels].mean() * shares[i] - mean) / std).flatten()
+            torch.mm(weights[i], pixels, out=out[i].view(channels, -1))
+            for c in range(channels):
+                out[i, c].clamp_(low[c], high[c])
 
 
-def jitter(draws: Tensor, strength: float, channels: int) -> tuple[Tensor, Tensor]:
+def maps(jitter: Tensor, strength: float, grey: Tensor, channels: int) -> Maps:
     """Brightness, contrast, saturation and hue factors in 1 +- ``strength``, as DomainBed's colour jitter.
 
-    draws: [B, 4] in 0..1. Returns a matrix of the colours [B, C, C] and what is added to them, [B], as a share of the
-    image's mean: all four changes are linear in a pixel's colours but for the mean, around which contrast works.
+    jitter: draws [B, 4] in 0..1. grey: bool [B], images that lose all colour. All five changes are linear in a pixel's
+    colours but for the image's mean.
     """
-    bright, contrast, saturation = (1 + strength * (2 * draws[:, :3] - 1)).unbind(1)
-    scale, bias = (bright * contrast).view(-1, 1, 1), bright * (1 - contrast)
+    bright, contrast, saturation = (1 + strength * (2 * jitter[:, :3] - 1)).unbind(1)
+    scale, of_mean = (bright * contrast).view(-1, 1, 1), bright * (1 - contrast)
     if channels != 3:
-        return scale * torch.eye(channels), bias
-    grey = torch.tensor(LUMA).expand(3, 3)
-    faded = torch.eye(3) * saturation.view(-1, 1, 1) + grey * (1 - saturation).view(-1, 1, 1)
-    # Rows of both matrices sum to 1, so a grey that is added stays what it is.
-    return scale * hue((2 * draws[:, 3] - 1) * strength) @ faded, bias
-
-
-def jittered(images: Tensor, matrix: Tensor, bias: Tensor) -> Tensor:
-    """Float images [B, C, H, W] in 0..1 whose colours are changed as `jitter` says."""
-    added = (images.mean((1, 2, 3)) * bias).view(-1, 1, 1)
-    return torch.baddbmm(added, matrix, images.flatten(2)).clamp_(0, 1).view(images.shape)
+        return Maps(scale * torch.eye(channels), of_mean)
+    luminous = torch.tensor(LUMA).expand(3, 3)
+    faded = torch.eye(3) * saturation.view(-1, 1, 1) + luminous * (1 - saturation).view(-1, 1, 1)
+    # Rows of these matrices sum to 1, so a grey that is added stays what it is.
+    matrix = scale * hue((2 * jitter[:, 3] - 1) * strength) @ faded
+    return Maps(torch.where(grey.view(-1, 1, 1), luminous @ matrix, matrix), of_mean)
 
 
 def hue(turns: Tensor) -> Tensor:
@@ -48,10 +63,3 @@ def hue(turns: Tensor) -> Tensor:
         torch.stack([third - root, third + root, cos + third], 1),
     ]
     return torch.stack(rows, 1)
-
-
-def greyed(images: Tensor, chosen: Tensor) -> Tensor:
-    """The images under the mask ``chosen`` [B] without colour, in place."""
-    for i in chosen.nonzero().flatten().tolist():
-        images[i] = luma(images[i : i + 1])[0]
-    return images

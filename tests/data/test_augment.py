@@ -263,18 +263,24 @@ def test_a_box_of_whole_pixels_is_where_its_affine_map_says(settings, kind):
     assert float(found.abs().max()) < (0.01 if kind == torch.uint8 else 1e-4)
 
 
-def test_one_map_of_the_colours_is_brightness_contrast_saturation_and_hue_in_turn():
-    x, draws = torch.rand(6, 3, 8, 9), torch.rand(6, 4)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_one_map_of_the_colours_is_brightness_contrast_saturation_hue_and_grey_in_turn(channels):
+    x, draws, grey = torch.rand(6, channels, 8, 9), torch.rand(6, 4), torch.arange(6) % 3 == 0
+    mean, std = torch.rand(channels, 1, 1), 0.2 + torch.rand(channels, 1, 1)
+    found = torch.empty_like(x)
+    colours.maps(draws, 0.3, grey, channels).apply(x, slice(None), mean, std, found)
     bright, contrast, saturation = (1 + 0.3 * (2 * draws[:, :3] - 1)).T.reshape(3, -1, 1, 1, 1)
-    one = x * bright
-    two = one.mean((1, 2, 3), keepdim=True) + (one - one.mean((1, 2, 3), keepdim=True)) * contrast
-    grey = colours.luma(two)
-    three = grey + (two - grey) * saturation
-    turned = torch.einsum("bij,bjhw->bihw", colours.hue((2 * draws[:, 3] - 1) * 0.3), three)
-    torch.testing.assert_close(colours.jittered(x, *colours.jitter(draws, 0.3, 3)), turned.clamp(0, 1))
-    plain = colours.jittered(x[:, :1], *colours.jitter(draws, 0.3, 1))
-    mean = one[:, :1].mean((1, 2, 3), keepdim=True)
-    torch.testing.assert_close(plain, (mean + (one[:, :1] - mean) * contrast).clamp(0, 1))
+    wanted = x * bright
+    middle = wanted.mean((1, 2, 3), keepdim=True)
+    wanted = middle + (wanted - middle) * contrast
+    if channels == 3:
+        weights = torch.tensor(colours.LUMA).view(1, 3, 1, 1)
+        shade = (wanted * weights).sum(1, keepdim=True)
+        wanted = shade + (wanted - shade) * saturation
+        wanted = torch.einsum("bij,bjhw->bihw", colours.hue((2 * draws[:, 3] - 1) * 0.3), wanted)
+        shade = (wanted * weights).sum(1, keepdim=True).expand_as(wanted)
+        wanted = torch.where(grey.view(-1, 1, 1, 1), shade, wanted)
+    torch.testing.assert_close(found, (wanted.clamp(0, 1) - mean) / std, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("augment", ["domainbed", "standard", "rand", {"crop": 0.2, "erase": 0.5}], ids=str)
