@@ -30,17 +30,19 @@ def test_the_full_width_alone_is_plain_training_bit_for_bit():
 def test_narrow_widths_are_drawn_as_often_as_one_over_their_width():
     family = run_stage("elastic", context(), config("elastic", epochs=1, **THREE)).model
     counts = {}
-    for sampling in ("one", "narrow"):
-        widths = Widths(family, sampling, 0, torch.nn.functional.cross_entropy)
+    for sampling, power in (("one", 1.0), ("narrow", 1.0), ("narrow", 0.5)):
+        widths = Widths(family, sampling, 0, torch.nn.functional.cross_entropy, power)
         drawn = []
         for step in range(2100):
             widths.after_step(step)
             assert not widths.others
             drawn.append(family.active)
-        counts[sampling] = [drawn.count(index) for index in range(3)]
+        counts[sampling, power] = [drawn.count(index) for index in range(3)]
     assert family.widths == [0.25, 0.5, 1.0]
-    assert all(abs(count - 700) < 70 for count in counts["one"])
-    assert all(abs(count - share) < 70 for count, share in zip(counts["narrow"], (1200, 600, 300)))
+    assert all(abs(count - 700) < 70 for count in counts["one", 1.0])
+    assert all(abs(count - share) < 70 for count, share in zip(counts["narrow", 1.0], (1200, 600, 300)))
+    root = [2100 * share / (2 + 2**0.5 + 1) for share in (2, 2**0.5, 1)]
+    assert all(abs(count - share) < 70 for count, share in zip(counts["narrow", 0.5], root))
 
 
 def test_a_stopped_stage_ends_in_the_same_bits():
@@ -105,6 +107,7 @@ def test_every_width_has_scales_of_its_own_and_the_plan_builds_it_again():
         ([{"train": {}}, {"export": {"profile": "float32", "widths": [0.5]}}], "nothing before it trains widths"),
         ([{"elastic": {"widths": [0.5, 0.25, 1.0]}}], "must rise to 1.0"),
         ([{"elastic": {"importance": "taylor"}}], "needs gradients"),
+        ([{"elastic": {"narrow_power": 0.5}}], "is for sampling: narrow"),
     ],
 )
 def test_what_makes_no_sense_is_refused_with_the_reason(stages, message):
