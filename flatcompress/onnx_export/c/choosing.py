@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from flatcompress.onnx_export.c import ir, weights
 
 CONV, LINEAR, DEPTHWISE, SPARSE, LINE = "conv", "linear", "depthwise", "sparse", "sparse_line"
 # Instructions on an emulated Cortex-M4: a product of the dense kernels; of the sparse ones, where a weight is not zero.
 DENSE, ENTRY = 1.2, {weights.WIDE: 3.0, weights.WORDS: 2.2, weights.BYTES: 1.6}
-VECTOR, VECTOR_ENTRY = 2.2, {weights.WIDE: 12.0, weights.WORDS: 12.0, weights.BYTES: 7.0}
+VECTOR, VECTOR_ENTRY = 2.2, {weights.WIDE: 5.4, weights.WORDS: 5.8, weights.BYTES: 6.0}
 SMALLER = 0.7  # of the dense bytes: flash that is worth half as many instructions again
 FEW = 0.02  # of all products: a layer of so few takes the kernel that is there anyway
 
@@ -45,17 +45,33 @@ def choose(convs: Sequence[tuple[ir.Conv, weights.Digits]]) -> list[Choice]:
         for i, (kernel, _) in enumerate(chosen):
             if kernel == LINEAR and convs[i][0].macs <= FEW * total:
                 chosen[i] = CONV, None
+    chosen = _one_gap(convs, chosen)
     for (step, _), (kernel, _) in zip(convs, chosen):
         at_once = 2 * (COLUMNS if flat(step) else step.width)
         step.pixels = {CONV: 2, SPARSE: at_once}.get(kernel, 1)
     return chosen
 
 
-def _entries(step: ir.Conv, found: weights.Digits) -> weights.Entries | None:
+def _one_gap(convs: Sequence[tuple[ir.Conv, weights.Digits]], chosen: list[Choice]) -> list[Choice]:
+    """Words of one kind in every layer whose weights have the same bits: a constant takes no register."""
+    words = {i: made for i, (_, made) in enumerate(chosen) if made is not None and made.form == weights.WORDS}
+    for bits in {made.bits for made in words.values()}:
+        same = [i for i, made in words.items() if made.bits == bits]
+        gaps = {words[i].gap for i in same}
+        made = {gap: [_entries(*convs[i], (gap,), chosen[i][0] == LINE) for i in same] for gap in gaps}
+        best = min(made, key=lambda gap: (sum(one.stream.nbytes for one in made[gap] if one is not None), gap))
+        for i, one in zip(same, made[best]):
+            chosen[i] = chosen[i][0], one
+    return chosen
+
+
+def _entries(
+    step: ir.Conv, found: weights.Digits, gaps: Iterable[int] = weights.GAPS, rows: bool = False
+) -> weights.Entries | None:
     """The stream of a layer that has one."""
-    if step.groups > 1 or found.lowest > 0 or found.lowest + (1 << found.bits) <= 0:
+    if step.groups > 1:
         return None
-    return weights.entries(step, found, step.sources[0].high)
+    return weights.entries(step, found, step.sources[0].high, gaps, rows)
 
 
 def _alone(step: ir.Conv, found: weights.Digits) -> Choice:
@@ -64,7 +80,7 @@ def _alone(step: ir.Conv, found: weights.Digits) -> Choice:
         return DEPTHWISE, None
     vector = step.height * step.width == 1 and step.groups == 1 and step.window.kernel == (1, 1)
     whole = vector and step.taps % weights.unit(found.bits) == 0
-    made = _entries(step, found)
+    made = _entries(step, found, *((weights.ROW_GAPS, True) if vector else ()))
     if made is not None:
         lines, columns = shape(step)
         once = COLUMNS // 2 if made.form == weights.WIDE else COLUMNS

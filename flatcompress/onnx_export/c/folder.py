@@ -17,7 +17,7 @@ FEATURES = (
     *("QUANTIZE", "DEQUANTIZE", "CONV", "LINEAR", "DEPTHWISE", "FUSED", "ADD", "FLOAT_ADD", "POOL", "MAX", "TABLE"),
     *("REALS", "FLOATS", "FAR", "NUDGED", "LIMITS", "RAISED", "WIDE_BIAS", "NARROW", "BITS_1", "BITS_2", "BITS_4"),
     *("BITS_8", "PLANES", "GROUPS", "SPARSE", "SPARSE_LINE", "SPARSE_WIDE", "SPARSE_BYTES", "SPARSE_WORDS", "SPLIT"),
-    *("GATE", "CONCAT", "MOVE", "RANGE", "LATE", "DILATED", "SMALL"),
+    *("MASKED", "GATE", "CONCAT", "MOVE", "RANGE", "LATE", "DILATED", "SMALL"),
     *("ROWS", "ROW_CODES", "ROW_COPY", "ROW_PRODUCT", "ROW_SCALE", "ROW_DIVIDE", "ROW_ADD", "ROW_TIMES", "ROW_NORM"),
     *("ROW_SOFTMAX", "ROW_GELU", "ROW_SIGMOID", "ROW_TANH", "ROW_HARD", "ROW_RELU", "ROW_PLANES", "ROW_QUANTIZE"),
 )
@@ -111,6 +111,7 @@ int {name}_run(const float *in, float *out, void *arena);
 def _source(decided: Decided, made: Sources) -> str:
     name, upper = made.name, made.name.upper()
     features = "\n".join(f"#define FC_{part} {int(part in made.uses)}" for part in FEATURES)
+    features += "".join(f"\n#define FC_{key} {value}" for key, value in _word(decided).items())
     constants = "\n\n".join(made.constants)
     calls = "\n".join(f"    {call}" for call in made.calls)
     return f"""/* {name}: written by flatcompress; see README.md. */
@@ -133,6 +134,14 @@ int {name}_run(const float *in, float *out, void *arena)
     return 0;
 }}
 """
+
+
+def _word(decided: Decided) -> dict[str, int]:
+    """Bits of a distance and of a weight in words of a sparse stream; 0 where layers differ."""
+    streams = [layer.entries for layer in decided.layers.values() if layer.entries is not None]
+    kinds = {(made.gap, made.bits) for made in streams if made.form == weights.WORDS}
+    gap, bits = kinds.pop() if len(kinds) == 1 else (0, 0)
+    return {"WORD_GAP": gap, "WORD_BITS": bits}
 
 
 def _weights(made: Sources) -> str:

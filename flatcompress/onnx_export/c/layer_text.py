@@ -122,13 +122,14 @@ def layer_struct(made: Sources, decided: Decided, index: int, step: ir.Conv, scr
         "taps": step.taps,
         "words": layer.words,
         "lowest": found.lowest,
-        "bits": found.bits,
+        "bits": found.bits if layer.entries is None else layer.entries.bits,
         "headroom": step.headroom + end.raised,
         "shift": end.shift,
         "trim": end.trim,
         "in_zero": source.zero,
         **_kept_fields(decided, layer, kind, end),
         **_stream_fields(layer),
+        **({"masked": 1} if layer.step.depthwise and weights.masked(layer.digits) else {}),
     }
     made.constants.append(struct("fc_layer", f"layer_{index}", fields))
     made.uses |= _uses_of_conv(layer, kind) | ({"NUDGED"} if nudged(decided) else set())
@@ -184,12 +185,13 @@ def _uses_of_conv(layer: Layer, kind: str) -> set[str]:
     found, planes, window = {layer.kernel.upper()}, weights.PLANES[layer.digits.bits], layer.step.window
     if layer.entries is not None:
         found.add(("SPARSE_WIDE", "SPARSE_WORDS", "SPARSE_BYTES")[layer.entries.form])
-        found |= {"SPLIT"} if layer.entries.parts > 1 and layer.kernel == choosing.SPARSE else set()
+        found |= {"SPLIT"} if layer.entries.parts and layer.kernel == choosing.SPARSE else set()
     elif not layer.step.depthwise:
         found |= {f"BITS_{bits}" for bits in planes}
         found |= {"PLANES"} if len(planes) > 1 and layer.kernel == choosing.CONV else set()
     found |= {"WIDE_BIAS"} if _wide(layer) else set()
     found |= {"NARROW"} if layer.rule.narrow else set()
+    found |= {"MASKED"} if layer.step.depthwise and weights.masked(layer.digits) else set()
     found |= {"GROUPS"} if _grouped(layer.step) else set()
     found |= {"FAR"} if layer.far else set()
     found |= {"DILATED"} if max(window.dilation) > 1 else set()

@@ -29,17 +29,12 @@ class Layer:
     add: sums.AddRule | None = None
     entries: weights.Entries | None = None
     most: float = 0.0  # the largest product of a sum and its scale
-    reach: int = 0  # the largest sum
+    room: int = 0  # by how many bits every sum and product may be raised within 32 bits
 
     @property
     def far(self) -> bool:
         """Whether products with a float scale may leave what a float rounds at once."""
         return self.rule.floats and self.most >= FAR
-
-    @property
-    def room(self) -> int:
-        """By how many bits every sum and product may be raised within 32 bits."""
-        return max(0, min(31 - int(self.reach).bit_length(), 24 - int(self.most).bit_length()))
 
     @property
     def result(self) -> ir.Codes | None:
@@ -76,7 +71,7 @@ class Layer:
             plane = _reach(step.window, axis, size) * self.words + 4 * step.window.stride[1 - axis]
             return 4 * (-(-along // 4) * 4 + step.taps) + plane
         if self.kernel == choosing.SPARSE:
-            parts = self.entries.parts if self.entries is not None else 1
+            parts = max(1, self.entries.parts) if self.entries is not None else 1
             height, width = step.window.kernel
             return 4 * (width * parts + height * step.sources[0].channels * self.words)
         if self.kernel != choosing.CONV:
@@ -163,14 +158,16 @@ def _layer(step: ir.Conv, found: weights.Digits, choice: choosing.Choice) -> Lay
         rule = requantize.Rule(np.zeros(step.outputs, np.int64), 0, 32, 0, 0)
         return Layer(step, found, rule, corrected, kernel, entries=entries)
     limits = result.grid.low - result.grid.zero_point, result.grid.high - result.grid.zero_point
-    rule = requantize.solve(step.scale, low, high, *limits, signs=found.signs)
+    every = 1 << step.headroom
+    rule = requantize.solve(step.scale, low, high, *limits, signs=found.signs, every=every, raisable=True)
     most = float((np.maximum(high, -low) * step.scale.astype(np.float64)).max())
+    room = requantize.room(step.scale, low, high)
     added = None
     if step.add is not None:
         assert step.out is not None
         operands = (step.add.between, step.add.other) if step.add.first else (step.add.other, step.add.between)
         added = sums.solve_add(*operands, step.out)
-    return Layer(step, found, rule, corrected, kernel, added, entries, most, int(max(high.max(), -low.min())))
+    return Layer(step, found, rule, corrected, kernel, added, entries, most, room)
 
 
 def _pool(step: ir.GlobalPool) -> requantize.Rule:

@@ -18,6 +18,7 @@ Ints = NDArray[np.int64]
 LARGEST_SHIFT = 53  # (2 k - 1) 2**(shift - 1) and sums times multipliers stay within int64
 MULTIPLIER_BITS = 31
 UNIT = 1 << 16
+BYTE = 8  # bits that a result may have below its last one, which the clamp to a byte takes off
 INT32 = (-(1 << 31), (1 << 31) - 1)
 
 
@@ -74,20 +75,30 @@ def reachable(weight: NDArray[np.integer], bias: Ints, headroom: int, low: int, 
 
 
 def solve(
-    scale: NDArray[np.float32], low: Ints, high: Ints, code_low: int, code_high: int, signs: Ints | None = None
+    scale: NDArray[np.float32],
+    low: Ints,
+    high: Ints,
+    code_low: int,
+    code_high: int,
+    signs: Ints | None = None,
+    *,
+    every: int = 1,
+    raisable: bool = False,
 ) -> Rule:
     """A rule for the channels of one layer. code_low, code_high: the result's limits, zero point taken off.
 
-    low, high: [channels], the sums that can occur. signs: [channels] of 1 and -1: channels whose sum the C computes
-    negated get a negated multiplier.
+    low, high: [channels], the least and largest sum, between which they come ``every`` so many. signs: [channels] of 1
+    and -1: channels whose sum the C computes negated get a negated multiplier. raisable: the C may raise sums by some
+    bits where they leave room for it, so the shift may be below 32.
     """
     levels = np.arange(code_low + 1, code_high + 1, dtype=np.int64)
     steps = thresholds(scale, levels, low, high)
-    sums = int((high - low + 1).sum())
-    shift = _shift(scale)
+    steps = low[:, None] - (low[:, None] - steps) // every * every  # the next sum that there is
+    sums = int(((high - low) // every + 1).sum())
+    shift = _shift(scale, room(scale, low, high) - BYTE if raisable else 0)
     wanted = np.round(scale.astype(np.float64) * 2.0**shift).astype(np.int64)
     for nudge in _nudges(shift):
-        least, most = _interval(steps, levels, low, high, shift, (1 << (shift - 1)) + nudge)
+        least, most = _interval(steps, levels, low, high, shift, (1 << (shift - 1)) + nudge, every)
         if (least <= most).all():
             chosen, narrow = _choose(wanted, least, most)
             chosen = chosen * (1 if signs is None else signs)
@@ -103,10 +114,17 @@ def _choose(wanted: Ints, least: Ints, most: Ints) -> tuple[Ints, bool]:
     return np.clip(wanted, least, most), False
 
 
-def _shift(scale: NDArray[np.float32]) -> int:
-    """The largest shift with which the largest multiplier fits, at least 32: the high word of a product is free."""
-    room = MULTIPLIER_BITS - 1 - int(np.ceil(np.log2(float(scale.max()))))
-    return int(np.clip(room, 32, LARGEST_SHIFT))
+def room(scale: NDArray[np.float32], low: Ints, high: Ints) -> int:
+    """By how many bits every sum and product may be raised within 32 bits."""
+    reach, most = np.maximum(high, -low), float((np.maximum(high, -low) * scale.astype(np.float64)).max())
+    return max(0, min(31 - int(reach.max()).bit_length(), 24 - int(most).bit_length()))
+
+
+def _shift(scale: NDArray[np.float32], raised: int = 0) -> int:
+    """The largest shift with which the largest multiplier fits, at least 32: the high word of a product is free.
+    raised: so many bits less where sums can be raised."""
+    largest = MULTIPLIER_BITS - 1 - int(np.ceil(np.log2(float(scale.max()))))
+    return int(np.clip(largest, 32 - max(0, raised), LARGEST_SHIFT))
 
 
 def _nudges(shift: int) -> list[int]:
@@ -119,13 +137,15 @@ def _nudges(shift: int) -> list[int]:
     return [0] + [sign * size for size in sizes for sign in (-1, 1)]
 
 
-def _interval(steps: Ints, levels: Ints, low: Ints, high: Ints, shift: int, offset: int) -> tuple[Ints, Ints]:
+def _interval(
+    steps: Ints, levels: Ints, low: Ints, high: Ints, shift: int, offset: int, every: int = 1
+) -> tuple[Ints, Ints]:
     """[channels]: the multipliers with which every level is reached at its step and not before."""
     target = (levels << shift) - offset
     limit = (1 << MULTIPLIER_BITS) - 1
     least = np.zeros(len(low), np.int64)
     most = np.full(len(low), limit, np.int64)
-    for sums, exists, reaches in ((steps, steps <= high[:, None], True), (steps - 1, steps > low[:, None], False)):
+    for sums, exists, reaches in ((steps, steps <= high[:, None], True), (steps - every, steps > low[:, None], False)):
         at_least, at_most = _bounds(sums, np.broadcast_to(target, sums.shape), reaches)
         least = np.maximum(least, np.where(exists, at_least, 0).max(1, initial=0))
         most = np.minimum(most, np.where(exists, at_most, limit).min(1, initial=limit))

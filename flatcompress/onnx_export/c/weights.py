@@ -8,6 +8,7 @@ depthwise layers, which unpack a channel once: digits without a gap.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,15 +74,28 @@ def _pack(plane: NDArray[np.int64], bits: int) -> NDArray[np.uint32]:
 
 
 def stream(found: Digits, kernel: tuple[int, int], turned: bool) -> NDArray[np.uint8]:
-    """Bytes of all digits, channel by channel, the first digit in the lowest bits. turned: column by column."""
+    """Bytes of all digits, channel by channel, the first digit in the lowest bits. turned: column by column. Where it
+    is shorter (`masked`), a bit for every weight, and behind it the digit of one that is not zero."""
     values = found.values.reshape(-1, *kernel)
     flat = (values.transpose(0, 2, 1) if turned else values).reshape(-1)
     bits = (flat[:, None] >> np.arange(found.bits)) & 1
+    if masked(found):
+        there = flat + found.lowest != 0
+        kept = np.concatenate([np.ones((len(flat), 1), bool), np.repeat(there[:, None], found.bits, 1)], 1)
+        bits = np.concatenate([there[:, None], bits], 1)[kept]
     return np.packbits(bits.astype(np.uint8).reshape(-1), bitorder="little")
+
+
+def masked(found: Digits) -> bool:
+    """Whether a bit for every weight saves more digits of zeros than it costs."""
+    zeros = int(np.count_nonzero(found.values + found.lowest == 0))
+    return zeros * found.bits > found.values.size
 
 
 WIDE, WORDS, BYTES = 0, 1, 2  # forms of a sparse layer's stream, as sparse.h has them
 PARTS = (1, 2, 4, 8)
+GAPS = range(1, 9)
+ROW_GAPS = range(3, 9)  # eight entries of a word at most
 
 
 @dataclass
@@ -89,43 +103,51 @@ class Entries:
     """A sparse layer's stream: of each weight that is not zero, its distance from the last one and the weight itself.
 
     ``form``: `WIDE`, a weight of 8 bits and four bits of distance; or where sums fit 16 bits, so that the kernel adds
-    two pixels in one word, `WORDS` (``gap`` bits of distance) or `BYTES` (a weight and a distance of four bits).
-    ``parts``: into how many a column of taps is divided so that the sums fit; 1: not even columns are added apart.
+    two pixels in one word, `WORDS` (``gap`` bits of distance, ``bits`` of a signed weight) or `BYTES` (four bits each).
+    ``parts``: into how many a column of taps is divided so that the sums of each fit; 0: whole rows do.
     count: of entries.
     """
 
     stream: NDArray[np.uint8] | NDArray[np.uint32]
     gap: int
+    bits: int
     form: int
     parts: int
     count: int
 
 
-def entries(conv: Conv, found: Digits, most: int) -> Entries:
-    """The stream that takes the fewest bytes, taps column by column. most: the input's largest code.
+def entries(conv: Conv, found: Digits, most: int, gaps: Iterable[int] = GAPS, rows: bool = False) -> Entries:
+    """The stream that takes the fewest bytes, taps column by column. most: the input's largest code. gaps: bits of a
+    distance in `WORDS`. rows: a row ends with a group of entries (two, or a word), as the kernel for one vector has it.
 
     A distance beyond its bits is bridged by entries whose weight is zero.
     """
     values = (found.values + found.lowest).reshape(*conv.weight.shape).transpose(0, 2, 1, 3)
     columns = np.ascontiguousarray(values).reshape(conv.outputs, conv.weight.shape[2], -1)
-    parts = _parts(columns, most) if found.bits <= 4 else None
-    if parts is None:
-        return _wide(columns)
-    gaps = range(1, 9)
-    made = [_words(columns, found, gap, parts) for gap in gaps]
-    best = min(made, key=lambda one: one.stream.nbytes)
-    if found.bits > 2 and values.min() >= -8 and values.max() <= 7:
-        distance, digit = _gaps(columns, 15)
-        if len(distance) <= 1.15 * best.stream.nbytes:  # decoded in half of the instructions
-            return Entries(((distance << 4) | (digit & 15)).astype(np.uint8), 4, BYTES, parts, len(distance))
+    bits = _signed_bits(values)
+    parts = 0 if rows else _parts(columns, most)
+    if bits > 4 or parts is None:
+        return _wide(columns, rows)
+    best = min((_words(columns, bits, gap, parts, rows) for gap in gaps), key=lambda one: one.stream.nbytes)
+    if bits > 2:
+        distance, digit = _gaps(columns, 15, 2 if rows else 1)
+        if len(distance) <= 1.15 * best.stream.nbytes:  # decoded in fewer instructions
+            return Entries(((distance << 4) | (digit & 15)).astype(np.uint8), 4, 4, BYTES, parts, len(distance))
     return best
 
 
+def _signed_bits(values: NDArray[np.int64]) -> int:
+    """Of the narrowest signed number that holds every weight, and a zero."""
+    least, most = min(0, int(values.min())), max(0, int(values.max()))
+    return max((-least - 1).bit_length() if least else 0, most.bit_length()) + 1
+
+
 def _parts(columns: NDArray[np.int64], most: int) -> int | None:
-    """Into how many parts rows [out, columns, taps] go so that every sum fits 16 bits; 1: whole rows do. None: more."""
+    """Into how many parts a column of rows [out, columns, taps] goes so that every sum fits 16 bits; 0: whole rows do,
+    None: no such number."""
     signs = np.maximum(columns, 0), np.maximum(-columns, 0)
     if max(int(sign.sum((1, 2)).max()) for sign in signs) * most < 1 << 15:
-        return 1
+        return 0
     for parts in PARTS:
         if columns.shape[1] * parts > 1 and columns.shape[2] % parts == 0:
             apart = [sign.reshape(len(sign), -1, columns.shape[2] // parts).sum(-1) for sign in signs]
@@ -134,32 +156,35 @@ def _parts(columns: NDArray[np.int64], most: int) -> int | None:
     return None
 
 
-def _wide(values: NDArray[np.int64]) -> Entries:
-    """Of two entries the distances in a byte, each before its weight: distances, weight, weight."""
-    distance, weight = _gaps(values, 15)
+def _wide(values: NDArray[np.int64], rows: bool) -> Entries:
+    """Of two entries the distances in a byte, each before its weight: distances, weight, weight. rows: of four entries
+    the distances in two bytes, then their weights."""
+    each = 4 if rows else 2
+    distance, weight = _gaps(values, 15, each if rows else 1)
     count = len(distance)
-    if count % 2:
-        distance, weight = np.append(distance, 15), np.append(weight, 0)
-    both = distance[0::2] | (distance[1::2] << 4)
-    stream = np.stack([both, weight[0::2] & 255, weight[1::2] & 255], 1).reshape(-1)
-    return Entries(stream.astype(np.uint8), 4, WIDE, 1, count)
+    short = -count % each
+    distance = np.append(distance, np.full(short, 15)).reshape(-1, each)
+    weight = np.append(weight, np.zeros(short, np.int64)).reshape(-1, each)
+    stream = np.concatenate([distance[:, 0::2] | (distance[:, 1::2] << 4), weight & 255], 1).reshape(-1)
+    return Entries(stream.astype(np.uint8), 4, 8, WIDE, 0, count)
 
 
-def _words(values: NDArray[np.int64], found: Digits, gap: int, parts: int) -> Entries:
-    distance, weight = _gaps(values, (1 << gap) - 1)
-    width, count = gap + found.bits, len(distance)
+def _words(values: NDArray[np.int64], bits: int, gap: int, parts: int, rows: bool) -> Entries:
+    width = gap + bits
     each = 32 // width
+    distance, weight = _gaps(values, (1 << gap) - 1, each if rows else 1)
+    count = len(distance)
     short = -count % each
     distance = np.append(distance, np.full(short, (1 << gap) - 1))
     weight = np.append(weight, np.zeros(short, np.int64))
-    entry = (distance | ((weight - found.lowest) << gap)).astype(np.uint64).reshape(-1, each)
+    entry = (distance | ((weight & ((1 << bits) - 1)) << gap)).astype(np.uint64).reshape(-1, each)
     words = (entry << (np.arange(each, dtype=np.uint64) * np.uint64(width))).sum(1)
-    return Entries(words.astype(np.uint32), gap, WORDS, parts, count)
+    return Entries(words.astype(np.uint32), gap, bits, WORDS, parts, count)
 
 
-def _gaps(values: NDArray[np.int64], longest: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _gaps(values: NDArray[np.int64], longest: int, group: int = 1) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Of every entry, its distance (1 .. ``longest``) and its weight; the last ones lie beyond the last row, which ends
-    it."""
+    it. group: entries of one row fill up so many, with entries of distance and weight 0."""
     flat = values.reshape(-1)
     places = np.flatnonzero(flat)
     steps = np.diff(places, prepend=-1)
@@ -169,7 +194,13 @@ def _gaps(values: NDArray[np.int64], longest: int) -> tuple[NDArray[np.int64], N
     at = np.cumsum(fillers + 1) - 1
     distance, weight = np.full(total + beyond, longest, np.int64), np.zeros(total + beyond, np.int64)
     distance[at], weight[at] = (steps - 1) % longest + 1, flat[places]
-    return distance, weight
+    if group == 1:
+        return distance, weight
+    row = (np.cumsum(distance) - 1) // (flat.size // len(values))
+    last = np.flatnonzero(np.diff(row, append=row[-1] + 1)) + 1  # where each row that has entries ends
+    short = -np.diff(last, prepend=0) % group
+    where = np.repeat(last, short)
+    return np.insert(distance, where, 0), np.insert(weight, where, 0)
 
 
 def true_bytes(conv: Conv) -> float:

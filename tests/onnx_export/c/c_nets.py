@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,20 @@ class Line(nn.Module):
         return self.body(x)
 
 
+class Vectors(nn.Module):
+    """Linear layers alone, one of them to fewer features than fit a group of entries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes, layers = (44, 30, 3, 30, 44), []
+        for first, second in itertools.pairwise(sizes):
+            layers += [nn.Linear(first, second), nn.BatchNorm1d(second), nn.ReLU()]
+        self.body = block(*layers[:-2])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(x)
+
+
 def made(
     model: nn.Module,
     shape: tuple[int, ...],
@@ -116,4 +131,9 @@ def wrong(exported: Exported, x: np.ndarray, flags: tuple[str, ...]) -> list[int
 
 
 STRICT = (*build.WARNINGS, *build.SANITIZERS, "-O0")  # compiles in a third of the time of -O1
-NETS = {"residual": (Residual, (3, 17, 12)), "deep": (Deep, (3, 9, 8)), "line": (Line, (2, 20))}
+NETS = {
+    "residual": (Residual, (3, 17, 12)),
+    "deep": (Deep, (3, 9, 8)),
+    "line": (Line, (2, 20)),
+    "vectors": (Vectors, (44,)),
+}

@@ -125,14 +125,20 @@ def test_a_name_that_c_does_not_take_is_refused(stem, tmp_path):
     ("name", "weight_bits", "activation_bits"),
     [
         ("residual", 4, 4),
-        *(pytest.param("residual", w, a, marks=pytest.mark.slow) for w, a in [(4, 8), (2, 4), (8, 8)]),
+        ("vectors", 4, 4),
+        ("vectors", 2, 4),
+        *(
+            pytest.param(name, w, a, marks=pytest.mark.slow)
+            for name, w, a in [("residual", 4, 8), ("residual", 2, 4), ("residual", 8, 8), ("vectors", 8, 8)]
+        ),
     ],
 )
 def test_sparse_weights_are_skipped_and_every_bit_is_equal(name, weight_bits, activation_bits, tmp_path):
     kind, shape = NETS[name]
     torch.manual_seed(0)
     exported = made(kind(), shape, weight_bits, activation_bits, tmp_path / "m.onnx", sparsity=0.85)
-    assert "#define FC_SPARSE 1" in (exported.c.folder / "m.c").read_text()
+    part = "FC_SPARSE_LINE" if name == "vectors" else "FC_SPARSE"
+    assert f"#define {part} 1" in (exported.c.folder / "m.c").read_text()
     assert wrong(exported, samples(shape), STRICT) == []
 
 
@@ -145,29 +151,50 @@ def test_a_sparse_stream_holds_every_weight(bits, most, density):
     shape = (5, 2, 4, 5)  # [out, kh, kw, in]: the stream goes through the taps column by column
     conv = SimpleNamespace(weight=values.reshape(shape), outputs=5)
     found = weights.entries(conv, weights.Digits(values - low, low, bits, np.ones(5, np.int64)), most)
-    distance, weight = decoded(found, bits, low)
+    distance, weight = decoded(found)
     places = np.cumsum(distance) - 1
     back = np.zeros(int(places[-1]) + 1, np.int64)
     back[places] = weight
     assert places[-1] >= 200 and not weight[places >= 200].any()
     assert np.array_equal(back[:200].reshape(5, 4, 2, 5).transpose(0, 2, 1, 3), values.reshape(shape))
     if found.form != weights.WIDE:  # every sum that the kernel adds in 16 bits fits them, whatever the inputs are
-        apart = back[:200].reshape(5, 1 if found.parts == 1 else 4 * found.parts, -1)
+        apart = back[:200].reshape(5, 4 * found.parts or 1, -1)
         assert max(np.maximum(sign * apart, 0).sum(2).max() for sign in (1, -1)) * most < 1 << 15
 
 
-def decoded(found: weights.Entries, bits: int, low: int) -> tuple[np.ndarray, np.ndarray]:
+def test_sums_that_fit_a_column_alone_are_not_added_through_the_row():
+    conv = SimpleNamespace(weight=np.full((1, 1, 3, 16), 5), outputs=1)  # 3 times 20,400
+    assert weights.entries(conv, weights.Digits(np.full((1, 48), 13), -8, 4, np.ones(1, np.int64)), 255).parts == 1
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("density", [0.0, 0.03, 0.4])
+def test_no_group_of_entries_belongs_to_two_rows_of_one_vector(bits, density):
+    generator = np.random.default_rng(bits)
+    low, taps = -(1 << (bits - 1)), 50
+    values = generator.integers(low, -low, (6, taps)) * (generator.random((6, taps)) < density)
+    conv = SimpleNamespace(weight=values.reshape(6, 1, 1, taps), outputs=6)
+    found = weights.entries(
+        conv, weights.Digits(values - low, low, bits, np.ones(6, np.int64)), 255, weights.ROW_GAPS, rows=True
+    )
+    each = {weights.WORDS: 32 // (found.gap + found.bits), weights.WIDE: 4, weights.BYTES: 2}[found.form]
+    distance, weight = decoded(found, each)
+    places = (np.cumsum(distance) - 1)[: len(distance) // each * each].reshape(-1, each)
+    assert (places // taps == places[:, :1] // taps)[places[:, 0] < values.size].all()
+    back = np.zeros(values.size + 300, np.int64)
+    np.add.at(back, np.cumsum(distance) - 1, weight)
+    assert np.array_equal(back[: values.size].reshape(values.shape), values) and not back[values.size :].any()
+
+
+def decoded(found: weights.Entries, group: int = 2) -> tuple[np.ndarray, np.ndarray]:
     """Distances and weights of a stream, as the kernels read them."""
     stream = found.stream.astype(np.int64)
     if found.form == weights.BYTES:
         return stream >> 4, ((stream & 15) ^ 8) - 8
     if found.form == weights.WIDE:
-        both, *pair = stream.reshape(-1, 3).T
-        return np.stack([both & 15, both >> 4], 1).ravel(), ((np.stack(pair, 1) ^ 128) - 128).ravel()
-    width, entries = found.gap + bits, []
-    for word in stream.tolist():
-        while word:
-            entries.append(word & ((1 << width) - 1))
-            word >>= width
-    entry = np.array(entries)
-    return entry & ((1 << found.gap) - 1), (entry >> found.gap) + low
+        rows = stream.reshape(-1, group + group // 2)
+        gaps, digits = rows[:, : group // 2], rows[:, group // 2 :]
+        return np.stack([gaps & 15, gaps >> 4], 2).ravel(), ((digits ^ 128) - 128).ravel()
+    width, half = found.gap + found.bits, 1 << (found.bits - 1)
+    entry = (stream[:, None] >> (np.arange(32 // width) * width) & ((1 << width) - 1)).ravel()
+    return entry & ((1 << found.gap) - 1), ((entry >> found.gap) ^ half) - half

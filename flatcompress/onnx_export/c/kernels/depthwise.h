@@ -96,7 +96,13 @@ FC_INLINE uint32_t *fc_taps(const fc_layer *layer, fc_stream *stream, uint32_t w
     for (uint32_t ky = 0u; ky < layer->kernel_h; ky++) {
         uint32_t place = line;
         for (uint32_t kx = 0u; kx < layer->kernel_w; kx++) {
-            const int32_t weight = (int32_t)fc_digit(stream, layer->bits) + layer->lowest;
+            int32_t weight = 0;
+#if FC_MASKED
+            if ((layer->masked == 0u) || (fc_digit(stream, 1u) != 0u)) /* a bit says whether there is a weight */
+#endif
+            {
+                weight = (int32_t)fc_digit(stream, layer->bits) + layer->lowest;
+            }
             if (weight != 0) {
                 *to = (place << 16) | ((uint32_t)weight & 0xFFFFu);
                 to++;

@@ -93,7 +93,6 @@ static void fc_linear(const fc_layer *layer, uint8_t *arena, float *real FC_RANG
     result.row = 0u;
     for (uint32_t channel = 0u; channel < layer->out_c; channel++) {
         uint32_t sum = 0u, place = 0u;
-        int32_t sums[2];
 #define FC_ROW(BITS)                                                                                                   \
     if (((uint32_t)layer->bits & (BITS##u)) != 0u) {                                                                   \
         sum += fc_row_##BITS(weight, source, end) << place;                                                            \
@@ -112,9 +111,7 @@ static void fc_linear(const fc_layer *layer, uint8_t *arena, float *real FC_RANG
 #if FC_BITS_1
         FC_ROW(1)
 #endif
-        sums[0] = (int32_t)sum + fixed;
-        sums[1] = 0;
-        fc_put(&result, sums, 1u, channel, channel);
+        fc_put_one(&result, (int32_t)sum + fixed, channel);
     }
 }
 #endif

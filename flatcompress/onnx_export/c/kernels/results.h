@@ -58,6 +58,9 @@ typedef struct {
 #if FC_DEPTHWISE
     uint8_t turned;        /* the image is taken with its sides exchanged */
 #endif
+#if FC_MASKED
+    uint8_t masked;        /* a depthwise layer's digits are those of weights that are not zero, a bit before each */
+#endif
 #if FC_FLOATS
     uint8_t out_zero;
 #endif
@@ -74,6 +77,15 @@ FC_INLINE int32_t fc_bias(const fc_layer *layer, uint32_t channel)
     }
 #endif
     return (int32_t)((const int16_t *)layer->bias)[channel];
+}
+
+FC_INLINE int32_t fc_raised_bias(const fc_layer *layer, uint32_t channel)
+{
+#if FC_RAISED
+    return (int32_t)((uint32_t)fc_bias(layer, channel) << layer->raise);
+#else
+    return fc_bias(layer, channel);
+#endif
 }
 
 /* A multiplier; of narrow ones the upper 16 bits are stored. */
@@ -93,20 +105,26 @@ typedef struct {
     uint8_t *to;
     float *real;
     uint32_t row, stride, kind;
+    int32_t unit; /* 1 << headroom: one multiplication and addition, which a shift would make two */
 } fc_result;
 
 #define FC_PLAIN 0u
 #define FC_ADDED 1u
 #define FC_FLOAT 2u
+#define FC_VALUE 3u
 
 static fc_result fc_into(const fc_layer *layer, uint8_t *arena, float *real)
 {
-    fc_result result = {layer, &arena[layer->target], real, layer->out_c, 2u * (uint32_t)layer->out_c, FC_PLAIN};
+    fc_result result = {layer, &arena[layer->target], real, layer->out_c, 2u * (uint32_t)layer->out_c, FC_PLAIN, 0};
+    result.unit = (int32_t)(1ul << layer->headroom);
 #if FC_FUSED
     result.kind = (layer->add == NULL) ? FC_PLAIN : FC_ADDED;
 #endif
 #if FC_FLOATS
     result.kind = (layer->kind == FC_SCALED) ? FC_FLOAT : result.kind;
+#endif
+#if FC_REALS
+    result.kind = (layer->kind == FC_REAL) ? FC_VALUE : result.kind;
 #endif
     return result;
 }
@@ -116,15 +134,11 @@ FC_INLINE void fc_put_as(const fc_result *result, const int32_t *sums, uint32_t 
                          uint32_t how)
 {
     const fc_layer *const layer = result->layer;
-    const uint32_t headroom = layer->headroom, stride = result->stride, row = result->row;
+    const int32_t unit = result->unit;
+    const uint32_t stride = result->stride, row = result->row;
     const uint32_t shift = layer->shift, trim = layer->trim;
-#if FC_RAISED
-    const int32_t bias = (int32_t)((uint32_t)fc_bias(layer, channel) << layer->raise);
-#else
-    const int32_t bias = fc_bias(layer, channel);
-#endif
+    const int32_t bias = fc_raised_bias(layer, channel);
     const int32_t multiplier = (how == FC_FLOAT) ? 0 : fc_multiplier(layer, channel);
-    const int32_t *const end = &sums[2u * pairs];
 #if FC_NUDGED
     const int64_t offset = layer->offset;
 #else
@@ -147,10 +161,10 @@ FC_INLINE void fc_put_as(const fc_result *result, const int32_t *sums, uint32_t 
 #endif
     uint8_t *to = &result->to[at];
     do {
-        const int32_t first = (int32_t)((uint32_t)sums[0] << headroom) + bias;
-        const int32_t second = (int32_t)((uint32_t)sums[1] << headroom) + bias;
-        int32_t code, next;
-        sums += 2;
+        int32_t first, second, code, next;
+        FC_LOAD2(first, second, sums);
+        first = (first * unit) + bias;
+        second = (second * unit) + bias;
 #if FC_FLOATS
         if (how == FC_FLOAT) {
             code = (fc_nearest((float)first * factor) + zero) * (int32_t)(1ul << trim);
@@ -184,25 +198,31 @@ FC_INLINE void fc_put_as(const fc_result *result, const int32_t *sums, uint32_t 
         to[row] = (uint8_t)next; /* with a row of 0, what is not wanted, and written over */
         to[0] = (uint8_t)code;
         to += stride;
-    } while (sums != end);
+        pairs--;
+    } while (pairs != 0u);
 }
+
+#if FC_REALS
+FC_INLINE float fc_value(const fc_layer *layer, int32_t sum, uint32_t channel)
+{
+    float value = (float)((int32_t)((uint32_t)sum << layer->headroom) + fc_bias(layer, channel));
+    value *= ((const float *)layer->scale)[channel];
+#if FC_LATE
+    value += (layer->late != NULL) ? layer->late[channel] : 0.0f;
+#endif
+    return value;
+}
+#endif
 
 /* Pairs of a channel's sums to what is stored, from the element `at` on; where `row` is 0 the first of each alone. */
 FC_APART void fc_put(const fc_result *result, const int32_t *sums, uint32_t pairs, uint32_t channel, uint32_t at)
 {
 #if FC_REALS
-    const fc_layer *const layer = result->layer;
-    if (layer->kind == FC_REAL) {
-        const int32_t bias = fc_bias(layer, channel);
-        const float factor = ((const float *)layer->scale)[channel];
+    if (result->kind == FC_VALUE) {
         float *to = &result->real[at];
         for (; pairs != 0u; pairs--) {
             for (uint32_t i = 2u; i != 0u; i--) { /* the first last, which is the right one where `row` is 0 */
-                float value = (float)((int32_t)((uint32_t)sums[i - 1u] << layer->headroom) + bias) * factor;
-#if FC_LATE
-                value += (layer->late != NULL) ? layer->late[channel] : 0.0f;
-#endif
-                to[(i - 1u) * result->row] = value;
+                to[(i - 1u) * result->row] = fc_value(result->layer, sums[i - 1u], channel);
             }
             sums += 2;
             to += result->stride;
@@ -228,4 +248,35 @@ FC_APART void fc_put(const fc_result *result, const int32_t *sums, uint32_t pair
     fc_put_as(result, sums, pairs, channel, at, FC_PLAIN);
 #endif
 }
+
+#if FC_LINEAR || FC_SPARSE_LINE
+/* The one sum of a channel, where there is one pixel. */
+FC_INLINE void fc_put_one(const fc_result *result, int32_t sum, uint32_t channel)
+{
+    int32_t sums[2];
+#if !FC_NUDGED
+    if (result->kind == FC_PLAIN) {
+        const fc_layer *const layer = result->layer;
+        int32_t code = (sum * result->unit) + fc_raised_bias(layer, channel);
+        const int32_t multiplier = fc_multiplier(layer, channel), offset = layer->offset;
+        FC_UPPER(code, code, multiplier, offset);
+        code = fc_byte(code >> layer->shift) >> layer->trim;
+#if FC_LIMITS
+        code = fc_clamp(code, (int32_t)layer->low, (int32_t)layer->high);
+#endif
+        result->to[channel] = (uint8_t)code;
+        return;
+    }
+#endif
+#if FC_REALS
+    if (result->kind == FC_VALUE) {
+        result->real[channel] = fc_value(result->layer, sum, channel);
+        return;
+    }
+#endif
+    sums[0] = sum;
+    sums[1] = sum;
+    fc_put(result, sums, 1u, channel, channel);
+}
+#endif
 #endif

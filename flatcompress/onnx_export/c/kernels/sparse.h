@@ -5,13 +5,29 @@
 #define FC_WORDS 1u /* words of entries of gap + bits bits, the first in the lowest; none is 0, as distances are not */
 #define FC_BYTES 2u /* bytes: a signed weight of four bits, and above it the distance */
 
+#if FC_SPARSE
 typedef struct {
     const uint8_t *next;
     uint32_t entry, carry; /* entry: what is decoded; carry: where its weight lies, from the end of the last row */
     uint32_t held;         /* WIDE: distances, a 1 above the last */
-} fc_entries;
+    const uint8_t *base;
+    const uint32_t *part, *last; /* where each part of a row begins; `last`: behind those that are added now */
+    uint32_t length, step;       /* of a part, and from weight to weight, in bytes */
+    int32_t sums[16];
+} fc_walk;
+#endif
 
 #if FC_SPARSE_WORDS
+#if FC_WORD_BITS
+#define FC_GAP(layer) ((uint32_t)FC_WORD_GAP)
+#define FC_WORD_DIGIT(layer) ((uint32_t)FC_WORD_BITS)
+#else
+#define FC_GAP(layer) ((uint32_t)(layer)->gap)
+#define FC_WORD_DIGIT(layer) ((uint32_t)(layer)->bits)
+#endif
+#define FC_WORD_WEIGHT(layer, word)                                                                                    \
+    ((int32_t)((word) << (32u - FC_GAP(layer) - FC_WORD_DIGIT(layer))) >> (32u - FC_WORD_DIGIT(layer)))
+
 /* On to the next entry of a word. */
 #define FC_NEXT_WORD(word, next, width)                                                                                \
     do {                                                                                                               \
@@ -37,36 +53,38 @@ typedef struct {
     } while (0)
 #endif
 
+#if FC_SPARSE
 /* The first entry; step: from one weight's input to the next one's. */
-static fc_entries fc_first(const fc_layer *layer, uint32_t step)
+static void fc_first(const fc_layer *layer, fc_walk *walk, uint32_t step)
 {
-    fc_entries state = {(const uint8_t *)layer->weight, 0u, 0u, 0x10u};
     uint32_t distance = 0u;
+    walk->next = (const uint8_t *)layer->weight;
+    walk->held = 0x10u;
 #if FC_SPARSE_BYTES
     if (layer->form == FC_BYTES) {
-        state.entry = *state.next;
-        state.next++;
-        distance = state.entry >> 4;
+        walk->entry = *walk->next;
+        walk->next++;
+        distance = walk->entry >> 4;
     }
 #endif
 #if FC_SPARSE_WORDS
     if (layer->form == FC_WORDS) {
-        state.entry = *(const uint32_t *)layer->weight;
-        state.next += 4;
-        distance = state.entry & ((1u << layer->gap) - 1u);
+        walk->entry = *(const uint32_t *)layer->weight;
+        walk->next += 4;
+        distance = walk->entry & ((1u << FC_GAP(layer)) - 1u);
     }
 #endif
 #if FC_SPARSE_WIDE
     if (layer->form == FC_WIDE) {
         int32_t weight;
-        FC_NEXT_WIDE(weight, state.held, state.next);
-        state.entry = (uint32_t)weight;
-        distance = state.held & 15u;
+        FC_NEXT_WIDE(weight, walk->held, walk->next);
+        walk->entry = (uint32_t)weight;
+        distance = walk->held & 15u;
     }
 #endif
-    state.carry = (distance - 1u) * step;
-    return state;
+    walk->carry = (distance - 1u) * step;
 }
+#endif
 #endif
 
 #if FC_SPARSE
@@ -74,11 +92,6 @@ static fc_entries fc_first(const fc_layer *layer, uint32_t step)
  * two lines lie in the halves of a word, [tap line, channel, column], columns sorted by stride so that neighbours lie
  * side by side. Where every sum fits 16 bits (known when this was written; `split`: of each part of a row) one product
  * serves both lines. */
-typedef struct {
-    const uint8_t *base;
-    const uint32_t *parts, *last; /* where each part of a row begins */
-    uint32_t length, step;        /* of a part, and from weight to weight, in bytes */
-} fc_walk;
 
 /* Sums of two lines in a word to sums of each: the low half is signed, and what it borrowed goes back. */
 FC_INLINE void fc_apart(uint32_t both, int32_t *sums)
@@ -106,103 +119,103 @@ FC_INLINE void fc_apart(uint32_t both, int32_t *sums)
         FC_TWO(weight, s6, s7, 24)                                                                                     \
     }
 #define FC_ALL_APART                                                                                                   \
-    fc_apart(s0, &sums[0]);                                                                                            \
-    fc_apart(s1, &sums[2]);                                                                                            \
-    fc_apart(s2, &sums[4]);                                                                                            \
-    fc_apart(s3, &sums[6]);                                                                                            \
-    fc_apart(s4, &sums[8]);                                                                                            \
-    fc_apart(s5, &sums[10]);                                                                                           \
-    fc_apart(s6, &sums[12]);                                                                                           \
-    fc_apart(s7, &sums[14]);
+    {                                                                                                                  \
+        int32_t *const sums = walk->sums;                                                                              \
+        fc_apart(s0, &sums[0]);                                                                                        \
+        fc_apart(s1, &sums[2]);                                                                                        \
+        fc_apart(s2, &sums[4]);                                                                                        \
+        fc_apart(s3, &sums[6]);                                                                                        \
+        fc_apart(s4, &sums[8]);                                                                                        \
+        fc_apart(s5, &sums[10]);                                                                                       \
+        fc_apart(s6, &sums[12]);                                                                                       \
+        fc_apart(s7, &sums[14]);                                                                                       \
+    }
+
+/* Through the parts of a row. The loop inside needs every register that there is, so the rest is said to be volatile:
+ * compilers keep it in memory then, and not the sums. */
+#define FC_WALK(BODY)                                                                                                  \
+    fc_walk *volatile home = walk;                                                                                     \
+    do {                                                                                                               \
+        const fc_walk *const here = home;                                                                              \
+        const uint8_t *at = &here->base[*here->part];                                                                  \
+        const uint8_t *volatile end = &at[here->length];                                                               \
+        at += here->carry;                                                                                             \
+        if (at < end) {                                                                                                \
+            do {                                                                                                       \
+                BODY                                                                                                   \
+            } while (at < end);                                                                                        \
+        }                                                                                                              \
+        walk = home;                                                                                                   \
+        walk->carry = (uint32_t)(at - end);                                                                            \
+        walk->part++;                                                                                                  \
+    } while (walk->part != walk->last);                                                                                \
+    walk->next = next;
 
 #if FC_SPARSE_BYTES
-FC_APART void fc_bytes(const fc_walk *walk, fc_entries *state, int32_t *sums)
+FC_APART void fc_bytes(fc_walk *walk)
 {
-    const uint8_t *next = state->next;
+    const uint8_t *next = walk->next;
     const uint32_t step = walk->step;
-    uint32_t entry = state->entry, carry = state->carry;
+    uint32_t entry = walk->entry;
     uint32_t s0 = 0u, s1 = 0u, s2 = 0u, s3 = 0u, s4 = 0u, s5 = 0u, s6 = 0u, s7 = 0u;
-    for (const uint32_t *part = walk->parts; part != walk->last; part++) {
-        const uint8_t *at = &walk->base[*part];
-        const uint8_t *const end = &at[walk->length];
-        at += carry;
-        while (at < end) {
-            const uint32_t weight = (uint32_t)((int32_t)(entry << 28) >> 28);
-            FC_EIGHT(weight)
-            entry = *next;
-            next++;
-            at += (entry >> 4) * step;
-        }
-        carry = (uint32_t)(at - end);
-    }
-    state->next = next;
-    state->entry = entry;
-    state->carry = carry;
+    FC_WALK(
+        const uint32_t weight = (uint32_t)((int32_t)(entry << 28) >> 28);
+        FC_EIGHT(weight)
+        entry = *next;
+        next++;
+        at += (entry >> 4) * step;
+    )
+    walk->entry = entry;
     FC_ALL_APART
 }
 #endif
 
 #if FC_SPARSE_WORDS
-FC_APART void fc_words(const fc_walk *walk, fc_entries *state, int32_t *sums, const fc_layer *layer)
+FC_APART void fc_words(fc_walk *walk, const fc_layer *layer)
 {
-    const uint8_t *next = state->next;
-    const uint32_t step = walk->step, gap = layer->gap, width = gap + layer->bits;
-    const uint32_t gaps = (1u << gap) - 1u, digits = (1u << width) - 1u - gaps;
-    const int32_t least = layer->lowest;
-    const uint32_t lowest = (uint32_t)least;
-    uint32_t word = state->entry, carry = state->carry;
+    const uint8_t *next = walk->next;
+    const uint32_t step = walk->step;
+    uint32_t word = walk->entry;
     uint32_t s0 = 0u, s1 = 0u, s2 = 0u, s3 = 0u, s4 = 0u, s5 = 0u, s6 = 0u, s7 = 0u;
-    for (const uint32_t *part = walk->parts; part != walk->last; part++) {
-        const uint8_t *at = &walk->base[*part];
-        const uint8_t *const end = &at[walk->length];
-        at += carry;
-        while (at < end) {
-            const uint32_t weight = ((word & digits) >> gap) + lowest;
-            FC_EIGHT(weight)
-            FC_NEXT_WORD(word, next, width);
-            at += (word & gaps) * step;
-        }
-        carry = (uint32_t)(at - end);
-    }
-    state->next = next;
-    state->entry = word;
-    state->carry = carry;
+    (void)layer; /* where all layers have words of one kind */
+    FC_WALK(
+        const uint32_t weight = (uint32_t)FC_WORD_WEIGHT(layer, word);
+        FC_EIGHT(weight)
+        FC_NEXT_WORD(word, next, FC_GAP(layer) + FC_WORD_DIGIT(layer));
+        at += (word & ((1u << FC_GAP(layer)) - 1u)) * step;
+    )
+    walk->entry = word;
     FC_ALL_APART
 }
 #endif
 
 #if FC_SPARSE_WIDE
-FC_APART void fc_wide(const fc_walk *walk, fc_entries *state, int32_t *sums)
+FC_APART void fc_wide(fc_walk *walk)
 {
-    const uint8_t *next = state->next;
+    const uint8_t *next = walk->next;
     const uint32_t step = walk->step;
-    uint32_t held = state->held, carry = state->carry;
-    int32_t weight = (int32_t)state->entry, s0 = 0, s1 = 0, s2 = 0, s3 = 0, s4 = 0, s5 = 0, s6 = 0, s7 = 0;
-    for (const uint32_t *part = walk->parts; part != walk->last; part++) {
-        const uint8_t *at = &walk->base[*part];
-        const uint8_t *const end = &at[walk->length];
-        at += carry;
-        while (at < end) {
-            uint32_t a, b;
-            FC_AT2(a, b, at, 0);
-            s0 = FC_PLUS_LOW(weight, a, s0);
-            s1 = FC_PLUS_HIGH(weight, a, s1);
-            s2 = FC_PLUS_LOW(weight, b, s2);
-            s3 = FC_PLUS_HIGH(weight, b, s3);
-            FC_AT2(a, b, at, 8);
-            s4 = FC_PLUS_LOW(weight, a, s4);
-            s5 = FC_PLUS_HIGH(weight, a, s5);
-            s6 = FC_PLUS_LOW(weight, b, s6);
-            s7 = FC_PLUS_HIGH(weight, b, s7);
-            FC_NEXT_WIDE(weight, held, next);
-            at += (held & 15u) * step;
-        }
-        carry = (uint32_t)(at - end);
-    }
-    state->next = next;
-    state->entry = (uint32_t)weight;
-    state->held = held;
-    state->carry = carry;
+    uint32_t held = walk->held;
+    int32_t weight = (int32_t)walk->entry, s0 = 0, s1 = 0, s2 = 0, s3 = 0, s4 = 0, s5 = 0, s6 = 0, s7 = 0;
+    int32_t *sums;
+    FC_WALK(
+        uint32_t a;
+        uint32_t b;
+        FC_AT2(a, b, at, 0);
+        s0 = FC_PLUS_LOW(weight, a, s0);
+        s1 = FC_PLUS_HIGH(weight, a, s1);
+        s2 = FC_PLUS_LOW(weight, b, s2);
+        s3 = FC_PLUS_HIGH(weight, b, s3);
+        FC_AT2(a, b, at, 8);
+        s4 = FC_PLUS_LOW(weight, a, s4);
+        s5 = FC_PLUS_HIGH(weight, a, s5);
+        s6 = FC_PLUS_LOW(weight, b, s6);
+        s7 = FC_PLUS_HIGH(weight, b, s7);
+        FC_NEXT_WIDE(weight, held, next);
+        at += (held & 15u) * step;
+    )
+    walk->entry = (uint32_t)weight;
+    walk->held = held;
+    sums = walk->sums;
     sums[0] = s0;
     sums[1] = s1;
     sums[2] = s2;
@@ -215,38 +228,36 @@ FC_APART void fc_wide(const fc_walk *walk, fc_entries *state, int32_t *sums)
 #endif
 
 /* The sums of one channel: of the first column in both lines, and on. */
-FC_INLINE void fc_sums(const fc_layer *layer, fc_walk *walk, fc_entries *state, int32_t *sums)
+FC_INLINE void fc_sums(const fc_layer *layer, fc_walk *walk, const uint32_t *parts, const uint32_t *last)
 {
+    walk->part = parts;
+    walk->last = last;
 #if FC_SPARSE_WIDE
     if (layer->form == FC_WIDE) {
-        fc_wide(walk, state, sums);
+        fc_wide(walk);
         return;
     }
 #endif
 #if FC_SPLIT
-    const uint32_t *const first = walk->parts, *const last = walk->last;
     for (uint32_t i = 0u; i < 16u; i++) {
-        sums[i] = 0;
+        walk->sums[i] = 0;
     }
-    walk->last = (layer->split != 0u) ? &first[1] : last;
-    while (walk->parts != last) {
+    walk->last = (layer->split != 0u) ? &parts[1] : last;
+    while (walk->part != last) {
 #endif
 #if FC_SPARSE_BYTES
     if (layer->form == FC_BYTES) {
-        fc_bytes(walk, state, sums);
+        fc_bytes(walk);
     }
 #endif
 #if FC_SPARSE_WORDS
     if (layer->form == FC_WORDS) {
-        fc_words(walk, state, sums, layer);
+        fc_words(walk, layer);
     }
 #endif
 #if FC_SPLIT
-        walk->parts = walk->last;
         walk->last++;
     }
-    walk->parts = first;
-    walk->last = last;
 #endif
 }
 
@@ -317,12 +328,13 @@ FC_APART void fc_gather(const fc_layer *layer, const uint8_t *source, uint32_t y
 
 static void fc_sparse(const fc_layer *layer, uint8_t *arena, float *real FC_RANGE_PARAMETERS)
 {
-    const uint32_t width = layer->out_w, words = layer->words, line = width * layer->out_c, split = layer->split;
+    const uint32_t width = layer->out_w, words = layer->words, line = width * layer->out_c;
+    const uint32_t split = (layer->split > 1u) ? layer->split : 1u;
     const uint32_t once = (layer->form == FC_WIDE) ? 4u : 8u;
     const uint32_t length = (4u * layer->kernel_h * layer->in_c * words) / split;
     uint32_t *const parts = (uint32_t *)(void *)&arena[layer->scratch];
     uint32_t *const patch = &parts[layer->kernel_w * split];
-    const fc_walk walk = {(const uint8_t *)patch, parts, patch, length, 4u * words};
+    fc_walk walk;
     fc_result result = fc_into(layer, arena, real);
     uint32_t phase = 0u, place = 0u, at = 0u, *part = parts;
 #if FC_RANGE
@@ -334,6 +346,8 @@ static void fc_sparse(const fc_layer *layer, uint8_t *arena, float *real FC_RANG
 #else
     uint32_t y = 0u, left = (width * layer->out_h) - layer->absent;
 #endif
+    walk.length = length;
+    walk.step = 4u * words;
     result.stride = layer->out_c;
     for (uint32_t kx = 0u; kx < layer->kernel_w; kx++) {
         uint32_t begin = 4u * ((phase * (words / layer->stride_w)) + place);
@@ -355,20 +369,18 @@ static void fc_sparse(const fc_layer *layer, uint8_t *arena, float *real FC_RANG
         for (uint32_t x = 0u; x < above; x += once) {
             const uint32_t most = ((x + once) < above) ? once : (above - x);
             const uint32_t both = (below <= x) ? 0u : (((below - x) < most) ? (below - x) : most);
-            fc_entries state = fc_first(layer, 4u * words);
-            fc_walk here_walk = walk;
-            here_walk.base = (const uint8_t *)&patch[x];
+            fc_first(layer, &walk, walk.step);
+            walk.base = (const uint8_t *)&patch[x];
             for (uint32_t channel = 0u; channel < layer->out_c; channel++) {
-                int32_t sums[16];
                 const uint32_t place_of = at + (x * layer->out_c) + channel;
-                fc_sums(layer, &here_walk, &state, sums);
+                fc_sums(layer, &walk, parts, patch);
                 if (both != 0u) {
                     result.row = line;
-                    fc_put(&result, sums, both, channel, place_of);
+                    fc_put(&result, walk.sums, both, channel, place_of);
                 }
                 if (both != most) { /* columns of the upper line alone */
                     result.row = 0u;
-                    fc_put(&result, &sums[2u * both], most - both, channel, place_of + (both * layer->out_c));
+                    fc_put(&result, &walk.sums[2u * both], most - both, channel, place_of + (both * layer->out_c));
                 }
             }
         }
@@ -380,60 +392,131 @@ static void fc_sparse(const fc_layer *layer, uint8_t *arena, float *real FC_RANG
 #endif
 
 #if FC_SPARSE_LINE
-/* A linear layer's sparse rows, one input vector, read where it lies. */
+/* A linear layer's sparse rows, one input vector, read where it lies. Entries come in groups, of which none belongs to
+ * two rows (entries of no distance and no weight fill up): four with their distances before them (WIDE), two (BYTES), or
+ * what a word holds. Where the first of a group lies beyond the row, the row has ended. */
+#define FC_ADD_ENTRY(distance, digit)                                                                                  \
+    place += (distance);                                                                                               \
+    sum += (digit) * (int32_t)source[place];
+
+/* Every channel: groups (FIRST: the distance to the next one) as long as they lie within the row. */
+#define FC_ROWS_OF(FIRST, BODY)                                                                                        \
+    uint32_t channel = 0u, place = 0u - 1u; /* the place of the last entry: before the first one there is */           \
+    do {                                                                                                               \
+        int32_t sum = 0;                                                                                               \
+        uint32_t here = place + (FIRST);                                                                               \
+        if ((int32_t)(here - taps) < 0) { /* not spelt as below: compilers would jump to one test for both */          \
+            do {                                                                                                       \
+                BODY                                                                                                   \
+                here = place + (FIRST);                                                                                \
+            } while (here < taps);                                                                                     \
+        }                                                                                                              \
+        fc_put_one(result, sum, channel);                                                                              \
+        place -= taps;                                                                                                 \
+        channel++;                                                                                                     \
+    } while (channel < outputs);
+#define FC_TWO_BYTES(from) ((uint32_t)(from)[0] | ((uint32_t)(from)[1] << 8))
+
+#if FC_SPARSE_BYTES
+static void fc_rows_bytes(const fc_result *result, const uint8_t *source, uint32_t taps, uint32_t outputs)
+{
+    const uint8_t *next = (const uint8_t *)result->layer->weight;
+    uint32_t two = FC_TWO_BYTES(next);
+    FC_ROWS_OF((two >> 4) & 15u,
+        sum += ((int32_t)(two << 28) >> 28) * (int32_t)source[here];
+        place = here;
+        FC_ADD_ENTRY(two >> 12, (int32_t)(two << 20) >> 28)
+        next += 2;
+        two = FC_TWO_BYTES(next);
+    )
+}
+#endif
+
+#if FC_SPARSE_WORDS
+#define FC_WORD_ENTRY(k)                                                                                               \
+    if (((k) * width) <= (32u - width)) {                                                                              \
+        FC_ADD_ENTRY((word >> (((k) * width) & 31u)) & gaps, FC_WORD_WEIGHT(layer, word >> (((k) * width) & 31u)))     \
+    }
+static void fc_rows_words(const fc_result *result, const uint8_t *source, uint32_t taps, uint32_t outputs)
+{
+    const fc_layer *const layer = result->layer;
+    const uint32_t *next = (const uint32_t *)layer->weight;
+    const uint32_t width = FC_GAP(layer) + FC_WORD_DIGIT(layer), gaps = (1u << FC_GAP(layer)) - 1u;
+    uint32_t word = *next;
+    FC_ROWS_OF(word & gaps,
+        sum += FC_WORD_WEIGHT(layer, word) * (int32_t)source[here];
+        place = here;
+        FC_WORD_ENTRY(1u)
+        FC_WORD_ENTRY(2u)
+        FC_WORD_ENTRY(3u)
+        FC_WORD_ENTRY(4u)
+        FC_WORD_ENTRY(5u)
+        FC_WORD_ENTRY(6u)
+        FC_WORD_ENTRY(7u)
+        next++;
+        word = *next;
+    )
+}
+#endif
+
+#if FC_SPARSE_WIDE
+static void fc_rows_wide(const fc_result *result, const uint8_t *source, uint32_t taps, uint32_t outputs)
+{
+    const uint8_t *next = (const uint8_t *)result->layer->weight;
+    uint32_t gaps = FC_TWO_BYTES(next);
+#if FC_DSP
+    FC_ROWS_OF(gaps & 15u,
+        const uint32_t four = ((const fc_word *)(const void *)&next[2])->value;
+        const int32_t even = (int32_t)__sxtb16((int8x4_t)four);
+        const int32_t odd = (int32_t)__sxtb16((int8x4_t)((four >> 8) | (four << 24)));
+        sum = __smlabb((int32_t)source[here], even, sum);
+        here += (gaps >> 4) & 15u;
+        sum = __smlabb((int32_t)source[here], odd, sum);
+        here += (gaps >> 8) & 15u;
+        sum = __smlabt((int32_t)source[here], even, sum);
+        place = here + (gaps >> 12);
+        sum = __smlabt((int32_t)source[place], odd, sum);
+        next += 6;
+        gaps = FC_TWO_BYTES(next);
+    )
+#else
+    FC_ROWS_OF(gaps & 15u,
+        const int8_t *const weight = (const int8_t *)&next[2];
+        sum += weight[0] * (int32_t)source[here];
+        place = here;
+        FC_ADD_ENTRY((gaps >> 4) & 15u, weight[1])
+        FC_ADD_ENTRY((gaps >> 8) & 15u, weight[2])
+        FC_ADD_ENTRY(gaps >> 12, weight[3])
+        next += 6;
+        gaps = FC_TWO_BYTES(next);
+    )
+#endif
+}
+#endif
+
 static void fc_sparse_line(const fc_layer *layer, uint8_t *arena, float *real FC_RANGE_PARAMETERS)
 {
-    const uint8_t *const source = &arena[layer->source], *const end = &source[layer->taps];
-    const uint8_t *at;
+    const uint8_t *const source = &arena[layer->source];
     fc_result result = fc_into(layer, arena, real);
-    fc_entries state = fc_first(layer, 1u);
     result.row = 0u;
 #if FC_RANGE
     (void)first;
     (void)pixels;
 #endif
-    at = &source[state.carry];
-    for (uint32_t channel = 0u; channel < layer->out_c; channel++) {
-        const uint8_t *next = state.next;
-        uint32_t entry = state.entry;
-        int32_t sums[2] = {0, 0}, sum = 0;
 #if FC_SPARSE_BYTES
-        if (layer->form == FC_BYTES) {
-            while (at < end) {
-                sum += ((int32_t)(entry << 28) >> 28) * (int32_t)*at;
-                entry = *next;
-                next++;
-                at += entry >> 4;
-            }
-        }
+    if (layer->form == FC_BYTES) {
+        fc_rows_bytes(&result, source, layer->taps, layer->out_c);
+    }
 #endif
 #if FC_SPARSE_WORDS
-        if (layer->form == FC_WORDS) {
-            const uint32_t gap = layer->gap, width = gap + layer->bits, gaps = (1u << gap) - 1u;
-            const uint32_t digits = (1u << width) - 1u - gaps;
-            while (at < end) {
-                sum += ((int32_t)((entry & digits) >> gap) + layer->lowest) * (int32_t)*at;
-                FC_NEXT_WORD(entry, next, width);
-                at += entry & gaps;
-            }
-        }
+    if (layer->form == FC_WORDS) {
+        fc_rows_words(&result, source, layer->taps, layer->out_c);
+    }
 #endif
 #if FC_SPARSE_WIDE
-        if (layer->form == FC_WIDE) {
-            int32_t weight = (int32_t)entry;
-            while (at < end) {
-                sum += weight * (int32_t)*at;
-                FC_NEXT_WIDE(weight, state.held, next);
-                at += state.held & 15u;
-            }
-            entry = (uint32_t)weight;
-        }
-#endif
-        state.next = next;
-        state.entry = entry;
-        sums[0] = sum;
-        fc_put(&result, sums, 1u, channel, channel);
-        at = &source[at - end];
+    if (layer->form == FC_WIDE) {
+        fc_rows_wide(&result, source, layer->taps, layer->out_c);
     }
+#endif
 }
 #endif
