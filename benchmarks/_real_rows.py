@@ -8,10 +8,10 @@ from typing import Any
 
 NETWORKS: dict[str, dict[str, Any]] = {
     "Lite0": {"name": "benchmarks._lite0_front:front"},
-    "ResNet-18, width 16": {"name": "resnet18", "width": 16},
+    "ResNet-18, width 16": {"name": "resnet18", "width": 16, "stem_stride": 2},
 }
 FLOAT_EPOCHS = {"Lite0": 10, "ResNet-18, width 16": 40}
-SIZE, BATCH = 32, 32
+SIZE, BATCH = 40, 32
 STYLES = ("cartoon", "render")  # held out in turn; in outline every row lies near chance
 SEEDS = (0, 1, 2, 3, 4)
 RHO, K = 0.05, 20
@@ -23,6 +23,7 @@ class Row:
 
     ``bits``: of weights and activations; ``macs``: share of the multiply-accumulates that is kept; with neither it is
     trained from nothing. ``start``: the float row whose weights it begins with; ``epochs``: a share of the usual ones.
+    ``whole``: every stage up to the file, of a pipeline; ``peer``: whose file it is, where it is not this toolkit's.
     """
 
     name: str
@@ -32,6 +33,8 @@ class Row:
     start: str = "float ERM"
     epochs: float = 1.0
     macs: float | None = None
+    whole: tuple[dict[str, Any], ...] = ()
+    peer: str | None = None
 
     @property
     def is_start(self) -> bool:
@@ -48,14 +51,14 @@ class Row:
         if self.macs is not None:
             once = {"schedule_steps": 1, "warmup_share": 0.25, "prune_share": 0.25, "round_to": 1}
             return {
-                "prune": {"method": self.method, "macs": self.macs, "epochs": count, **_adam(5e-4), **once, **self.keys}
+                "prune": {"method": self.method, "macs": self.macs, "epochs": count, **_adam(1e-3), **once, **self.keys}
             }
         widths = {"weight_bits": self.bits, "activation_bits": self.bits}
         off = {"flatness_map": False, "sharpness": False, "bias_rounding_epochs": 0}
-        return {"quantize": {"method": self.method, "epochs": count, **_adam(5e-4), **widths, **off, **self.keys}}
+        return {"quantize": {"method": self.method, "epochs": count, **_adam(1e-3), **widths, **off, **self.keys}}
 
 
-EPOCHS = 4
+EPOCHS, QUICK_EPOCHS = 4, 1
 
 
 def _adam(lr: float) -> dict[str, Any]:
@@ -63,7 +66,7 @@ def _adam(lr: float) -> dict[str, Any]:
 
 
 MSE = {"start": "post_training"}
-RELATIVE = {"scale_steps": "relative", "scale_lr": 2.0}  # at 5e-4: at most a thousandth of its size a step
+RELATIVE = {"scale_steps": "relative", "scale_lr": 2.0}  # at 1e-3: at most 2 thousandths of its size a step
 TRAVELLING = {"scale_lr": 6.0}  # where a rule for scales is to matter, scales must go somewhere
 DISTILLED = {"distill": 1.0}
 DEPTHWISE = {"re:.*_depthwise_conv": {"weight": 8}}  # a tenth of the weights
@@ -90,10 +93,13 @@ def ladder(bits: int) -> list[Row]:
         Row(f"W{bits}A{bits} LSQ: + depthwise weights at 8 bits", bits, "lsq", {**STRONG, "bits": DEPTHWISE}),
         Row(f"W{bits}A{bits} LSQ: + scales at three times the rate", bits, "lsq", {**STRONG, **TRAVELLING}),
         Row(f"W{bits}A{bits} post-training alone", bits, "lsq", {"epochs": 0}),
-    ]
+        Row(f"W{bits}A{bits} LSQ: + both: three times the epochs, depthwise weights at 8 bits", bits, "lsq",
+            {**STRONG, "bits": DEPTHWISE}, epochs=3),
+    ]  # fmt: skip
 
 
-STRONGEST, LONGEST, UNTRAINED = 4, 7, 10  # positions of rows that are run first
+STRONGEST, LONGEST, UNTRAINED, BOTH = 4, 7, 10, 11  # positions of rows that are run first
+CENTRAL = 5  # rules for scales that are run first: both references, the paper's rule, standing scales, chance
 
 
 def contest(bits: int) -> list[Row]:
@@ -106,7 +112,6 @@ def contest(bits: int) -> list[Row]:
     return [
         Row(f"{w} LSQ+SAGM", bits, "lsq_sagm", flat),
         Row(f"{w} GAQAT as published", bits, "gaqat", absolute),
-        Row(f"{w} GAQAT, channels judged one by one", bits, "gaqat", {**absolute, "granularity": "channel"}),
         Row(
             f"{w} GAQAT, standing scales alone",
             bits,
@@ -115,6 +120,7 @@ def contest(bits: int) -> list[Row]:
         ),
         Row(f"{w} LSQ, SAGM's passes", bits, "lsq", plain, epochs=2),
         Row(f"{w} LSQ+SAGM, random 30 % frozen", bits, "gaqat", {**watched, "mode": "random"}),
+        Row(f"{w} GAQAT, channels judged one by one", bits, "gaqat", {**absolute, "granularity": "channel"}),
         Row(f"{w} LSQ+SAGM, scales fixed", bits, "lsq_sagm", {**flat, "scale_stop": 0.0}),
         Row(f"{w} GAQAT by the recipe's default", bits, "gaqat", watched),
         Row(f"{w} LSQ+SAGM, scales stop at a quarter", bits, "lsq_sagm", {**flat, "scale_stop": 0.25}),
@@ -144,9 +150,26 @@ def cuts(share: float) -> list[Row]:
     """Channels removed at one event from the trained network, then trained on: as many passes in every row."""
     return [
         Row(f"{share:.1%} {method}{''.join(f', {v:g}' for v in keys.values())}", None, method, keys, macs=share,
-            epochs=4.0 if method in ("magnitude", "taylor") else 2.0)
+            epochs=3.0 if method in ("magnitude", "taylor") else 1.5)
         for method, radii in CUTS.items() for keys in radii
     ]  # fmt: skip
+
+
+def pipelines() -> list[Row]:
+    """From the pretrained network to a file in equal passes: SAM and a library's quantization, then our own orders."""
+    rate, low = _adam(1e-3), {**STRONG, "rho": RHO, "weight_bits": 4, **_adam(1e-3)}
+    off = {"flatness_map": False, "sharpness": False, "bias_rounding_epochs": 0}
+
+    def train(method: str, epochs: int) -> dict[str, Any]:
+        return {"train": {"method": method, "epochs": epochs, "rho": RHO, **rate}}
+
+    cut = {"prune": {"method": "adasap", "macs": 0.6, "epochs": 3, "schedule_steps": 3, **rate}}
+    last = {"quantize": {"method": "lsq_sagm", "activation_bits": 8, "epochs": 3, **low, **off}}
+    return [
+        Row("SAM + quantize_static W8A8", whole=(train("sam", 10),), peer="onnxruntime"),
+        Row("flatcompress: SAGM, LSQ+SAGM W4A8", whole=(train("sagm", 7), last)),
+        Row("flatcompress: SAGM, AdaSAP, LSQ+SAGM W4A8", whole=(train("sagm", 4), cut, last)),
+    ]
 
 
 REFERENCE = "LSQ+SAGM"
@@ -169,20 +192,25 @@ class Cell:
 
 def cells(seeds: Sequence[int], styles: Sequence[str], networks: Sequence[str]) -> Iterator[Cell]:
     """Every run, the ones worth most first: targets at 4 and 3 bits, pairs, their controls, the other rows."""
-    first, every = networks[0], [(seed, style) for seed in seeds for style in styles]
+    turns = range(len(styles))
+    pairs = [(seed, styles[(turn + at) % len(styles)]) for turn in turns for at, seed in enumerate(seeds)]
+    first, four, three, first_network = pairs[:1], ladder(4), ladder(3), networks[0]
 
     def each(network: str, where: Sequence[tuple[int, str]], rows: Sequence[Row]) -> Iterator[Cell]:
         for seed, style in where:
-            yield from (Cell(network, style, seed, row) for row in [FLOATS[0], *rows])
+            fitting = [row for row in rows if network == "Lite0" or "depthwise" not in row.name]
+            yield from (Cell(network, style, seed, row) for row in [FLOATS[0], *fitting])
 
-    four, three, rows = ladder(4), ladder(3), contest(3)
-    yield from each(
-        first, every[:1], [rung for at in (UNTRAINED, STRONGEST, LONGEST, 0) for rung in (four[at], three[at])]
-    )
-    yield from each(first, every, rows[:3])
-    yield from each(first, every[:1], [*four, *three])
-    for part in (rows[3:7], rows[7:], [*FLOATS, *four, *three]):
-        yield from each(first, every, part)
+    aims = [rung for at in (UNTRAINED, BOTH, STRONGEST, LONGEST, 0) for rung in (four[at], three[at])]
+    for some in (pairs[: len(seeds)], pairs[len(seeds) :]):
+        for network in networks:
+            yield from each(network, first, aims)
+            yield from each(network, some, contest(3)[:CENTRAL])
+            yield from each(network, some, [four[BOTH], three[BOTH]])
+            yield from each(network, some, contest(4)[:3])
+            for share in reversed(SHARES):
+                yield from each(network, some, cuts(share))
+            yield from each(network, some, pipelines() if network == first_network else [])
+            yield from each(network, first, [*FLOATS, *four, *three, *contest(3), *contest(4)])
     for network in networks:
-        yield from each(network, every, [row for share in SHARES for row in cuts(share)])
-        yield from each(network, every, [*contest(4), *rows])
+        yield from each(network, pairs, [*contest(3), *contest(4), *FLOATS, *four, *three])

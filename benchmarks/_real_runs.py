@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import _real_pipeline
 from benchmarks._real_rows import BATCH, EPOCHS, FLOATS, SIZE, Cell
 from flatcompress import Pipeline, data, flat, quant
 from flatcompress.data import DataBundle
@@ -38,8 +39,11 @@ def bundle(folder: str, held_out: str, seed: int, corruptions: str = "none") -> 
 
 def run(cell: Cell, folder: str, output: Path, epochs: int = EPOCHS) -> dict[str, Any]:
     """Train ``cell`` and measure it. Its float start must have been run (`start_of`)."""
-    pictures = bundle(folder, cell.held_out, cell.seed)
     model: dict[str, Any] = {**_network(cell)}
+    if cell.row.whole:
+        pictures = bundle(folder, cell.held_out, cell.seed, "default")
+        return _real_pipeline.run(cell, model, pictures, run_folder(cell, output), epochs < EPOCHS)
+    pictures = bundle(folder, cell.held_out, cell.seed)
     if not cell.row.is_start:
         model["weights"] = str(run_folder(start_of(cell), output) / "checkpoints" / "0-train" / "model.safetensors")
     pipeline = Pipeline(
@@ -52,6 +56,7 @@ def run(cell: Cell, folder: str, output: Path, epochs: int = EPOCHS) -> dict[str
     row, events = result.ledger[-1], [json.loads(line) for line in (where / "log.jsonl").read_text().splitlines()]
     return {
         "accuracy": row["accuracy"],
+        "pooled": _pooled(row["accuracy"], pictures),
         "val": _selected(events),
         "passes": row["passes"],
         "cpu_seconds": round(time.process_time() - began, 1) if whole else None,  # of a run that nobody stopped
@@ -59,6 +64,13 @@ def run(cell: Cell, folder: str, output: Path, epochs: int = EPOCHS) -> dict[str
         **(_corrupted(result.model, cell, folder) if cell.row.macs is not None else {}),
         **_scales(result.model, events),
     }
+
+
+def _pooled(accuracy: dict[str, float | None], pictures: DataBundle) -> float | None:
+    """Over every emoji of the held-out style."""
+    parts = [(accuracy[name], getattr(pictures, name)) for name in ("held_out", "held_out_seen")]
+    known = [(value, len(part)) for value, part in parts if value is not None and part is not None]
+    return sum(v * n for v, n in known) / sum(n for _, n in known) if known else None
 
 
 def start_of(cell: Cell) -> Cell:

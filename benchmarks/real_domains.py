@@ -25,7 +25,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from benchmarks import _common, _real_page
+from benchmarks import _common, _real_page, _real_said
 from benchmarks._real_rows import EPOCHS, NETWORKS, SEEDS, STYLES, Cell, cells, contest, ladder
 from benchmarks._real_runs import run, start_of
 
@@ -71,6 +71,8 @@ def measure(options: argparse.Namespace, kept: _common.Kept) -> None:
     epochs, output = (1 if options.quick else EPOCHS), Path(options.output + ("-quick" if options.quick else ""))
     todo = [cell for cell in chosen(options) if cell.key not in kept.values]
     for number, cell in enumerate(todo[: options.runs]):
+        if not _real_said.radius_in_question(_real_said.read(kept.values), cell):
+            continue
         print(f"{number + 1} of {len(todo)}: {cell.key}", file=sys.stderr, flush=True)
         kept.get(cell.key, lambda cell=cell: run(cell, options.data, output, epochs))  # type: ignore[misc]
 
@@ -86,8 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(MISSING.format(options.data), file=sys.stderr)
             return 2
         measure(options, kept)
-    found = _real_page.read(kept.values)
-    verdicts = _real_page.verdicts(found)
+    found = _real_said.read(kept.values)
+    verdicts = _real_said.verdicts(found)
     text = _real_page.page(found, verdicts)
     print(text)
     if not options.quick:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -172,3 +174,10 @@ def test_wrong_arguments_are_named(arguments, fragments):
     with pytest.raises(UserError) as caught:
         build(**{"num_classes": 5, "input_shape": (3, 16, 16), **arguments})
     assert all(fragment in str(caught.value) for fragment in fragments), caught.value
+
+
+def test_networks_are_built_without_what_quantizing_and_exporting_need() -> None:
+    """Other tools' environments build them for comparisons."""
+    blocked = "import sys; sys.modules.update(dict.fromkeys(['onnxruntime', 'PIL', 'pydantic', 'yaml'])); "
+    code = blocked + "from flatcompress import models; models.build('resnet8', num_classes=2, input_shape=(1, 8, 8))"
+    subprocess.run([sys.executable, "-c", code], check=True)

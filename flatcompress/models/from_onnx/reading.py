@@ -29,7 +29,6 @@ from flatcompress.models.from_onnx.nodes import (
 from flatcompress.models.from_onnx.operators import OPERATORS, type_of
 from flatcompress.models.from_onnx.program import OneInput, OnnxModule, Slot, Step, plain
 from flatcompress.models.from_onnx.windows import WINDOWS
-from flatcompress.onnx_export.proof import inspect_file
 
 MOST_VALUES = 1 << 28  # of a constant that a file computes
 _TABLE = {**OPERATORS, **MOVES, **WINDOWS}
@@ -49,6 +48,8 @@ def from_onnx(path: str | Path, example_input: Any = None) -> nn.Module:
     that has no torch form, by its name.
     """
     file = Path(path)
+    from flatcompress.onnx_export.proof import inspect_file  # it needs onnxruntime, which the other networks do not
+
     model = inspect_file.load(file)
     try:
         if model.functions:
