@@ -190,10 +190,15 @@ class Cell:
         return f"{self.network} / {self.held_out} / {self.seed} / {self.row.name}"
 
 
-def cells(seeds: Sequence[int], styles: Sequence[str], networks: Sequence[str]) -> Iterator[Cell]:
-    """Every run, the ones worth most first: targets at 4 and 3 bits, pairs, their controls, the other rows."""
+def cells(
+    seeds: Sequence[int], styles: Sequence[str], networks: Sequence[str], most: int | None = None
+) -> Iterator[Cell]:
+    """Every run, the ones worth most first: targets at 4 and 3 bits, pairs, their controls, the other rows.
+
+    ``most``: so many pairs of a seed and a held-out style alone.
+    """
     turns = range(len(styles))
-    pairs = [(seed, styles[(turn + at) % len(styles)]) for turn in turns for at, seed in enumerate(seeds)]
+    pairs = [(seed, styles[(turn + at) % len(styles)]) for turn in turns for at, seed in enumerate(seeds)][:most]
     first, four, three, first_network = pairs[:1], ladder(4), ladder(3), networks[0]
 
     def each(network: str, where: Sequence[tuple[int, str]], rows: Sequence[Row]) -> Iterator[Cell]:

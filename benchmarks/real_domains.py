@@ -1,7 +1,7 @@
 """Flat minima, QAT and rules for scales on real drawings: emoji by several hands, pretrained EfficientNet-Lite0.
 
     flatcompress data emoji-domains --packages PACKAGES --out FOLDER
-    python -m benchmarks.real_domains --data FOLDER [--quick] [--check] [--kept] [--seeds 0 1 2 3 4] [--only PATTERN]
+    python -m benchmarks.real_domains --data FOLDER [--quick] [--check] [--kept] [--pairs 5] [--only PATTERN]
 
 One style is held out; its emoji that no other style showed in training are the main figure, those that were shown
 stand beside it. Rows share float start, split, order of batches and augmentation by seed, so differences are paired.
@@ -46,6 +46,7 @@ def _own(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--held-out", nargs="+", default=list(STYLES), help="styles to hold out in turn")
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
     parser.add_argument("--only", nargs="+", default=None, help="rows whose name fits one of these patterns")
+    parser.add_argument("--pairs", type=int, default=None, help="so many pairs of a seed and a held-out style alone")
     parser.add_argument("--runs", type=int, default=None, help="stop after so many runs")
 
 
@@ -56,7 +57,7 @@ def chosen(options: argparse.Namespace) -> list[Cell]:
         rows = [ladder(4)[0], ladder(4)[4], *contest(3)[:2]]
         wanted = [Cell(network, style, seed, row) for row in rows]
     else:
-        wanted = list(cells(options.seeds, options.held_out, options.networks))
+        wanted = list(cells(options.seeds, options.held_out, options.networks, options.pairs))
     if options.only:
         wanted = [c for c in wanted if any(fnmatch(c.row.name, pattern) for pattern in options.only)]
     found: dict[str, Cell] = {}

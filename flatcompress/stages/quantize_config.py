@@ -27,12 +27,12 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class QuantizeConfig(TrainingKeys):
-    """Quantization-aware training with learned step sizes, and GAQAT's freezing of conflicting scale gradients."""
+    """Quantization-aware training with learned step sizes, plain or under a flat method with rules for scales."""
 
     epochs: Annotated[int, Field(ge=0, le=100_000)] = Field(
         10, description="passes over the training split; 0: post-training quantization, nothing is trained"
     )
-    method: str = Field("gaqat", description="QAT method; see `flatcompress list qat-methods`")
+    method: str = Field("lsq", description="QAT method; see `flatcompress list qat-methods`")
     weight_bits: Bits = Field(4, description="bits of the weights")
     activation_bits: Bits | None = Field(4, description="bits of the activations; null: they stay float")
     bits: Literal["auto"] | dict[str, Any] | None = Field(

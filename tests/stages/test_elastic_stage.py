@@ -98,7 +98,7 @@ def test_every_width_has_scales_of_its_own_and_the_plan_builds_it_again():
 @pytest.mark.parametrize(
     ("stages", "message"),
     [
-        ([{"elastic": {}}, {"quantize": {}}], "'gaqat' follows the quantizers of one network"),
+        ([{"elastic": {}}, {"quantize": {"method": "gaqat"}}], "'gaqat' follows the quantizers of one network"),
         ([{"elastic": {}}, {"quantize": {"epochs": 0}}], "made for one network"),
         ([{"elastic": {}}, {"quantize": {"method": "lsq", "scale_steps": "relative"}}], "scales of one network"),
         ([{"elastic": {}}, {"train": {}}], "Put those epochs into the elastic stage"),
