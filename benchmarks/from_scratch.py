@@ -42,11 +42,13 @@ def rows(quick: bool) -> list[Peer]:
     last = 1 if quick else EPOCHS // 3
     begin = train("sagm", start_epochs(quick), rho=RHO)
     cut = prune("adasap", 0.5, 1 if quick else EPOCHS - last, round_to=8)
+    whole = train("sam", 2 if quick else START_EPOCHS + EPOCHS - last // 2, rho=RHO)
     theirs = [row for row in peers(False) if "from scratch" in row.name]
     return [
         *theirs,
         _own("SAGM, AdaSAP, GAQAT W4A4", begin, cut, quantize("gaqat", 4, last, K=K, rho=QAT_RHO)),
         _own("SAGM, AdaSAP, LSQ W4A8", begin, cut, quantize("lsq", 4, 2 * last, activation_bits=8, **STRONG)),
+        _own("SAM, LSQ W4A8, every channel", whole, quantize("lsq", 4, last, activation_bits=8, **STRONG)),
     ]
 
 
