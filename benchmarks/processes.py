@@ -96,7 +96,8 @@ def on_two(name: str, launcher: str, port: int) -> list[dict[str, Tensor]]:
     start = {
         "torchrun": ["torch.distributed.run", "--nproc_per_node", str(RANKS), "--master_port", str(port)],
         "accelerate": [
-            "accelerate.commands.launch", "--cpu", "--num_processes", str(RANKS), "--num_machines", "1",
+            # With --cpu accelerate starts one process: it knows several on a CPU through mpirun alone.
+            "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(RANKS), "--num_machines", "1",
             "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(port),
         ],
     }[launcher]  # fmt: skip
@@ -146,7 +147,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     names = list(ROWS)[:2] if options.quick else list(ROWS)
     rows = [row_of(name, options.launcher, PORT + i) for i, name in enumerate(names)]
-    return finish("processes", rows, missed(rows), options, launcher=options.launcher, batch=BATCH)
+    name = "processes" if options.launcher == "torchrun" else f"processes-{options.launcher}"
+    return finish(name, rows, missed(rows), options, launcher=options.launcher, batch=BATCH)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,153 @@
+"""What a run costs beside its training: EfficientNet-Lite0, 96 pixels, 320 images, one epoch of W4A8, export.
+
+    python -m benchmarks.overhead [--quick] [--check] [--threads 1]
+
+Three processes, each alone: the run as ``flatcompress run`` makes it (the stage quantize with its defaults, then
+export); ``plain``, a loop that imports torch and the quantized layers only and takes the same passes on the same
+batches; and ``import``, which imports flatcompress and ends. ``part`` lists where the run's time went, from its ledger.
+Seconds are CPU time of one thread, which other users of the machine hardly lengthen; peak memory is the process's.
+--quick trains on 96 images, of which little can be said.
+
+Targets
+  1. all that is not training at most 0.5 of the training.
+  2. peak memory at most 1.3 of the plain loop's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks._common import arguments, finish
+
+MOST_TIME, MOST_MEMORY = 0.5, 1.3
+SIDE, BATCH = 96, 32
+
+
+def the_data(count: int) -> Any:
+    """Drawn figures, in two classes, ``count`` of them to train on."""
+    from flatcompress import data
+
+    sizes = {"train_count": count, "val_count": 64, "test_count": 128}
+    return data.load("drawn-figures", size=SIDE, **sizes)
+
+
+def the_run(count: int) -> dict[str, Any]:
+    """Train one epoch at W4A8, export, and say where the seconds went."""
+    time.monotonic = time.process_time  # the clock of the ledger, before anybody imports it
+    from benchmarks._lite0 import Lite0
+    from flatcompress import Pipeline
+
+    seen: list[dict[str, Any]] = []
+    bundle = the_data(count)
+    model = Lite0(len(bundle.classes))
+    stages = [{"quantize": {"weight_bits": 4, "activation_bits": 8, "epochs": 1}}, {"export": {}}]
+    with tempfile.TemporaryDirectory() as folder:
+        pipeline = Pipeline(model, bundle, stages, batch_size=BATCH, device="cpu", threads=1)
+        begun = time.process_time()
+        result = pipeline.run(folder)
+        total = time.process_time() - begun
+        for line in (result.folder / "log.jsonl").read_text().splitlines():
+            seen.append(json.loads(line))
+    training = sum(e["seconds"] for e in seen if e["event"] == "epoch")
+    parts: dict[str, float] = {}
+    for event in seen:
+        if event["event"] == "spent":
+            for name, value in event["seconds"].items():
+                parts[name] = parts.get(name, 0.0) + value
+    parts["the stages beside their epochs"] = parts.pop("the stage") - training
+    return {"total": total, "training": training, "parts": parts, "passes": result.ledger[-2]["passes"]}
+
+
+def the_plain_loop(count: int) -> dict[str, Any]:
+    """The same batches, twice forward and backward a step through the same quantized layers, and SGD."""
+    import torch
+
+    from benchmarks._lite0 import Lite0
+    from flatcompress import quant
+    from flatcompress.environment import keep_freed_memory
+    from flatcompress.training.batches import epoch_batches, loader
+
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    bundle = the_data(count)
+    batches = epoch_batches(len(bundle.train), BATCH, 0, 0)
+    model = Lite0(len(bundle.classes)).to(memory_format=torch.channels_last)
+    first, _ = next(iter(loader(bundle.train, batches)))
+    quant.quantize(model, 4, 8, example_input=first[:1])
+    quant.calibrate(model, [first])
+    model.train()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.01)
+    begun = time.process_time()
+    for x, y in loader(bundle.train, batches):
+        for _ in range(2):
+            sgd.zero_grad()
+            torch.nn.functional.cross_entropy(model(x.contiguous(memory_format=torch.channels_last)), y).backward()
+        sgd.step()
+    return {"training": time.process_time() - begun}
+
+
+def the_import(count: int) -> dict[str, Any]:
+    """Nothing but the import."""
+    begun = time.process_time()
+    import flatcompress.pipeline  # noqa: F401
+
+    return {"total": time.process_time() - begun}
+
+
+SIDES = {"run": the_run, "plain": the_plain_loop, "import": the_import}
+
+
+def alone(side: str, count: int) -> dict[str, Any]:
+    """What ``side`` measured in a process of its own, with that process's peak memory in bytes."""
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.overhead", "--side", side, str(count)]
+    threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **threads})
+    if done.returncode:
+        raise RuntimeError(f"{side}: {done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure the three sides, check the targets; returns the exit code."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    if given[:1] == ["--side"]:
+        found = SIDES[given[1]](int(given[2]))
+        print(json.dumps({**found, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
+        return 0
+    options = arguments(__doc__, argv)
+    count = 96 if options.quick else 320
+    sides = {side: alone(side, count) for side in SIDES}
+    run, plain = sides["run"], sides["plain"]
+    beside = run["total"] - run["training"]
+    shares = {"time": beside / run["training"], "memory": run["peak"] / plain["peak"]}
+    rows: list[dict[str, Any]] = [
+        {"part": "training", "seconds": run["training"], "of_training": 1.0, "peak_MB": run["peak"] / 1e6},
+        {"part": "plain loop", "seconds": plain["training"], "of_training": plain["training"] / run["training"],
+         "peak_MB": plain["peak"] / 1e6},
+        {"part": "import", "seconds": sides["import"]["total"], "peak_MB": sides["import"]["peak"] / 1e6},
+        {"part": "all that is not training", "seconds": beside, "of_training": shares["time"]},
+    ]  # fmt: skip
+    told = {**run["parts"], "not told": beside - sum(run["parts"].values())}
+    for name, seconds in sorted(told.items(), key=lambda item: -item[1]):
+        rows.append({"part": f"  {name}", "seconds": seconds, "of_training": seconds / run["training"]})
+    failures = [
+        f"{what} is {shares[key]:.2f} {of}, target {most}"
+        for key, most, what, of in (
+            ("time", MOST_TIME, "all that is not training", "of the training"),
+            ("memory", MOST_MEMORY, "peak memory", "of the plain loop's"),
+        )
+        if shares[key] > most
+    ]
+    return finish("overhead", rows, failures, options, load=os.getloadavg()[0], **shares)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
