@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks import _common
 from benchmarks._real_rows import CUTS, FLOATS, NETWORKS, REFERENCE, SHARES, contest, cuts, ladder, pipelines
-from benchmarks._real_said import PARTS, Run, best_radius, paired
+from benchmarks._real_said import FLOAT_FILE, PARTS, Run, best_radius, paired
 
 PAGE = Path(__file__).parent.parent / "docs" / "results" / "real_domains.md"
 
@@ -95,11 +95,11 @@ def _cut(runs: Sequence[Run], network: str, share: float) -> list[str]:
 def _whole(runs: Sequence[Run]) -> list[str]:
     """The pipelines' files."""
     table = []
-    for row in pipelines():
-        own = [r for r in runs if r.row == row.name]
+    for name in (FLOAT_FILE, *(row.name for row in pipelines())):
+        own = [r for r in runs if r.row == name]
         if not own:
             continue
-        told: dict[str, Any] = {"file": row.name, "runs": len(own)}
+        told: dict[str, Any] = {"file": name, "runs": len(own)}
         for part in ("robust", "corrupted", *PARTS):
             values = [v for r in own if (v := r.points(part)) is not None]
             error = "" if len(values) < 2 else f" ± {statistics.stdev(values) / math.sqrt(len(values)):.1f}"
@@ -205,8 +205,9 @@ methods train twice the epochs. Radii were tried on the first pair; its best sta
 _WHOLE = """
 From the pretrained network to a file, everybody 10 epochs of two passes a step. *robust*: mean of corrupted and
 held-out accuracy (all emoji). The file's own accuracy in onnxruntime; milliseconds as a share of the float network's
-file, timed by turns. The peer's row is this toolkit's SAM with onnxruntime's `quantize_static`; on drawn shapes the
-peers are run in their own libraries ([peers](peers.md)).
+file, timed by turns. The peer's row is this toolkit's SAM with onnxruntime's `quantize_static` (least and greatest
+values; its percentile and entropy calibrations were no better), after its float file; on drawn shapes the peers are run
+in their own libraries ([peers](peers.md), [from scratch](from_scratch.md)).
 """.strip()
 _WATCHED = """
 Travel: median of how far scales end from their start, in percent. Disorder, conflict and frozen share: means over

@@ -23,7 +23,7 @@ def run(cell: Cell, model: dict[str, Any], pictures: DataBundle, where: Path, qu
     """Train the row's stages, write its file, and measure the file in onnxruntime.
 
     ``pictures`` has corrupted parts. ``milliseconds`` are a share of those of the float network's file, batch 1, one
-    thread, medians of CPU time, both timed by turns.
+    thread, medians of CPU time, both timed by turns. ``float_file``, of a peer: the same before quantization.
     """
     stages = [_shortened(stage) for stage in cell.row.whole] if quick else list(cell.row.whole)
     ours = cell.row.peer is None
@@ -37,9 +37,12 @@ def run(cell: Cell, model: dict[str, Any], pictures: DataBundle, where: Path, qu
     _float_file(result.model if not ours else _network(model, pictures), pictures, plain)
     file = next(where.glob("**/model.onnx")) if ours else _static(plain, pictures, where / "static.onnx")
     seconds = time.process_time() - began
+    kilobytes = round(plain.stat().st_size / 1000, 1)
+    beside = {} if ours else {"float_file": {**_graded(plain, pictures), "kilobytes": kilobytes, "milliseconds": 1.0}}
     timed = latency.measure({"row": file, "float": plain}, threads=1, runs=TIMED, clock=time.process_time)
     return {
         **_graded(file, pictures),
+        **beside,
         "val": None,
         "passes": sum(row["passes"] or 0 for row in result.ledger),
         "cpu_seconds": round(seconds, 1),

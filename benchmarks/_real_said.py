@@ -16,6 +16,7 @@ PARTS = {
     "held_out_seen": "held out, seen emoji",
     "pooled": "held out, all emoji",
 }
+FLOAT_FILE = "SAM, its float file"
 NO_SLOWER = 1.03  # of a peer's milliseconds: 3 % is equal
 POINTS = {4: 2.0, 3: 5.0}  # that a strong baseline may lose to float in domain
 DERIVED = ("val", "corrupted", "pooled", "robust")  # figures that stand beside a run's accuracies
@@ -76,6 +77,9 @@ def read(values: Mapping[str, Any]) -> list[Run]:
     for key, told in values.items():
         network, held_out, seed, row = key.split(" / ")
         found.append(Run(network, held_out, int(seed), row, told))
+        if "float_file" in told:
+            told = {**told["float_file"], "passes": told["passes"], "val": None}
+            found.append(Run(network, held_out, int(seed), FLOAT_FILE, told))
     return found
 
 
@@ -123,24 +127,23 @@ def _radius_pays(runs: Sequence[Run], share: float) -> str:
 
 
 def _best_file(runs: Sequence[Run]) -> list[str]:
-    """Each pipeline's file against the peer's."""
-    peer = next(row.name for row in pipelines() if row.peer is not None)
-    found = []
-    for row in pipelines():
-        gain = paired(runs, "Lite0", row.name, peer, "robust")
-        if row.peer is not None:
-            continue
-        if gain is None:
-            found.append(f"NOT MEASURED: {row.name} against {peer}")
-            continue
-        size, speed = (_ratio(runs, row.name, peer, key) for key in ("kilobytes", "milliseconds"))
-        won = gain.error is not None and gain.mean > gain.error and size <= 1 and speed <= NO_SLOWER
-        found.append(
-            f"{'holds' if won else 'DOES NOT HOLD'}: {row.name} more robust than {peer} by more than a standard error "
-            f"at fewer bytes and no more milliseconds: {gain.text()} points, {size:.2f} of the bytes, {speed:.2f} of "
-            "the milliseconds"
-        )
-    return found
+    """Each pipeline's file against the peer's, and against what the peer's was before it was quantized."""
+    theirs = [FLOAT_FILE, *(row.name for row in pipelines() if row.peer is not None)]
+    ours = [row.name for row in pipelines() if row.peer is None]
+    return [_file_wins(runs, mine, peer) for mine in ours for peer in theirs]
+
+
+def _file_wins(runs: Sequence[Run], mine: str, peer: str) -> str:
+    gain = paired(runs, "Lite0", mine, peer, "robust")
+    if gain is None:
+        return f"NOT MEASURED: {mine} against {peer}"
+    size, speed = (_ratio(runs, mine, peer, key) for key in ("kilobytes", "milliseconds"))
+    won = gain.error is not None and gain.mean > gain.error and size <= 1 and speed <= NO_SLOWER
+    return (
+        f"{'holds' if won else 'DOES NOT HOLD'}: {mine} more robust than {peer} by more than a standard error at "
+        f"fewer bytes and no more milliseconds: {gain.text()} points, {size:.2f} of the bytes, {speed:.2f} of the "
+        "milliseconds"
+    )
 
 
 def _ratio(runs: Sequence[Run], row: str, other: str, key: str) -> float:

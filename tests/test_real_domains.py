@@ -104,7 +104,7 @@ def test_a_pipeline_wins_where_its_file_is_more_robust_smaller_and_no_slower(gai
         wins = {"robust": 0.4 + gain + 0.001 * seed * bool(gain), "kilobytes": 5, "milliseconds": milliseconds}
         told[f"Lite0 / cartoon / {seed} / {ours}"] = {**base, **wins}
     found = said_of.read(told)
-    verdict = next(v for v in said_of.verdicts(found) if ours in v)
+    verdict = next(v for v in said_of.verdicts(found) if ours in v and theirs in v)
     assert verdict.startswith(said) and "0.50 of the bytes" in verdict
     assert ours in page.page(found, [verdict])
 
