@@ -24,7 +24,7 @@ def test_code_on_the_page_runs() -> None:
     x, y = images(32, 4), torch.tensor([0, 1, 2, 3])
     names: dict[str, object] = {"batches": [(x, y)], "loss": nn.functional.cross_entropy, "table": Table()}
     names["timed"] = ("layer1.0.conv1", "layer2.0.conv1")
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     for block in blocks:
         source = block
         if "batches" in block:
