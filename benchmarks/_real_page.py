@@ -168,8 +168,8 @@ def _tail(runs: Sequence[Run]) -> str:
     return (
         f"Made by `python -m benchmarks.real_domains` on {machine['processor']}, torch {machine['torch']}, one thread: "
         f"{len(runs)} runs,\n{passes:,} passes over a batch. Every run is in "
-        "benchmarks/results/real_domains_runs.jsonl.\nThey are of recipe schema 3: images are augmented and resized in other "
-        "bits since, so new runs begin with `--restart`."
+        "benchmarks/results/real_domains_runs.jsonl.\nThey are of recipe schema 3: images are augmented "
+        "and resized in other bits since, so new runs begin with `--restart`."
     )
 
 
