@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks._peer_page import SAME
 from benchmarks._real_rows import CUTS, NETWORKS, REFERENCE, SEEDS, SHARES, Cell, contest, cuts, ladder, pipelines
 
 PARTS = {
@@ -17,7 +18,6 @@ PARTS = {
     "pooled": "held out, all emoji",
 }
 FLOAT_FILE = "SAM, its float file"
-NO_SLOWER = 1.03  # of a peer's milliseconds: 3 % is equal
 POINTS = {4: 2.0, 3: 5.0}  # that a strong baseline may lose to float in domain
 DERIVED = ("val", "corrupted", "pooled", "robust")  # figures that stand beside a run's accuracies
 
@@ -138,7 +138,7 @@ def _file_wins(runs: Sequence[Run], mine: str, peer: str) -> str:
     if gain is None:
         return f"NOT MEASURED: {mine} against {peer}"
     size, speed = (_ratio(runs, mine, peer, key) for key in ("kilobytes", "milliseconds"))
-    won = gain.error is not None and gain.mean > gain.error and size <= 1 and speed <= NO_SLOWER
+    won = gain.error is not None and gain.mean > gain.error and size <= 1 and speed <= SAME
     return (
         f"{'holds' if won else 'DOES NOT HOLD'}: {mine} more robust than {peer} by more than a standard error at "
         f"fewer bytes and no more milliseconds: {gain.text()} points, {size:.2f} of the bytes, {speed:.2f} of the "

@@ -19,22 +19,21 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import _common
+from benchmarks._peer_page import SAME, Found, robust
 from benchmarks._peer_rows import OURS, QAT_RHO, RHO, START_EPOCHS, K, Peer, peers, prune, quantize, train
 from benchmarks._peer_runs import Arena, start_epochs
 
 NAME = "from_scratch"
 PAGE = Path(__file__).parent.parent / "docs" / "results" / f"{NAME}.md"
 EPOCHS = 12  # after the first ones
-NO_SLOWER = 1.03
 STRONG = {"start": "post_training", "scale_steps": "relative", "scale_lr": 2.0, "distill": 1.0}
-Found = Mapping[int, Mapping[str, Mapping[str, Any]]]
 
 
 def rows(quick: bool) -> list[Peer]:
@@ -58,11 +57,6 @@ def _own(label: str, *stages: dict[str, Any]) -> Peer:
     return Peer(f"{OURS}: from scratch: {label}", OURS, "flat_pipeline", None, flags, passes=None, scratch=True)
 
 
-def robust(figures: Mapping[str, Any]) -> float:
-    """Mean of corrupted and held-out accuracy, percent."""
-    return 50 * (figures["corrupted"] + figures["held_out"])
-
-
 def verdicts(made: Sequence[Peer], found: Found) -> list[str]:
     """One sentence for each file of ours."""
     peer = next(row for row in made if row.after)
@@ -72,11 +66,11 @@ def verdicts(made: Sequence[Peer], found: Found) -> list[str]:
         if len(both) < 2:
             said.append(f"NOT MEASURED: {row.name}")
             continue
-        gains = [robust(mine) - robust(theirs) for mine, theirs in both]
+        gains = [100 * (robust(mine) - robust(theirs)) for mine, theirs in both]
         mean, error = statistics.fmean(gains), statistics.stdev(gains) / math.sqrt(len(gains))
         size, speed = (statistics.fmean(m[k] for m, _ in both) / statistics.fmean(t[k] for _, t in both)
                        for k in ("bytes", "ms"))  # fmt: skip
-        won = mean > error and size < 1 and speed <= NO_SLOWER
+        won = mean > error and size < 1 and speed <= SAME
         said.append(
             f"{'holds' if won else 'DOES NOT HOLD'}: *{row.name}* above *{peer.name}*: {mean:+.1f} ± {error:.1f} "
             f"points ({len(gains)} pairs), {size:.2f} of the bytes, {speed:.2f} of the milliseconds"
@@ -94,7 +88,7 @@ def table(made: Sequence[Peer], found: Found) -> list[dict[str, Any]]:
         told: dict[str, Any] = {"file": row.name}
         for key in ("test", "held_out", "corrupted"):
             told[key] = _spread([100 * f[key] for f in own])
-        told["robust"] = _spread([robust(f) for f in own])
+        told["robust"] = _spread([100 * robust(f) for f in own])
         told["kB"] = round(statistics.fmean(f["bytes"] for f in own) / 1000, 1)
         told["ms"] = round(statistics.fmean(f["ms"] for f in own), 3)
         lines.append({**told, "passes": own[0]["passes"], "seeds": len(own)})

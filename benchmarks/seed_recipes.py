@@ -18,7 +18,6 @@ Cells that are done are kept in benchmarks/results/seed_recipes.partial. No targ
 
 from __future__ import annotations
 
-import statistics
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -28,7 +27,7 @@ import torch
 
 from benchmarks import _common
 from benchmarks.seed_methods import BATCH, network
-from benchmarks.seed_settings import OPTIMIZER, begin
+from benchmarks.seed_settings import OPTIMIZER, begin, compared
 from flatcompress import data, prune
 from flatcompress.flat.inconsistency import Udim
 from flatcompress.models.series_nets import samformer
@@ -122,33 +121,15 @@ MEASURED: dict[str, Callable[[dict[str, Any], int, float], Found]] = {
 }
 
 
-def rows_of(setting: str, seeds: Sequence[int], scale: float, store: _common.Kept) -> list[dict[str, Any]]:
-    """Every row of a setting with its gain over what it is compared with."""
-    found: dict[str, list[Found]] = {name: [] for name in ROWS[setting]}
-    for name, (keys, _) in ROWS[setting].items():
-        for seed in seeds:
-            key = f"{setting}/{name}/{scale}/{seed}"
-            found[name].append(store.get(key, partial(MEASURED[setting], keys, seed, scale)))
-    rows = []
-    for name, (_, against) in ROWS[setting].items():
-        gains = [a["quality"] - b["quality"] for a, b in zip(found[name], found[against or name])]
-        means = {key: statistics.mean(c[key] for c in found[name]) for key in found[name][0]}
-        rows.append({
-            "setting": setting, "method": name, "passes": round(means.pop("passes")),
-            "quality": round(means.pop("quality"), 2), "against": against or "-",
-            "gain": round(statistics.mean(gains), 2) if against else None,
-            "standard error": round(statistics.stdev(gains) / len(gains) ** 0.5, 2) if against and gains[1:] else None,
-            "more": ", ".join(f"{key} {value:.4g}" for key, value in means.items()),
-        })  # fmt: skip
-    return rows
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what is not there yet, print, write; the exit code."""
     options = _common.arguments(__doc__, argv, _common.resumable)
     seeds, scale = ((0,), 0.2) if options.quick else ((0, 1, 2), 1.0)
     store = _common.kept(NAME, options)
-    rows = [row for setting in ROWS for row in rows_of(setting, seeds, scale, store)]
+    rows = [
+        row for setting, named in ROWS.items()
+        for row in compared(setting, named, MEASURED[setting], seeds, scale, store, "quality", digits=4)
+    ]  # fmt: skip
     return _common.finish(NAME, rows, [], options)
 
 

@@ -24,7 +24,7 @@ import copy
 import statistics
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -236,21 +236,32 @@ MEASURED = {
 
 def rows_of(setting: str, seeds: Sequence[int], epochs: int, store: _common.Kept) -> list[dict[str, Any]]:
     """Every row of a setting with its gain over what it is compared with."""
-    found: dict[str, list[Found]] = {name: [] for name in ROWS[setting]}
-    for name, (keys, _) in ROWS[setting].items():
+    measure = partial(MEASURED[setting], setting)
+    return compared(setting, ROWS[setting], measure, seeds, epochs, store)
+
+
+def compared(
+    setting: str, named: Mapping[str, Any], measure: Callable[..., Found], seeds: Sequence[int], size: float,
+    store: _common.Kept, quality: str = "accuracy", digits: int = 3,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """The rows ``named`` {name: (keys, name of what it is compared with)}, each ``measure(keys, seed, size)`` by seed.
+
+    quality: what the gain is of; digits: of whatever else is told.
+    """
+    found: dict[str, list[Found]] = {name: [] for name in named}
+    for name, (keys, _) in named.items():
         for seed in seeds:
-            key = f"{setting}/{name}/{epochs}/{seed}"
-            found[name].append(store.get(key, partial(MEASURED[setting], setting, keys, seed, epochs)))
+            found[name].append(store.get(f"{setting}/{name}/{size}/{seed}", partial(measure, keys, seed, size)))
     rows = []
-    for name, (_, against) in ROWS[setting].items():
-        gains = [a["accuracy"] - b["accuracy"] for a, b in zip(found[name], found[against or name])]
+    for name, (_, against) in named.items():
+        gains = [a[quality] - b[quality] for a, b in zip(found[name], found[against or name])]
         means = {key: statistics.mean(c[key] for c in found[name]) for key in found[name][0]}
         rows.append({
             "setting": setting, "method": name, "passes": round(means.pop("passes")),
-            "accuracy": round(means.pop("accuracy"), 2), "against": against or "-",
+            quality: round(means.pop(quality), 2), "against": against or "-",
             "gain": round(statistics.mean(gains), 2) if against else None,
             "standard error": round(statistics.stdev(gains) / len(gains) ** 0.5, 2) if against and gains[1:] else None,
-            "more": ", ".join(f"{key} {value:.3g}" for key, value in means.items()),
+            "more": ", ".join(f"{key} {value:.{digits}g}" for key, value in means.items()),
         })  # fmt: skip
     return rows
 
