@@ -238,13 +238,16 @@ def export(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="the ONNX file to write")] = None,
     opset: Annotated[int | None, typer.Option(min=13, max=28, help="ONNX opset")] = None,
     stage: Annotated[str | None, typer.Option(help="which checkpoint, like 0-train (default: the latest)")] = None,
+    pack_activations: Annotated[
+        bool | None, typer.Option("--pack-activations", help="profile c: activations of up to 4 bits, two to a byte")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Write a finished checkpoint as ONNX in another profile, with its own certificate."""
     from flatcompress.cli import printing
     from flatcompress.cli.commands import export_checkpoint
 
-    outcome = export_checkpoint(folder, profile, output, opset, stage, target)
+    outcome = export_checkpoint(folder, profile, output, opset, stage, target, pack_activations)
     if as_json:
         show(outcome, True, "")
     else:

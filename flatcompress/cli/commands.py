@@ -218,10 +218,11 @@ def load_run(folder: Path, stage: str | None = None) -> RunContext:
 
 def export_checkpoint(
     folder: Path, profile: str | None, output: Path | None, opset: int | None, stage: str | None = None,
-    target: str | None = None,
+    target: str | None = None, pack_activations: bool | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Write a finished checkpoint of ``folder`` (the newest, or ``stage``'s) as ONNX, with a certificate of its own."""
-    config = _export_config({"profile": profile, "target": target, "opset": opset})
+    given = {"profile": profile, "target": target, "opset": opset, "pack_activations": pack_activations}
+    config = _export_config(given)
     profile = config.profile
     run = load_run(folder, stage)
     quantized = bool(run.plan.of_kind("quantizers"))

@@ -54,6 +54,7 @@ def export(
     opset: int | None = None,
     metadata: dict[str, str] | None = None,
     class_names: list[str] | None = None,
+    pack_activations: bool = False,
 ) -> Exported:
     """Write ``model`` (as it is in eval mode) to ``path``; the model is not changed.
 
@@ -64,12 +65,17 @@ def export(
     own ``flatcompress`` entries. class_names: of the outputs, in order, for the file's metadata. UserError when the
     model cannot be traced or written, or does not go with the profile; nothing is left at ``path`` then. Profile ``c``
     writes its sources into the folder ``c`` beside ``path``, or beside it where that is its folder. ``litert`` writes a
-    .tflite file beside ``path``; UserError where ai-edge-litert is not installed.
+    .tflite file beside ``path``; UserError where ai-edge-litert is not installed. pack_activations: in the C, codes of
+    up to 4 bits lie two to a byte in RAM; UserError with a profile that writes none.
     """
     chosen: Profile = PROFILES[profile]()
+    if pack_activations and not chosen.c:
+        raise UserError(
+            f"pack_activations: profile {profile!r} writes no C, whose arena it is about: take profile 'c'."
+        )
     reference = lower(model, example_input)
     _check_fits(reference, chosen)
-    decided = c_model.prepare(reference) if chosen.c else None
+    decided = c_model.prepare(reference, pack_activations) if chosen.c else None
     entries = _metadata(chosen, metadata, class_names)
     lite = litert_model.prepare(reference, entries, chosen.litert == 4) if chosen.litert else None
     writer, made = _write(reference, chosen, opset, entries)

@@ -56,6 +56,9 @@ class ExportConfig(StageKeys):
     features: Literal["outside", "inside"] = Field(
         "outside", description="of sound: inside writes a second file, which takes samples"
     )
+    pack_activations: bool = Field(
+        False, description="of profile c: activations of up to 4 bits lie two to a byte in RAM, for more instructions"
+    )
 
     @property
     def label(self) -> str:
@@ -92,6 +95,10 @@ class ExportConfig(StageKeys):
             )
         if self.profile not in onnx_export.PROFILES:
             raise KeyProblem("profile", str(unknown("profile", self.profile, onnx_export.PROFILES)))
+        if self.pack_activations and not onnx_export.PROFILES[self.profile]().c:
+            raise KeyProblem(
+                "pack_activations", f"profile {self.profile!r} writes no C, whose RAM it is about: take profile: c."
+            )
         return self
 
 
@@ -142,7 +149,9 @@ def dry_run(model: nn.Module, example: Tensor, config: ExportConfig) -> None:
             quant.calibrate(model, [example])
         path = Path(folder) / "model.onnx"
         try:
-            onnx_export.export(model, example, path, profile=config.profile, opset=config.opset)
+            onnx_export.export(
+                model, example, path, config.profile, opset=config.opset, pack_activations=config.pack_activations
+            )
             sessions.session(path)
         except (UserError, OSError):
             raise
@@ -165,6 +174,7 @@ def write(run: RunContext, config: ExportConfig, path: Path) -> tuple[dict[str, 
             opset=config.opset or (features_inside.OPSET if config.features == "inside" else None),
             metadata=metadata(run, before),
             class_names=list(run.data.classes) or None,
+            pack_activations=config.pack_activations,
         )
     batches = proved_on(run)
     with run.timed("proof"):

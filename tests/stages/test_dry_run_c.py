@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+from pydantic import ValidationError
 from stage_pieces import SHAPE, config, context
 from torch import nn
 
@@ -25,6 +26,12 @@ class SoftmaxOverChannels(nn.Module):
         return self.fc(self.after(self.conv(x)).flatten(1))
 
 
+def test_activations_are_packed_by_profile_c_alone():
+    assert ExportConfig.model_validate({"profile": "c", "pack_activations": True}).pack_activations
+    with pytest.raises(ValidationError, match="'int8' writes no C, whose RAM it is about: take profile: c"):
+        ExportConfig.model_validate({"profile": "int8", "pack_activations": True})
+
+
 def test_a_recipe_that_exports_c_is_refused_before_it_runs_where_a_module_has_no_c_form():
     with pytest.raises(UserError, match=r"stages.1.export: module 'after': .*no C form"):
         dry_run(context(SoftmaxOverChannels), entries("c"))
@@ -33,3 +40,5 @@ def test_a_recipe_that_exports_c_is_refused_before_it_runs_where_a_module_has_no
 
 def test_a_recipe_whose_model_has_a_c_form_passes():
     dry_run(context(), entries("c"))
+    packed = ExportConfig.model_validate({"profile": "c", "pack_activations": True})
+    dry_run(context(), [("quantize", config("quantize")), ("export", packed)])

@@ -58,11 +58,19 @@ def check(folder: Path, name: str, program: ir.Program, samples: NDArray[np.floa
         if step.out is None:
             continue
         piece, at = np.ascontiguousarray(raw[:, at : at + step.out.bytes]), at + step.out.bytes
-        own = piece.view(np.float32) if isinstance(step.out, ir.Real) else piece
+        own = piece.view(np.float32) if isinstance(step.out, ir.Real) else codes(piece, step.out)
         values[step.out.name] = torch.from_numpy(own.astype(np.float64))
         if isinstance(step, ir.Rows) or (isinstance(step, ir.Conv) and step.add is None):
             _compare(step, values, found)
     return found
+
+
+def codes(raw: NDArray[np.uint8], tensor: ir.Codes) -> NDArray[np.uint8]:
+    """The codes [N, pixels * channels] of a tensor that lies in ``raw`` [N, bytes], packed or not."""
+    if not tensor.packed:
+        return raw
+    halves = np.stack([raw & 15, raw >> 4], 2).reshape(len(raw), tensor.pixels, -1)
+    return np.ascontiguousarray(halves[..., : tensor.channels]).reshape(len(raw), -1)
 
 
 def _compare(step: ir.Rows | ir.Conv, values: Values, found: dict[str, Any]) -> None:

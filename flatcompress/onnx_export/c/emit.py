@@ -8,7 +8,7 @@ from typing import Any
 from flatcompress.onnx_export.c import ir, rows
 from flatcompress.onnx_export.c.layer_text import add_fields, layer_struct, ranged
 from flatcompress.onnx_export.c.layers import Decided
-from flatcompress.onnx_export.c.text import Sources, comment, number, offset, window_fields
+from flatcompress.onnx_export.c.text import Sources, comment, number, offset, packed_bits, window_fields
 
 KERNELS = ("common.h", "results.h", "conv.h", "linear.h", "sparse.h", "depthwise.h", "others.h", "rows.h")
 
@@ -24,6 +24,7 @@ def write(decided: Decided, name: str) -> Sources:
     made = Sources(name)
     made.uses |= {"RANGE"} if ranged(decided.program) else set()
     made.uses |= {"SMALL"} if decided.plan.arena < 1 << 16 else set()
+    made.uses |= {"PACKED"} if decided.packed else set()
     made.uses |= {"LATE"} if any(conv.late is not None for conv in decided.program.convs) else set()
     for index, step in enumerate(decided.program.steps):
         if isinstance(step, ir.Rows):
@@ -35,13 +36,22 @@ def write(decided: Decided, name: str) -> Sources:
     return made
 
 
+def _flags(decided: Decided, *tensors: ir.Tensor | None) -> str:
+    """The last argument of kernels that are told what is packed, where anything is."""
+    return f", {packed_bits(*tensors)}u" if decided.packed else ""
+
+
+def _field(decided: Decided, *tensors: ir.Tensor | None) -> dict[str, int]:
+    return {"packed": packed_bits(*tensors)} if decided.packed else {}
+
+
 def _quantize(made: Sources, decided: Decided, index: int, step: ir.Quantize) -> None:
     out = step.out
     assert out is not None
     made.uses.add("QUANTIZE")
     made.calls.append(
         f"fc_quantize(in, &bytes[{decided.plan.offsets[out.name]}u], {out.pixels}u, {out.channels}u, "
-        f"{number(out.grid.scale)}, {out.low}, {out.high}, {out.zero});"
+        f"{number(out.grid.scale)}, {out.low}, {out.high}, {out.zero}{_flags(decided, out, None)});"
     )
 
 
@@ -60,7 +70,8 @@ def _add(made: Sources, decided: Decided, index: int, step: ir.Add) -> None:
     made.uses.add("ADD")
     fields = add_fields(made, rule, step.sources, out)
     places = {"a": where[step.sources[0].name], "b": where[step.sources[1].name], "target": where[out.name]}
-    fields |= {**places, "count": out.bytes}
+    fields |= {**places, "count": out.whole_bytes}
+    fields |= _field(decided, step.sources[0], out, step.sources[1])
     made.step("fc_addition", "fc_add", f"add_{index}", fields, step.path)
 
 
@@ -89,6 +100,7 @@ def _pool(made: Sources, decided: Decided, index: int, step: ir.GlobalPool) -> N
         "high": out.high,
         "zero": out.zero,
         "floats": int(rule.floats),
+        **_field(decided, source, out),
     }
     made.step("fc_pool", "fc_mean", f"mean_{index}", fields, step.path)
 
@@ -106,6 +118,7 @@ def _max_pool(made: Sources, decided: Decided, index: int, step: ir.MaxPool) -> 
         "out_h": out.height,
         "out_w": out.width,
         **window_fields(window),
+        **_field(decided, source, out),
     }
     made.step("fc_max_pool", "fc_window", f"window_{index}", fields, step.path)
 
@@ -116,7 +129,8 @@ def _table(made: Sources, decided: Decided, index: int, step: ir.Table) -> None:
     made.uses.add("TABLE")
     name = made.array("uint8_t", f"table_{index}", step.values.tolist())
     made.calls.append(
-        f"fc_table({name}, &bytes[{where[source.name]}u], &bytes[{where[out.name]}u], {out.bytes}u);"
+        f"fc_table({name}, &bytes[{where[source.name]}u], &bytes[{where[out.name]}u], {out.whole_bytes}u"
+        f"{_flags(decided, source, out)});"
         f" /* {comment(step.path)} */"
     )
 
@@ -127,8 +141,8 @@ def _concat(made: Sources, decided: Decided, index: int, step: ir.Concat) -> Non
     made.uses.add("CONCAT")
     for source in step.sources:
         made.calls.append(
-            f"fc_concat(&bytes[{where[source.name]}u], &bytes[{where[out.name] + channel}u], {out.pixels}u, "
-            f"{source.channels}u, {out.channels}u);"
+            f"fc_concat(&bytes[{where[source.name]}u], &bytes[{where[out.name]}u], {out.pixels}u, "
+            f"{source.channels}u, {channel}u, {out.pixel_bytes}u{_flags(decided, source, out)});"
         )
         channel += source.channels
 

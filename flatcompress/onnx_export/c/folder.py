@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flatcompress.errors import UserError
-from flatcompress.onnx_export.c import emit, weights
+from flatcompress.onnx_export.c import emit, ir, weights
 from flatcompress.onnx_export.c.layers import Decided
 from flatcompress.onnx_export.c.text import Sources
 from flatcompress.storage import write_output
@@ -17,7 +17,7 @@ FEATURES = (
     *("QUANTIZE", "DEQUANTIZE", "CONV", "LINEAR", "DEPTHWISE", "FUSED", "ADD", "FLOAT_ADD", "POOL", "MAX", "TABLE"),
     *("REALS", "FLOATS", "FAR", "NUDGED", "LIMITS", "RAISED", "WIDE_BIAS", "NARROW", "BITS_1", "BITS_2", "BITS_4"),
     *("BITS_8", "PLANES", "GROUPS", "SPARSE", "SPARSE_LINE", "SPARSE_WIDE", "SPARSE_BYTES", "SPARSE_WORDS", "SPLIT"),
-    *("MASKED", "GATE", "CONCAT", "MOVE", "RANGE", "LATE", "DILATED", "SMALL"),
+    *("MASKED", "GATE", "CONCAT", "MOVE", "RANGE", "LATE", "DILATED", "SMALL", "PACKED"),
     *("ROWS", "ROW_CODES", "ROW_COPY", "ROW_PRODUCT", "ROW_SCALE", "ROW_DIVIDE", "ROW_ADD", "ROW_TIMES", "ROW_NORM"),
     *("ROW_SOFTMAX", "ROW_GELU", "ROW_SIGMOID", "ROW_TANH", "ROW_HARD", "ROW_RELU", "ROW_PLANES", "ROW_QUANTIZE"),
 )
@@ -66,6 +66,7 @@ def _figures(decided: Decided, made: Sources) -> dict[str, Any]:
         "ram_bytes": plan.arena,
         "ram_bound_bytes": plan.bound,
         "scratch_bytes": max(plan.scratch_bytes, default=0),
+        "packed_tensors": sum(isinstance(tensor, ir.Codes) and tensor.packed for tensor in program.tensors),
         "macs": program.macs,
     }
 
@@ -237,7 +238,8 @@ Compile `{name}.c` as ISO C (`-std=c99`: a compiler may then not fuse a multipli
 | weights at their true bits | {figures["true_weight_bytes"]} bytes |
 | multipliers and biases | {figures["parameter_bytes"]} bytes for {figures["channels"]} channels |
 | arena | {figures["ram_bytes"]} bytes |
-| largest set of live tensors, nothing overlapping | {figures["ram_bound_bytes"]} bytes |
+| largest set of live tensors, nothing overlapping, a byte a code | {figures["ram_bound_bytes"]} bytes |
+| tensors with two codes to a byte | {figures["packed_tensors"]} of {len(decided.program.tensors)} |
 | products | {figures["macs"]} |
 
 {_equality(proof)} Proved when this was written: the roundings of {proof["channels"]} channels for

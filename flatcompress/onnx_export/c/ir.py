@@ -20,7 +20,8 @@ class Codes:
     """A tensor as it lies in the arena: a byte for each code, counted from the grid's lowest one.
 
     ``base`` is the uint8 code of the ONNX file that the byte 0 stands for: a grid's lowest code, or its zero point
-    where that lies lower, because padding is stored too.
+    where that lies lower, because padding is stored too. ``packed``: two codes to a byte, the first in its lower half;
+    every pixel begins with a byte (`packing`).
     """
 
     name: str
@@ -28,6 +29,7 @@ class Codes:
     width: int
     channels: int
     grid: Grid
+    packed: bool = False
 
     @property
     def base(self) -> int:
@@ -47,8 +49,17 @@ class Codes:
         return self.grid.high - self.base
 
     @property
+    def pixel_bytes(self) -> int:
+        return -(-self.channels // 2) if self.packed else self.channels
+
+    @property
     def bytes(self) -> int:
-        return self.height * self.width * self.channels
+        return self.pixels * self.pixel_bytes
+
+    @property
+    def whole_bytes(self) -> int:
+        """As it would be without packing."""
+        return self.pixels * self.channels
 
     @property
     def pixels(self) -> int:
@@ -67,6 +78,10 @@ class Real:
     @property
     def bytes(self) -> int:
         return 4 * self.height * self.width * self.channels
+
+    @property
+    def whole_bytes(self) -> int:
+        return self.bytes
 
 
 Tensor = Codes | Real

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from flatcompress.onnx_export.c import choosing, ir, requantize, sums, weights
 from flatcompress.onnx_export.c.layers import Decided, Layer
-from flatcompress.onnx_export.c.text import Sources, number, offset, struct, window_fields
+from flatcompress.onnx_export.c.text import Sources, number, offset, packed_bits, struct, window_fields
 
 
 @dataclass
@@ -76,6 +76,7 @@ def _fused(made: Sources, decided: Decided, index: int, layer: Layer) -> dict[st
     elif not added.first:
         fields |= {"first": rule.second, "second": rule.first}
     fields["b"] = decided.plan.offsets[added.other.name]
+    fields |= {"packed": packed_bits(None, out, added.other)} if decided.packed else {}
     made.constants.append(struct("fc_add", f"add_{index}", fields))
     return {"add": f"&add_{index}"}
 
@@ -127,6 +128,7 @@ def layer_struct(made: Sources, decided: Decided, index: int, step: ir.Conv, scr
         "shift": end.shift,
         "trim": end.trim,
         "in_zero": source.zero,
+        **({"packed": packed_bits(source, step.out)} if decided.packed else {}),
         **_kept_fields(decided, layer, kind, end),
         **_stream_fields(layer),
         **({"masked": 1} if layer.step.depthwise and weights.masked(layer.digits) else {}),

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from flatcompress.errors import UserError
-from flatcompress.onnx_export.c import choosing, ir, requantize, sums, weights
+from flatcompress.onnx_export.c import choosing, ir, packing, requantize, sums, weights
 from flatcompress.onnx_export.c.plan import ALIGNMENT, Plan, lay_out
 
 SMALL = (1 << 8) - 1
@@ -95,6 +95,11 @@ class Decided:
     adds: dict[int, sums.AddRule] = field(default_factory=dict)
     pools: dict[int, requantize.Rule] = field(default_factory=dict)
 
+    @property
+    def packed(self) -> bool:
+        """Whether any tensor has two codes to a byte."""
+        return any(isinstance(tensor, ir.Codes) and tensor.packed for tensor in self.program.tensors)
+
     def proof(self) -> dict[str, Any]:
         """What was proved, for the certificate."""
         rules = [layer.rule for layer in self.layers.values() if layer.step.out is not None]
@@ -114,8 +119,11 @@ class Decided:
         }
 
 
-def decide(program: ir.Program) -> Decided:
-    """Digits, rules and the plan. UserError where a number does not fit its place in the C."""
+def decide(program: ir.Program, pack_activations: bool = False) -> Decided:
+    """Digits, rules and the plan. UserError where a number does not fit its place in the C.
+
+    pack_activations: tensors whose codes take up to 4 bits lie two to a byte where their steps can (`packing`).
+    """
     layers, adds, pools = {}, {}, {}
     convs = [(conv, weights.digits(conv)) for conv in program.convs]
     chosen = iter(list(zip(convs, choosing.choose(convs))))
@@ -129,6 +137,8 @@ def decide(program: ir.Program) -> Decided:
         elif isinstance(step, ir.GlobalPool):
             pools[index] = _pool(step)
     _check_sizes(program)
+    if pack_activations:
+        packing.pack(program, {index: layer.kernel for index, layer in layers.items()})
     scratch = [
         row_bytes(step) + (layers[index].scratch if index in layers else 0) for index, step in enumerate(program.steps)
     ]

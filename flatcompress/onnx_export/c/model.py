@@ -41,9 +41,12 @@ class CModel:
         return build.run_here(self.folder, self.name, samples, self.outputs, flags)
 
 
-def prepare(reference: fx.GraphModule) -> Decided:
-    """Everything but the writing. UserError when the model has no C form, naming the module."""
-    return decide(read(reference))
+def prepare(reference: fx.GraphModule, pack_activations: bool = False) -> Decided:
+    """Everything but the writing. UserError when the model has no C form, naming the module.
+
+    pack_activations: codes of up to 4 bits two to a byte in RAM, for some more instructions.
+    """
+    return decide(read(reference), pack_activations)
 
 
 def place(path: Path) -> Path:

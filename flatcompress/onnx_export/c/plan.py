@@ -31,7 +31,8 @@ class Block:
 
 @dataclass
 class Plan:
-    """``arena``: bytes. ``bound``: of the largest set of tensors alive at once if none overlapped (no scratch).
+    """``arena``: bytes. ``bound``: of the largest set of tensors alive at once if none overlapped and none were packed
+    (no scratch).
 
     ``offsets``: of tensors, by name. ``scratch``: offset of each step's scratch, or 0.
     """
@@ -79,21 +80,26 @@ def _product_lead(step: ir.Rows, product: ir.Product, source: ir.Tensor) -> int:
 
 
 def _conv_lead(step: ir.Conv, source: ir.Codes) -> int:
-    row, pixels = source.width * source.channels, step.height * step.width
+    row, pixels = source.width * source.pixel_bytes, step.height * step.width
     needed = [0] * (pixels + 1)
     needed[pixels] = source.bytes
     for pixel in range(pixels - 1, -1, -1):
         y, x = divmod(pixel, step.width)
         top = max(0, y * step.window.stride[0] - step.window.pads[0])
         left = max(0, x * step.window.stride[1] - step.window.pads[1])
-        needed[pixel] = min(needed[pixel + 1], top * row + left * source.channels)
+        needed[pixel] = min(needed[pixel + 1], top * row + left * source.pixel_bytes)
+    written = step.outputs if step.out is None else step.out.pixel_bytes
     ends = [*range(step.pixels, pixels, step.pixels), pixels]
-    return max(end * step.outputs - needed[end] for end in ends)
+    # Groups come one after the other: the last one reads the source when the others have written these pixels.
+    reads = [0, *ends[:-1]] if step.groups > 1 else ends
+    return max(end * written - needed[read] for end, read in zip(ends, reads))
 
 
 def in_place(step: ir.Step, source: ir.Tensor) -> bool:
     """Whether the output may begin exactly where the source does, because what it overwrites has been read."""
     if isinstance(step, ir.Conv) and isinstance(source, ir.Codes):
+        if step.out is not None and step.out.packed != source.packed:
+            return False
         if step.add is not None and step.add.other.name == source.name and step.sources[0].name != source.name:
             return True
         whole = step.outputs == source.channels and step.height * step.width <= source.pixels
@@ -141,16 +147,16 @@ def _lives(program: ir.Program) -> dict[str, tuple[int, int]]:
 def _bound(program: ir.Program) -> int:
     """The largest set of live tensors, additions not fused: what a plan without overlaps needs at least."""
     lives = _lives(program)
-    sizes = {tensor.name: tensor.bytes for tensor in program.tensors}
+    sizes = {tensor.name: tensor.whole_bytes for tensor in program.tensors}
     most = 0
     for index, step in enumerate(program.steps):
         alive = sum(sizes[name] for name, (first, last) in lives.items() if first <= index <= last)
         if isinstance(step, ir.Conv) and step.add is not None:
             # First the convolution beside what it is added to, then the addition, when its source may be gone.
-            source, between = step.sources[0], step.add.between.bytes
+            source, between = step.sources[0], step.add.between.whole_bytes
             assert step.out is not None
             dead = lives[source.name][1] == index and source.name != step.add.other.name
-            alive = max(alive - step.out.bytes, alive - (source.bytes if dead else 0)) + between
+            alive = max(alive - step.out.whole_bytes, alive - (source.whole_bytes if dead else 0)) + between
         most = max(most, alive)
     return most
 

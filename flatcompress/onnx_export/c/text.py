@@ -46,6 +46,12 @@ def lines_of(values: Sequence[Any]) -> str:
     return "\n".join([*rows, row])
 
 
+def packed_bits(source: ir.Tensor | None, target: ir.Tensor | None, other: ir.Tensor | None = None) -> int:
+    """The field ``packed`` of a step, as common.h has its bits."""
+    tensors = (source, target, other)
+    return sum(1 << bit for bit, held in enumerate(tensors) if isinstance(held, ir.Codes) and held.packed)
+
+
 def number(value: float | np.floating) -> str:
     """A float32 in C, with every bit."""
     return float(np.float32(value)).hex() + "f"

@@ -94,6 +94,7 @@ def made(
     path: Path,
     seed: int = 0,
     sparsity: float = 0.0,
+    pack_activations: bool = False,
 ) -> Exported:
     """The model quantized and exported to C; inputs and BatchNorms are random, some gammas negative."""
     generator = torch.Generator().manual_seed(seed)
@@ -106,7 +107,7 @@ def made(
     x = torch.randn(16, *shape, generator=generator)
     quant.quantize(model, weight_bits=weights, activation_bits=activations, example_input=x[:2])
     quant.calibrate(model, [x])
-    return export(model.eval(), x[:2], path, "c")
+    return export(model.eval(), x[:2], path, "c", pack_activations=pack_activations)
 
 
 def samples(shape: tuple[int, ...], count: int = 40) -> np.ndarray:

@@ -21,11 +21,12 @@ CORES = [
 
 
 @pytest.mark.parametrize("core", CORES)
+@pytest.mark.parametrize("packed", [False, True], ids=["bytes", "packed"])
 @pytest.mark.parametrize(("name", "sparsity"), [("deep", 0.0), ("residual", 0.0), ("residual", 0.85), ("line", 0.0)])
-def test_every_output_bit_is_right_on_an_emulated_core(core, name, sparsity, tmp_path):
+def test_every_output_bit_is_right_on_an_emulated_core(core, name, sparsity, packed, tmp_path):
     kind, shape = NETS[name]
     torch.manual_seed(0)
-    exported = made(kind(), shape, 4, 4, tmp_path / "m.onnx", sparsity=sparsity)
+    exported = made(kind(), shape, 4, 4, tmp_path / "m.onnx", sparsity=sparsity, pack_activations=packed)
     x = samples(shape, 6)[[0, 1, 4, 5]]  # without infinities and NaN, which torch's reference does not know
     flags = ("-O3",) if core == "m55-helium" else ("-O2",)
     found = board.measure(exported.c.folder, "m", x, exported.c.outputs, core, flags)

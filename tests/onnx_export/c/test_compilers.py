@@ -48,6 +48,10 @@ def folders(tmp_path_factory):
             torch.manual_seed(0)
             path = tmp_path_factory.mktemp("c") / f"{name}.onnx"
             found[name, bits] = made(kind(), shape, bits, 4 if bits == 4 else 8, path, sparsity=sparsity)
+        for bits, sparsity in ((4, 0.0), (4, 0.85)):
+            path = tmp_path_factory.mktemp("c") / f"{name}.onnx"
+            key = name, f"packed {sparsity}"
+            found[key] = made(kind(), shape, bits, 4, path, sparsity=sparsity, pack_activations=True)
     return found
 
 

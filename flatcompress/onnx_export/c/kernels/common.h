@@ -84,6 +84,40 @@ typedef uint16_t fc_place;
 typedef uint32_t fc_place;
 #endif
 
+/* Where FC_PACKED, codes below 16 may lie two to a byte, the first in its lower half; every pixel begins with a byte.
+ * Elsewhere what says so is 0 and none of this leaves an instruction. */
+#if FC_PACKED
+#define FC_PACK(flags, bit) (((uint32_t)(flags) >> (bit)) & 1u)
+#define FC_PACKED_PARAMETER , uint32_t packed
+#else
+#define FC_PACK(flags, bit) 0u
+#define FC_PACKED_PARAMETER
+#endif
+#define FC_SOURCE 0u /* bits of `packed`: of a source, of the target, of an addition's second operand */
+#define FC_TARGET 1u
+#define FC_OTHER 2u
+
+/* Bytes of a pixel. */
+FC_INLINE uint32_t fc_pixel(uint32_t channels, uint32_t packed)
+{
+    return (channels + packed) >> packed;
+}
+
+FC_INLINE uint32_t fc_code(const uint8_t *from, uint32_t index, uint32_t packed)
+{
+    return (packed == 0u) ? (uint32_t)from[index] : (((uint32_t)from[index / 2u] >> ((index & 1u) * 4u)) & 15u);
+}
+
+FC_INLINE void fc_store(uint8_t *to, uint32_t index, uint32_t packed, uint32_t code)
+{
+    if (packed == 0u) {
+        to[index] = (uint8_t)code;
+    } else {
+        const uint32_t up = (index & 1u) * 4u;
+        to[index / 2u] = (uint8_t)(((uint32_t)to[index / 2u] & (0xF0u >> up)) | (code << up));
+    }
+}
+
 /* An addition of codes: (a * first + b * second + offset) >> shift, or in floats where no integers are exact. A fused
  * one adds the code of a convolution, a, to another, b. */
 typedef struct {
@@ -98,6 +132,9 @@ typedef struct {
     uint8_t floats, base_a, base_b, base_out, swapped; /* swapped: a convolution's code is the second operand */
 #endif
     uint8_t shift, trim;
+#if FC_PACKED
+    uint8_t packed;
+#endif
 #if FC_LIMITS || FC_FLOAT_ADD
     uint8_t low, high;
 #endif

@@ -54,13 +54,35 @@ FC_INLINE uint8_t *fc_copy(uint8_t *to, const uint8_t *from, uint32_t count, uin
     return &to[count];
 }
 
+#if FC_PACKED
+/* The same of four codes in two bytes. */
+FC_INLINE uint32_t fc_widen4_packed(const uint8_t *from, uint32_t *to, uint32_t sum)
+{
+    const uint32_t four = (uint32_t)from[0] | ((uint32_t)from[1] << 8), both = four | (four << 8);
+    const uint32_t even = both & 0x000F000Fu, odd = (both >> 4) & 0x000F000Fu;
+    to[0] = even;
+    to[2] = odd;
+    return FC_PAIRS(even + odd, 0x00010001u, sum);
+}
+
+/* A run of codes as bytes. */
+FC_INLINE uint8_t *fc_unpack(uint8_t *to, const uint8_t *from, uint32_t first, uint32_t count, uint8_t zero)
+{
+    for (uint32_t i = 0u; i < count; i++) {
+        to[i] = (from == NULL) ? zero : (uint8_t)fc_code(from, first + i, 1u);
+    }
+    return &to[count];
+}
+#endif
+
 /* The inputs of one output pixel as 16-bit numbers; padding is the code of zero. Returns their sum. Runs that are no
  * multiple of four bytes long go through `bytes` first. */
 FC_APART uint32_t fc_patch(const fc_layer *layer, uint8_t *arena, uint32_t y, uint32_t x, uint32_t group, uint32_t *patch)
 {
     const uint8_t *const source = &arena[layer->source];
     uint8_t *const bytes = &arena[layer->scratch + (8u * layer->words)];
-    const uint32_t depth = (uint32_t)layer->in_c / FC_GROUPS_OF(layer);
+    const uint32_t depth = (uint32_t)layer->in_c / FC_GROUPS_OF(layer), skipped = group * depth;
+    const uint32_t packed = FC_PACK(layer->packed, FC_SOURCE), pixel = fc_pixel(layer->in_c, packed);
     const int32_t top = (int32_t)(y * layer->stride_h) - (int32_t)layer->pad_t;
     const int32_t left = (int32_t)(x * layer->stride_w) - (int32_t)layer->pad_l;
     const int32_t right = left + (((int32_t)layer->kernel_w - 1) * (int32_t)FC_DILATION_W(layer));
@@ -74,7 +96,7 @@ FC_APART uint32_t fc_patch(const fc_layer *layer, uint8_t *arena, uint32_t y, ui
         const uint32_t inside = ((row >= 0) && (row < (int32_t)layer->in_h)) ? 1u : 0u;
         uint32_t whole = 0u, count = layer->kernel_w, run = depth;
         if ((inside != 0u) && (left >= 0) && (right < (int32_t)layer->in_w) && (FC_DILATION_W(layer) == 1u) &&
-            (FC_GROUPS_OF(layer) == 1u)) {
+            (FC_GROUPS_OF(layer) == 1u) && ((packed & (direct ^ 1u)) == 0u)) {
             whole = 1u;
             run = depth * count;
             count = 1u;
@@ -83,12 +105,30 @@ FC_APART uint32_t fc_patch(const fc_layer *layer, uint8_t *arena, uint32_t y, ui
             const int32_t column = left + (int32_t)(kx * FC_DILATION_W(layer));
             const uint8_t *from = NULL;
             if ((whole != 0u) || ((inside != 0u) && (column >= 0) && (column < (int32_t)layer->in_w))) {
-                from = source + (((((uint32_t)row * layer->in_w) + (uint32_t)column) * layer->in_c) + (group * depth));
+                from = source + ((((uint32_t)row * layer->in_w) + (uint32_t)column) * pixel);
             }
             if (direct == 0u) {
-                byte = fc_copy(byte, from, run, layer->in_zero);
+#if FC_PACKED
+                if (packed != 0u) {
+                    byte = fc_unpack(byte, from, skipped, run, layer->in_zero);
+                } else
+#endif
+                {
+                    byte = fc_copy(byte, (from == NULL) ? NULL : &from[skipped], run, layer->in_zero);
+                }
             } else if (from != NULL) {
-                const uint8_t *const stop = &from[run];
+                from += skipped >> packed;
+                const uint8_t *const stop = &from[run >> packed];
+#if FC_PACKED
+                if (packed != 0u) {
+                    do {
+                        sum = fc_widen4_packed(from, to, sum);
+                        from += 2;
+                        to += 4;
+                    } while (from != stop);
+                    continue;
+                }
+#endif
                 do {
                     sum = fc_widen4(from, to, mask, sum);
                     from += 4;
@@ -245,7 +285,7 @@ static void fc_conv(const fc_layer *layer, uint8_t *arena, float *real FC_RANGE_
         const uint32_t two = ((pixel + 1u) < pixels) ? 2u : 1u;
         const uint32_t *weight = (const uint32_t *)layer->weight;
         uint32_t channel = 0u, next_y = y, next_x = x;
-        result.row = (two == 2u) ? layer->out_c : 0u;
+        result.row = (two == 2u) ? result.pixel : 0u;
         for (uint32_t group = 0u; group < groups; group++) {
             const uint32_t end = channel + outputs;
             uint32_t fixed[2] = {0u, 0u};
@@ -264,13 +304,13 @@ static void fc_conv(const fc_layer *layer, uint8_t *arena, float *real FC_RANGE_
                 uint32_t sums[4] = {fixed[0], fixed[1], fixed[0], fixed[1]};
                 fc_products(layer, weight, (pair == 2u) ? (weight + row) : weight, patch, finish, sums);
                 for (uint32_t c = 0u; c < pair; c++) {
-                    fc_put(&result, (const int32_t *)&sums[2u * c], 1u, channel, at + channel);
+                    fc_put(&result, (const int32_t *)&sums[2u * c], 1u, channel, at);
                     channel++;
                     weight += row;
                 }
             }
         }
-        at += 2u * (uint32_t)layer->out_c;
+        at += 2u * result.pixel;
         y = next_y;
         x = next_x;
     }

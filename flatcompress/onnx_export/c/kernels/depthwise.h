@@ -122,7 +122,7 @@ static void fc_depthwise(const fc_layer *layer, uint8_t *arena)
     const uint32_t repeat = (uint32_t)layer->out_c / layer->in_c, length = layer->out_w;
     const uint32_t lines = ((layer->out_h - 1u) * layer->stride_h) + ((layer->kernel_h - 1u) * FC_DILATION_H(layer)) + 1u;
     const uint32_t line = (layer->turned != 0u) ? 1u : layer->in_w, pixel = (layer->turned != 0u) ? layer->in_h : 1u;
-    const uint32_t to_line = layer->out_c * ((layer->turned != 0u) ? 1u : (uint32_t)layer->out_w);
+    const uint32_t packed = FC_PACK(layer->packed, FC_SOURCE), depth = fc_pixel(layer->in_c, packed);
     int32_t *const sums = (int32_t *)(void *)&arena[layer->scratch];
     uint32_t *const taps = (uint32_t *)(void *)&sums[(length + 3u) & ~3u];
     uint8_t *const plane = (uint8_t *)&taps[layer->taps];
@@ -130,22 +130,31 @@ static void fc_depthwise(const fc_layer *layer, uint8_t *arena)
     const uint32_t high = (layer->in_h < (lines - layer->pad_t)) ? layer->in_h : (lines - layer->pad_t);
     fc_stream stream = {(const uint8_t *)layer->weight, 0u, 0u};
     fc_result result = fc_into(layer, arena, NULL);
-    result.row = layer->out_c * ((layer->turned != 0u) ? (uint32_t)layer->out_h : 1u);
+    const uint32_t to_line = result.pixel * ((layer->turned != 0u) ? 1u : (uint32_t)layer->out_w);
+    result.row = result.pixel * ((layer->turned != 0u) ? (uint32_t)layer->out_h : 1u);
     result.stride = 2u * result.row;
     for (uint32_t i = 0u; i < (lines * width); i++) {
         plane[i] = layer->in_zero;
     }
     for (uint32_t channel = 0u; channel < layer->out_c; channel++) {
         const uint32_t *const end = fc_taps(layer, &stream, width, taps);
+        const uint32_t source = channel / repeat;
         const uint8_t *from = plane;
-        uint32_t at = channel;
+        uint32_t at = 0u;
+#if FC_PACKED
+        const uint32_t up = 4u * (source & packed), mask = 0xFFu >> (4u * packed);
+#endif
         for (uint32_t y = 0u; y < high; y++) {
-            const uint8_t *in = &arena[layer->source + (channel / repeat) + (y * line * layer->in_c)];
+            const uint8_t *in = &arena[layer->source + (source >> packed) + (y * line * depth)];
             uint8_t *to = &plane[((y + layer->pad_t) * width) + layer->pad_l];
             const uint8_t *const stop = &to[wide];
-            const uint32_t step = pixel * layer->in_c;
+            const uint32_t step = pixel * depth;
             do {
+#if FC_PACKED
+                *to = (uint8_t)(((uint32_t)*in >> up) & mask);
+#else
                 *to = *in;
+#endif
                 to++;
                 in += step;
             } while (to != stop);

@@ -40,6 +40,9 @@ typedef struct {
 #define FC_DILATION_W(layer) 1u
 #endif
     uint8_t bits, headroom, shift, trim, in_zero;
+#if FC_PACKED
+    uint8_t packed;        /* whether source and target are */
+#endif
 #if FC_RAISED
     uint8_t raise;         /* of biases, where a sum has too few bits for `trim` */
 #endif
@@ -99,12 +102,13 @@ FC_INLINE int32_t fc_multiplier(const fc_layer *layer, uint32_t channel)
     return ((const int32_t *)layer->scale)[channel];
 }
 
-/* Where results go. Sums come in pairs whose values lie `row` apart, one pair `stride` after the other. */
+/* Where results go. Sums come in pairs whose values lie `row` apart, one pair `stride` after the other, in bytes. */
 typedef struct {
     const fc_layer *layer;
     uint8_t *to;
     float *real;
     uint32_t row, stride, kind;
+    uint32_t pixel; /* from one to the next, in bytes; of real values in numbers */
     int32_t unit; /* 1 << headroom: one multiplication and addition, which a shift would make two */
 } fc_result;
 
@@ -115,7 +119,8 @@ typedef struct {
 
 static fc_result fc_into(const fc_layer *layer, uint8_t *arena, float *real)
 {
-    fc_result result = {layer, &arena[layer->target], real, layer->out_c, 2u * (uint32_t)layer->out_c, FC_PLAIN, 0};
+    const uint32_t pixel = fc_pixel(layer->out_c, FC_PACK(layer->packed, FC_TARGET));
+    fc_result result = {layer, &arena[layer->target], real, pixel, 2u * pixel, FC_PLAIN, pixel, 0};
     result.unit = (int32_t)(1ul << layer->headroom);
 #if FC_FUSED
     result.kind = (layer->add == NULL) ? FC_PLAIN : FC_ADDED;
@@ -129,7 +134,7 @@ static fc_result fc_into(const fc_layer *layer, uint8_t *arena, float *real)
     return result;
 }
 
-/* Pairs of sums to codes. `how` is a constant where this is called. */
+/* Pairs of sums to codes of a channel, from the pixel at `at` on. `how` is a constant where this is called. */
 FC_INLINE void fc_put_as(const fc_result *result, const int32_t *sums, uint32_t pairs, uint32_t channel, uint32_t at,
                          uint32_t how)
 {
@@ -151,15 +156,37 @@ FC_INLINE void fc_put_as(const fc_result *result, const int32_t *sums, uint32_t 
     const int32_t zero = layer->out_zero;
     const float factor = (how == FC_FLOAT) ? ((const float *)layer->scale)[channel] : 0.0f;
 #endif
+#if FC_PACKED
+    const uint32_t packed = FC_PACK(layer->packed, FC_TARGET), up = 4u * (channel & packed);
+    const uint32_t keep = (0u - packed) & (0xF0u >> up); /* the byte's other half */
+#else
+    const uint32_t packed = 0u;
+#endif
 #if FC_FUSED
     fc_add add = {0};
-    const uint8_t *others = &result->to[at];
+    const uint8_t *others = result->to;
+#if FC_PACKED
+    uint32_t other_packed = packed;
+#endif
     if ((how != FC_PLAIN) && (layer->add != NULL)) {
         add = *layer->add;
         others += (int32_t)add.b - (int32_t)layer->target;
-    }
+#if FC_PACKED
+        other_packed = FC_PACK(add.packed, FC_OTHER);
 #endif
-    uint8_t *to = &result->to[at];
+    }
+#if FC_PACKED /* of two that are not packed alike the channels are even */
+    const uint32_t other_row = (row << packed) >> other_packed, other_stride = (stride << packed) >> other_packed;
+    const uint32_t other_up = 4u * (channel & other_packed), other_mask = 0xFFu >> (4u * other_packed);
+    others += ((at << packed) >> other_packed) + (channel >> other_packed);
+#define FC_OTHERS(place) (int32_t)(((uint32_t)others[place] >> other_up) & other_mask)
+#else
+    const uint32_t other_row = row, other_stride = stride;
+    others += at + channel;
+#define FC_OTHERS(place) (int32_t)others[place]
+#endif
+#endif
+    uint8_t *to = &result->to[at + (channel >> packed)];
     do {
         int32_t first, second, code, next;
         FC_LOAD2(first, second, sums);
@@ -190,13 +217,19 @@ FC_INLINE void fc_put_as(const fc_result *result, const int32_t *sums, uint32_t 
 #endif
 #if FC_FUSED
         if ((how == FC_ADDED) || ((how == FC_FLOAT) && (layer->add != NULL))) {
-            code = fc_sum(&add, code, (int32_t)others[0]);
-            next = fc_sum(&add, next, (int32_t)others[row]);
-            others += stride;
+            code = fc_sum(&add, code, FC_OTHERS(0));
+            next = fc_sum(&add, next, FC_OTHERS(other_row));
+            others += other_stride;
         }
 #endif
-        to[row] = (uint8_t)next; /* with a row of 0, what is not wanted, and written over */
+        /* with a row of 0, what is not wanted comes first and is written over */
+#if FC_PACKED
+        to[row] = (uint8_t)((to[row] & keep) | ((uint32_t)next << up));
+        to[0] = (uint8_t)((to[0] & keep) | ((uint32_t)code << up));
+#else
+        to[row] = (uint8_t)next;
         to[0] = (uint8_t)code;
+#endif
         to += stride;
         pairs--;
     } while (pairs != 0u);
@@ -214,12 +247,12 @@ FC_INLINE float fc_value(const fc_layer *layer, int32_t sum, uint32_t channel)
 }
 #endif
 
-/* Pairs of a channel's sums to what is stored, from the element `at` on; where `row` is 0 the first of each alone. */
+/* Pairs of a channel's sums to what is stored, from the pixel at `at` on; where `row` is 0 the first of each alone. */
 FC_APART void fc_put(const fc_result *result, const int32_t *sums, uint32_t pairs, uint32_t channel, uint32_t at)
 {
 #if FC_REALS
     if (result->kind == FC_VALUE) {
-        float *to = &result->real[at];
+        float *to = &result->real[at + channel];
         for (; pairs != 0u; pairs--) {
             for (uint32_t i = 2u; i != 0u; i--) { /* the first last, which is the right one where `row` is 0 */
                 to[(i - 1u) * result->row] = fc_value(result->layer, sums[i - 1u], channel);
@@ -276,7 +309,7 @@ FC_INLINE void fc_put_one(const fc_result *result, int32_t sum, uint32_t channel
 #endif
     sums[0] = sum;
     sums[1] = sum;
-    fc_put(result, sums, 1u, channel, channel);
+    fc_put(result, sums, 1u, channel, 0u);
 }
 #endif
 #endif

@@ -293,10 +293,36 @@ FC_INLINE void fc_pair(const uint8_t *a, uint32_t step_a, const uint8_t *b, uint
     }
 }
 
+#if FC_PACKED
+/* The same of packed codes; of a step of 0 both halves of the byte are one code. */
+FC_INLINE void fc_pair_packed(const uint8_t *a, uint32_t step_a, const uint8_t *b, uint32_t step_b, uint32_t *to,
+                              uint32_t step, uint32_t count)
+{
+    for (uint32_t i = count; i != 0u; i -= 2u) {
+        const uint32_t first = *a, second = *b;
+        *to = (first & 15u) | ((second & 15u) << 16);
+        to += step;
+        if (i == 1u) {
+            break;
+        }
+        *to = (first >> 4) | ((second >> 4) << 16);
+        to += step;
+        a += step_a;
+        b += step_b;
+    }
+}
+#endif
+
 /* The inputs of the lines y and y + 1, which are all read before one is written; zeros outside of the image. */
 FC_APART void fc_gather(const fc_layer *layer, const uint8_t *source, uint32_t y, uint32_t *patch)
 {
     const uint32_t words = layer->words, apart = words / layer->stride_w, depth = layer->in_c;
+    const uint32_t packed = FC_PACK(layer->packed, FC_SOURCE), pixel = fc_pixel(depth, packed);
+#if FC_PACKED
+    const uint8_t outside = (uint8_t)((uint32_t)layer->in_zero * ((packed != 0u) ? 17u : 1u)); /* in both halves */
+#else
+    const uint8_t outside = layer->in_zero;
+#endif
     const uint32_t columns = ((layer->out_w - 1u) * layer->stride_w) + ((layer->kernel_w - 1u) * FC_DILATION_W(layer)) + 1u;
     const int32_t last = (int32_t)layer->in_h - 1;
     int32_t row = (int32_t)(y * layer->stride_h) - (int32_t)layer->pad_t;
@@ -306,14 +332,19 @@ FC_APART void fc_gather(const fc_layer *layer, const uint8_t *source, uint32_t y
         for (uint32_t i = 0u; i < 2u; i++) {
             const int32_t here = row + (int32_t)(i * layer->stride_h);
             const uint32_t inside = ((here >= 0) && (here <= last)) ? 1u : 0u;
-            line[i] = (inside != 0u) ? &source[(uint32_t)here * layer->in_w * depth] : source;
+            line[i] = (inside != 0u) ? &source[(uint32_t)here * layer->in_w * pixel] : source;
             wide[i] = (inside == 0u) ? 0u : (layer->in_w - ((here == last) ? (uint32_t)layer->absent : 0u));
         }
         for (uint32_t column = 0u; column < columns; column++) {
             const uint32_t x = column - layer->pad_l; /* far beyond the image where it is negative */
             const uint32_t step_a = (x < wide[0]) ? 1u : 0u, step_b = (x < wide[1]) ? 1u : 0u;
-            const uint8_t *const a = (step_a != 0u) ? &line[0][x * depth] : &layer->in_zero;
-            const uint8_t *const b = (step_b != 0u) ? &line[1][x * depth] : &layer->in_zero;
+            const uint8_t *const a = (step_a != 0u) ? &line[0][x * pixel] : &outside;
+            const uint8_t *const b = (step_b != 0u) ? &line[1][x * pixel] : &outside;
+#if FC_PACKED
+            if (packed != 0u) {
+                fc_pair_packed(a, step_a, b, step_b, &to[phase], words, depth);
+            } else
+#endif
             fc_pair(a, step_a, b, step_b, &to[phase], words, depth);
             phase += apart;
             if (phase == words) {
@@ -328,7 +359,7 @@ FC_APART void fc_gather(const fc_layer *layer, const uint8_t *source, uint32_t y
 
 static void fc_sparse(const fc_layer *layer, uint8_t *arena, float *real FC_RANGE_PARAMETERS)
 {
-    const uint32_t width = layer->out_w, words = layer->words, line = width * layer->out_c;
+    const uint32_t width = layer->out_w, words = layer->words;
     const uint32_t split = (layer->split > 1u) ? layer->split : 1u;
     const uint32_t once = (layer->form == FC_WIDE) ? 4u : 8u;
     const uint32_t length = (4u * layer->kernel_h * layer->in_c * words) / split;
@@ -336,6 +367,7 @@ static void fc_sparse(const fc_layer *layer, uint8_t *arena, float *real FC_RANG
     uint32_t *const patch = &parts[layer->kernel_w * split];
     fc_walk walk;
     fc_result result = fc_into(layer, arena, real);
+    const uint32_t pixel = result.pixel, line = width * pixel;
     uint32_t phase = 0u, place = 0u, at = 0u, *part = parts;
 #if FC_RANGE
     uint32_t y = 0u, left = pixels;
@@ -348,7 +380,7 @@ static void fc_sparse(const fc_layer *layer, uint8_t *arena, float *real FC_RANG
 #endif
     walk.length = length;
     walk.step = 4u * words;
-    result.stride = layer->out_c;
+    result.stride = pixel;
     for (uint32_t kx = 0u; kx < layer->kernel_w; kx++) {
         uint32_t begin = 4u * ((phase * (words / layer->stride_w)) + place);
         for (uint32_t i = 0u; i < split; i++) {
@@ -372,7 +404,7 @@ static void fc_sparse(const fc_layer *layer, uint8_t *arena, float *real FC_RANG
             fc_first(layer, &walk, walk.step);
             walk.base = (const uint8_t *)&patch[x];
             for (uint32_t channel = 0u; channel < layer->out_c; channel++) {
-                const uint32_t place_of = at + (x * layer->out_c) + channel;
+                const uint32_t place_of = at + (x * pixel);
                 fc_sums(layer, &walk, parts, patch);
                 if (both != 0u) {
                     result.row = line;
@@ -380,7 +412,7 @@ static void fc_sparse(const fc_layer *layer, uint8_t *arena, float *real FC_RANG
                 }
                 if (both != most) { /* columns of the upper line alone */
                     result.row = 0u;
-                    fc_put(&result, &walk.sums[2u * both], most - both, channel, place_of + (both * layer->out_c));
+                    fc_put(&result, &walk.sums[2u * both], most - both, channel, place_of + (both * pixel));
                 }
             }
         }
