@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flatcompress.onnx_export.c import choosing, ir, requantize, sums, weights
+from flatcompress.onnx_export.c import choosing, coding, ir, requantize, sums, weights
 from flatcompress.onnx_export.c.layers import Decided, Layer
 from flatcompress.onnx_export.c.text import Sources, number, offset, packed_bits, struct, window_fields
 
@@ -112,12 +112,13 @@ def layer_struct(made: Sources, decided: Decided, index: int, step: ir.Conv, scr
     program = decided.program
     fields = {
         "offset": f"INT64_C({whole})" if nudged(decided) else whole >> 32,
-        **_parameters(made, index, layer, kind),
+        **_parameters(made, decided, index, layer, kind),
         **_fused(made, decided, index, layer),
         "source": f"{decided.plan.offsets[source.name]}u",
         "target": f"{decided.plan.offsets[step.out.name]}u" if step.out is not None else "0u",
         **({"late": made.array("float", f"late_{index}", map(number, step.late))} if step.late is not None else {}),
         "scratch": f"{scratch}u",
+        **_coded_fields(made, decided, layer, scratch),
         **_geometry(layer, any(max(conv.window.dilation) > 1 for conv in program.convs)),
         **({"groups": step.groups} if any(_grouped(conv) for conv in program.convs) else {}),
         "taps": step.taps,
@@ -170,6 +171,18 @@ def _geometry(layer: Layer, dilated: bool) -> dict[str, Any]:
     return named | ({"turned": 1} if layer.turned else {})
 
 
+def _coded_fields(made: Sources, decided: Decided, layer: Layer, scratch: int) -> dict[str, Any]:
+    """Of a layer whose rows are decoded, and of the others where there is one."""
+    if not any(one.block for one in decided.layers.values()):
+        return {}
+    if not layer.block:
+        return {"pairs": "NULL"}
+    if "CODED" not in made.uses:
+        made.uses.add("CODED")
+        made.array("uint8_t", "pairs", coding.pairs(decided.ranks))
+    return {"pairs": "pairs", "rows": f"{scratch + layer.decoded_at}u", "block": layer.block}
+
+
 def _stream_fields(layer: Layer) -> dict[str, int]:
     if layer.entries is None:
         return {}
@@ -215,10 +228,10 @@ def _raise(layer: Layer) -> int:
     return 0 if _stored_bias(layer) is not layer.bias else end_of(layer).raised
 
 
-def _parameters(made: Sources, index: int, layer: Layer, kind: str) -> dict[str, Any]:
+def _parameters(made: Sources, decided: Decided, index: int, layer: Layer, kind: str) -> dict[str, Any]:
     """The arrays of a layer: weights, multipliers or scales, biases."""
     step, found = layer.step, layer.digits
-    values, width = _stored(layer)
+    values, width = _stored(decided, layer)
     text = [f"0x{value:0{2 * width}X}u" for value in values.tolist()]
     weight = made.array("uint8_t" if width == 1 else "uint32_t", f"weight_{index}", text)
     if kind == "FC_CODES":
@@ -235,10 +248,12 @@ def _parameters(made: Sources, index: int, layer: Layer, kind: str) -> dict[str,
     return {"weight": weight, "scale": scale, "bias": bias}
 
 
-def _stored(layer: Layer) -> tuple[NDArray[Any], int]:
+def _stored(decided: Decided, layer: Layer) -> tuple[NDArray[Any], int]:
     """A layer's weights as numbers, and their bytes each."""
     if layer.step.depthwise:
         return weights.stream(layer.digits, layer.step.window.kernel, layer.turned), 1
+    if layer.block:
+        return coding.stream(layer.digits, decided.ranks), 1
     if layer.entries is not None:
         return layer.entries.stream, layer.entries.stream.itemsize
     return weights.rows(layer.digits).reshape(-1), 4

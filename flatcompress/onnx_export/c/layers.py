@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from flatcompress.errors import UserError
-from flatcompress.onnx_export.c import choosing, ir, packing, requantize, sums, weights
+from flatcompress.onnx_export.c import choosing, coding, ir, packing, requantize, sums, weights
 from flatcompress.onnx_export.c.plan import ALIGNMENT, Plan, lay_out
 
 SMALL = (1 << 8) - 1
@@ -30,6 +30,7 @@ class Layer:
     entries: weights.Entries | None = None
     most: float = 0.0  # the largest product of a sum and its scale
     room: int = 0  # by how many bits every sum and product may be raised within 32 bits
+    block: int = 0  # channels whose rows are decoded at a time (`coding`); 0: rows are stored as words
 
     @property
     def far(self) -> bool:
@@ -76,8 +77,13 @@ class Layer:
             return 4 * (width * parts + height * step.sources[0].channels * self.words)
         if self.kernel != choosing.CONV:
             return 0
-        direct = step.weight.shape[3] % 4 == 0
-        return 2 * 4 * self.words + (0 if direct else -(-step.taps // 4) * 4)
+        return self.decoded_at + self.block * self.words // 2
+
+    @property
+    def decoded_at(self) -> int:
+        """Where in a dense layer's scratch decoded rows go: behind two patches and what is copied for them."""
+        direct = self.step.weight.shape[3] % 4 == 0
+        return 2 * 4 * self.words + (0 if direct else -(-self.step.taps // 4) * 4)
 
 
 def _reach(window: ir.Window, axis: int, size: int) -> int:
@@ -94,6 +100,11 @@ class Decided:
     layers: dict[int, Layer] = field(default_factory=dict)
     adds: dict[int, sums.AddRule] = field(default_factory=dict)
     pools: dict[int, requantize.Rule] = field(default_factory=dict)
+
+    @property
+    def ranks(self) -> requantize.Ints:
+        """The digits of two-bit weights, the commonest first."""
+        return coding.ranks(layer.digits for layer in self.layers.values() if layer.digits.bits == 2)
 
     @property
     def packed(self) -> bool:
@@ -139,10 +150,25 @@ def decide(program: ir.Program, pack_activations: bool = False) -> Decided:
     _check_sizes(program)
     if pack_activations:
         packing.pack(program, {index: layer.kernel for index, layer in layers.items()})
-    scratch = [
+    return Decided(program, _plan(program, layers), layers, adds, pools)
+
+
+def _plan(program: ir.Program, layers: dict[int, Layer]) -> Plan:
+    """Where everything lies, with rows of weights coded where that takes no byte more."""
+    plan = lay_out(program, _scratch(program, layers))
+    if coding.choose(program, layers, plan):
+        coded = lay_out(program, _scratch(program, layers))
+        if coded.arena <= plan.arena:
+            return coded
+        coding.drop(layers)
+    return plan
+
+
+def _scratch(program: ir.Program, layers: dict[int, Layer]) -> list[int]:
+    """Bytes of each step's."""
+    return [
         row_bytes(step) + (layers[index].scratch if index in layers else 0) for index, step in enumerate(program.steps)
     ]
-    return Decided(program, lay_out(program, scratch), layers, adds, pools)
 
 
 def row_bytes(step: ir.Step) -> int:

@@ -144,6 +144,12 @@ def _lives(program: ir.Program) -> dict[str, tuple[int, int]]:
     return lives
 
 
+def alive(program: ir.Program, index: int) -> int:
+    """Bytes of the tensors that a step reads, makes or lets live."""
+    lives = _lives(program)
+    return sum(tensor.bytes for tensor in program.tensors if lives[tensor.name][0] <= index <= lives[tensor.name][1])
+
+
 def _bound(program: ir.Program) -> int:
     """The largest set of live tensors, additions not fused: what a plan without overlaps needs at least."""
     lives = _lives(program)

@@ -51,11 +51,11 @@ def unit(bits: int) -> int:
     return 32 // min(PLANES[bits])
 
 
-def rows(found: Digits) -> NDArray[np.uint32]:
-    """[out, words]: each row's planes, one after the other."""
+def rows(found: Digits, fill: int = 0) -> NDArray[np.uint32]:
+    """[out, words]: each row's planes, one after the other, filled up with the digit ``fill``."""
     outputs, taps = found.values.shape
     width = -(-taps // unit(found.bits)) * unit(found.bits)
-    filled = np.zeros((outputs, width), np.int64)
+    filled = np.full((outputs, width), fill, np.int64)
     filled[:, :taps] = found.values
     # Tap k lies at halfword 4 (k // 4) + WIDENED[k % 4] of the patch.
     halves = filled.reshape(outputs, -1, 4)[:, :, np.argsort(WIDENED)].reshape(outputs, width)

@@ -1,8 +1,10 @@
 /* Real results may be wanted of some pixels alone, from the pixel `first` on; they lie from `real` on. */
 #if FC_RANGE
 #define FC_RANGE_PARAMETERS , uint32_t first, uint32_t pixels
+#define FC_RANGE_ARGUMENTS , first, pixels
 #else
 #define FC_RANGE_PARAMETERS
+#define FC_RANGE_ARGUMENTS
 #endif
 
 #if FC_CONV || FC_LINEAR
@@ -264,9 +266,46 @@ FC_INLINE void fc_products(const fc_layer *layer, const uint32_t *first, const u
 #endif
 }
 
-static void fc_conv(const fc_layer *layer, uint8_t *arena, float *real FC_RANGE_PARAMETERS)
+#if FC_CODED
+/* Two-bit digits of one to three bits each, the first in the lowest, become words of rows. `pairs`: of six bits, the two
+ * digits that they begin with, and over them how many bits these take. */
+typedef struct {
+    const uint8_t *next, *pairs;
+    uint32_t buffer, held;
+} fc_coded;
+
+FC_APART void fc_decode(fc_coded *coded, uint32_t *to, const uint32_t *end)
 {
-    const uint32_t outputs = (uint32_t)layer->out_c / FC_GROUPS_OF(layer);
+    const uint8_t *const pairs = coded->pairs, *next = coded->next;
+    uint32_t buffer = coded->buffer, held = coded->held;
+    do {
+        uint32_t word = 0u;
+        for (uint32_t step = 8u; step != 0u; step--) { /* a digit of each half comes in from above */
+            uint32_t pair;
+            if (held < 6u) {
+                buffer |= ((uint32_t)next[0] | ((uint32_t)next[1] << 8)) << held;
+                next += 2;
+                held += 16u;
+            }
+            pair = pairs[buffer & 63u];
+            word = (word >> 2) | ((pair & 3u) << 14) | ((pair & 12u) << 28);
+            pair >>= 4;
+            buffer >>= pair;
+            held -= pair;
+        }
+        *to = word;
+        to++;
+    } while (to != end);
+    coded->next = next;
+    coded->buffer = buffer;
+    coded->held = held;
+}
+#endif
+
+/* `count` channels of every group, from the channel `begin` on, whose rows lie at `rows`, of all pixels. */
+FC_INLINE void fc_channels(const fc_layer *layer, uint8_t *arena, fc_result *result, const uint32_t *rows,
+                           uint32_t begin, uint32_t count FC_RANGE_PARAMETERS)
+{
     const uint32_t row = ((uint32_t)layer->words * layer->bits) / 16u;
     const uint32_t width = layer->out_w, groups = FC_GROUPS_OF(layer);
 #if FC_RANGE
@@ -277,17 +316,16 @@ static void fc_conv(const fc_layer *layer, uint8_t *arena, float *real FC_RANGE_
 #endif
     uint32_t *const patch = (uint32_t *)(void *)&arena[layer->scratch];
     const uint32_t *const finish = &patch[2u * layer->words];
-    fc_result result = fc_into(layer, arena, real);
     const int32_t least = layer->lowest;
     const uint32_t lowest = (uint32_t)least;
     uint32_t at = 0u;
     for (uint32_t pixel = 0u; pixel < pixels; pixel += 2u) {
         const uint32_t two = ((pixel + 1u) < pixels) ? 2u : 1u;
-        const uint32_t *weight = (const uint32_t *)layer->weight;
-        uint32_t channel = 0u, next_y = y, next_x = x;
-        result.row = (two == 2u) ? result.pixel : 0u;
+        const uint32_t *weight = rows;
+        uint32_t channel = begin, next_y = y, next_x = x;
+        result->row = (two == 2u) ? result->pixel : 0u;
         for (uint32_t group = 0u; group < groups; group++) {
-            const uint32_t end = channel + outputs;
+            const uint32_t end = channel + count;
             uint32_t fixed[2] = {0u, 0u};
             next_y = y;
             next_x = x;
@@ -304,15 +342,38 @@ static void fc_conv(const fc_layer *layer, uint8_t *arena, float *real FC_RANGE_
                 uint32_t sums[4] = {fixed[0], fixed[1], fixed[0], fixed[1]};
                 fc_products(layer, weight, (pair == 2u) ? (weight + row) : weight, patch, finish, sums);
                 for (uint32_t c = 0u; c < pair; c++) {
-                    fc_put(&result, (const int32_t *)&sums[2u * c], 1u, channel, at);
+                    fc_put(result, (const int32_t *)&sums[2u * c], 1u, channel, at);
                     channel++;
                     weight += row;
                 }
             }
         }
-        at += 2u * result.pixel;
+        at += 2u * result->pixel;
         y = next_y;
         x = next_x;
     }
+}
+
+static void fc_conv(const fc_layer *layer, uint8_t *arena, float *real FC_RANGE_PARAMETERS)
+{
+    const uint32_t outputs = (uint32_t)layer->out_c / FC_GROUPS_OF(layer);
+    const uint32_t *rows = (const uint32_t *)layer->weight;
+    fc_result result = fc_into(layer, arena, real);
+#if FC_CODED
+    fc_coded coded = {(const uint8_t *)layer->weight, layer->pairs, 0u, 0u};
+    uint32_t begin = 0u, count = outputs;
+    do {
+        if (layer->pairs != NULL) {
+            uint32_t *const decoded = (uint32_t *)(void *)&arena[layer->rows];
+            count = ((begin + layer->block) < outputs) ? layer->block : (outputs - begin);
+            fc_decode(&coded, decoded, &decoded[(count * layer->words) / 8u]);
+            rows = decoded;
+        }
+        fc_channels(layer, arena, &result, rows, begin, count FC_RANGE_ARGUMENTS);
+        begin += count;
+    } while (begin < outputs);
+#else
+    fc_channels(layer, arena, &result, rows, 0u, outputs FC_RANGE_ARGUMENTS);
+#endif
 }
 #endif

@@ -20,6 +20,11 @@ typedef struct {
 #if FC_LATE
     const float *late;     /* what is added to real results, one a channel, or NULL */
 #endif
+#if FC_CODED
+    const uint8_t *pairs;  /* how rows are coded; NULL: they are words */
+    fc_place rows;         /* where they are decoded to, `block` channels at a time */
+    uint16_t block;
+#endif
     fc_place source, target, scratch;
     uint16_t in_h, in_w, in_c, out_h, out_w, out_c;
 #if FC_GROUPS
