@@ -6,7 +6,7 @@ from importlib import resources
 from typing import Any
 
 from flatcompress.onnx_export.c import ir, rows
-from flatcompress.onnx_export.c.layer_text import add_fields, layer_struct, ranged
+from flatcompress.onnx_export.c.layer_text import add_fields, layer_struct, ranged, short
 from flatcompress.onnx_export.c.layers import Decided
 from flatcompress.onnx_export.c.text import Sources, comment, number, offset, packed_bits, window_fields
 
@@ -24,6 +24,7 @@ def write(decided: Decided, name: str) -> Sources:
     made = Sources(name)
     made.uses |= {"RANGE"} if ranged(decided.program) else set()
     made.uses |= {"SMALL"} if decided.plan.arena < 1 << 16 else set()
+    made.uses |= {"SHORT"} if short(decided) else set()
     made.uses |= {"PACKED"} if decided.packed else set()
     made.uses |= {"LATE"} if any(conv.late is not None for conv in decided.program.convs) else set()
     for index, step in enumerate(decided.program.steps):

@@ -86,6 +86,12 @@ def ranged(program: ir.Program) -> bool:
     return any(isinstance(step, ir.Rows) and step.convolution is not None for step in program.steps)
 
 
+def short(decided: Decided) -> bool:
+    """Whether the sides of all layers' images take a byte."""
+    geometries = [_geometry(layer, False) for layer in decided.layers.values()]
+    return all(made[side] < 256 for made in geometries for side in ("in_h", "in_w", "out_h", "out_w"))
+
+
 def _coded(layer: Layer) -> bool:
     """Whether sums become codes by integer multipliers."""
     return layer.result is not None and not layer.rule.floats

@@ -84,6 +84,13 @@ typedef uint16_t fc_place;
 typedef uint32_t fc_place;
 #endif
 
+/* Lines and columns of an image. */
+#if FC_SHORT
+typedef uint8_t fc_side;
+#else
+typedef uint16_t fc_side;
+#endif
+
 /* Where FC_PACKED, codes below 16 may lie two to a byte, the first in its lower half; every pixel begins with a byte.
  * Elsewhere what says so is 0 and none of this leaves an instruction. */
 #if FC_PACKED

@@ -321,8 +321,8 @@ FC_INLINE void fc_channels(const fc_layer *layer, uint8_t *arena, fc_result *res
     uint32_t at = 0u;
     for (uint32_t pixel = 0u; pixel < pixels; pixel += 2u) {
         const uint32_t two = ((pixel + 1u) < pixels) ? 2u : 1u;
-        const uint32_t *weight = rows;
-        uint32_t channel = begin, next_y = y, next_x = x;
+        const uint32_t *weight = FC_CODED ? rows : (const uint32_t *)layer->weight; /* which is no register more */
+        uint32_t channel = FC_CODED ? begin : 0u, next_y = y, next_x = x;
         result->row = (two == 2u) ? result->pixel : 0u;
         for (uint32_t group = 0u; group < groups; group++) {
             const uint32_t end = channel + count;

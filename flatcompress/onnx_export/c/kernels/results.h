@@ -26,7 +26,8 @@ typedef struct {
     uint16_t block;
 #endif
     fc_place source, target, scratch;
-    uint16_t in_h, in_w, in_c, out_h, out_w, out_c;
+    uint16_t in_c, out_c;
+    fc_side in_h, in_w, out_h, out_w;
 #if FC_GROUPS
     uint16_t groups;
 #define FC_GROUPS_OF(layer) ((uint32_t)(layer)->groups)
