@@ -114,6 +114,7 @@ TESTS: dict[str, dict[str, str]] = {
         **dict.fromkeys(("none", "smooth-all"), QUANT + "test_ptq_scaling.py::test_the_float_function_stays"),
         "equalize": QUANT + "test_ptq_scaling.py::test_equalization_by_hand",
         "smooth": QUANT + "test_ptq_scaling.py::test_smoothing_by_hand",
+        "flatquant": QUANT + "test_flatquant.py::test_by_hand_one_head_of_two_features",
     },
     "weight-scales": dict.fromkeys(
         ("min-max", "mse", "lsq"), QUANT + "test_ptq_calibrators.py::test_weight_scales_by_hand"
@@ -162,9 +163,9 @@ ABSENT = (
     ("FQAT", "2509.00859", "the abstract alone, which leaves open whether orderly or unruly layers are frozen"),
     ("MSQ", "2507.22349", "the formula of its lowest bit could not be read; it also changes bits while training"),
     (
-        "FlatQuant",
+        "FlatQuant's dense products",
         "2410.09426",
-        "its products before a layer would run in floats; what folds, values into projections, is not built",
+        "they would run in floats before every layer; what folds is `flatquant`",
     ),
     ("Weight Compander", "2306.16993", "the abstract alone: its function could not be read"),
     ("HeSS", "", "no text or code of a score of this name was found"),

@@ -8,12 +8,13 @@ from torch import Tensor, nn
 
 from flatcompress import quant
 from flatcompress.quant import ptq
+from flatcompress.registry import Registry
 from flatcompress.stages.context import RunContext
 from flatcompress.stages.measure import train_batches
 from flatcompress.training.batches import evaluate
 
 CALIBRATION_SAMPLES = 512
-TABLES = {  # key of the stage -> the table that its value is a row of
+TABLES: dict[str, Registry[Any]] = {  # key of the stage -> the table that its value is a row of
     "scaling": ptq.SCALINGS,
     "weight_scale": ptq.WEIGHT_SCALES,
     "calibrator": ptq.CALIBRATORS,

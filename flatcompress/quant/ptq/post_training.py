@@ -27,6 +27,7 @@ from flatcompress.quant.ptq.scaling import SCALINGS
 from flatcompress.quant.ptq.weight_scales import WEIGHT_SCALES
 from flatcompress.quant.quantizers.lsq import StepQuantizer
 from flatcompress.quant.quantizers.variants import OffsetQuantizer
+from flatcompress.registry import Registry
 
 BATCH = 32
 MEMORY = 1 << 30  # bytes that the largest tensor of all samples at once may take where both paths are kept
@@ -87,7 +88,8 @@ def post_training(
     example = inputs[0][:2] if example_input is None else example_input
     clock, known, training = _Clock(), set(model.modules()), model.training
     with evaluating(model), torch.no_grad():
-        moved = rows[0].make(trace(model, example), inputs) if scaling != "none" else []
+        grids = ((weight_bits, activation_bits),) if rows[0].facts.needs_bits else ()
+        moved = rows[0].make(trace(model, example), inputs, *grids) if scaling != "none" else []
         clock.mark("scaling")
         twin = float_twin(model)
         plan = quantize(model, weight_bits, activation_bits, method=method, example_input=example, **placement)
@@ -294,7 +296,7 @@ class _Walk:
 
 def check_rows(**names: str) -> None:
     """UserError for a name that is in none of the registries given by keyword."""
-    known = {"scaling": SCALINGS, "weight_scale": WEIGHT_SCALES, "calibrator": CALIBRATORS,
+    known: dict[str, Registry[Any]] = {"scaling": SCALINGS, "weight_scale": WEIGHT_SCALES, "calibrator": CALIBRATORS,
              "rounding": ROUNDINGS, "correction": CORRECTIONS}  # fmt: skip
     for key, name in names.items():
         if name not in known[key]:

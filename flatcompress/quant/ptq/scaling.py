@@ -1,21 +1,31 @@
 """What is moved between layers before anything is quantized: equalized weights, or smoothed activations.
 
-A scaling gets a float network's traced graph and its calibration batches, changes weights in place so that the
-network computes what it did, and returns a row per pair.
+A scaling gets a float network's traced graph and its calibration batches (and the bits of weights and activations,
+where its facts say so), changes weights in place so that the network computes what it did, and returns a row per pair.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from flatcompress.quant.ptq.flatquant import flatten
 from flatcompress.quant.ptq.pairs import Pair, find_pairs
 from flatcompress.registry import Registry
 
-SCALINGS = Registry("scaling")
+
+@dataclass(frozen=True)
+class ScalingFacts:
+    """``needs_bits``: it is made for grids, and takes (weight bits, activation bits or None) as its third argument."""
+
+    needs_bits: bool = False
+
+
+SCALINGS = Registry("scaling", ScalingFacts)
 _ROUNDS = 20
 _CONVERGED = 1e-3
 _LARGEST = 1e3
@@ -132,3 +142,6 @@ SCALINGS.add("none", none, "nothing is moved")
 SCALINGS.add("equalize", equalize, "cross-layer equalization of weight ranges", "1906.04721")
 SCALINGS.add("smooth", smooth, "SmoothQuant's factors behind LayerNorms", "2211.10438")
 SCALINGS.add("smooth-all", smooth_all, "SmoothQuant's factors behind LayerNorms and convolutions", "2211.10438")
+SCALINGS.add(
+    "flatquant", flatten, "FlatQuant's learned transformations that fold into weights", "2410.09426", needs_bits=True
+)
