@@ -8,7 +8,7 @@ compose functions for a two-probe optimizer step and plain numbers (`activation_
 from __future__ import annotations
 
 from flatcompress.quant.batchnorm import reestimate_batchnorm, reestimated
-from flatcompress.quant.bits import allocate, auto_bits
+from flatcompress.quant.bits import Price, allocate, auto_bits
 from flatcompress.quant.layers import (
     activation_quantizers,
     apply,
@@ -39,6 +39,7 @@ __all__ = [
     "Cage",
     "OscillationTracker",
     "PostTraining",
+    "Price",
     "QuantizedPoint",
     "Quantizer",
     "RelativeSteps",

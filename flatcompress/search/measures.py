@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from flatcompress.errors import UserError
+from flatcompress.latency import device
 from flatcompress.latency.table import LatencyTable
 from flatcompress.plan import Plan, apply_plan
 from flatcompress.prune import CostModel
 from flatcompress.recipe import Recipe
 from flatcompress.search.spec import Search
-from flatcompress.session import stage_id
+from flatcompress.session import restore, stage_id
 from flatcompress.stages.context import RunContext
 from flatcompress.store.runfolder import RunFolder
 from flatcompress.sweep.pool import val_accuracy
@@ -32,6 +34,7 @@ class Measuring:
         wanted = {*search.objectives, *search.budgets}
         self._check(wanted, search)
         self.table = _table(run) if "ms" in wanted else None
+        self.on_device = not wanted.isdisjoint(device.UNITS)
 
     def _check(self, wanted: set[str], search: Search) -> None:
         """UserError for what this data and recipe cannot say."""
@@ -49,6 +52,15 @@ class Measuring:
         stages = search.recipe["stages"] if isinstance(search.recipe, dict) else []
         if "latency_ms" in wanted and not any("export" in s or s == "export" for s in stages):
             raise UserError("objective 'latency_ms' is of an exported file: put an export stage last, or use 'ms'.")
+        of_device = [name for name in device.UNITS if name in wanted]
+        if not of_device:
+            return
+        if not any("quantize" in s or s == "quantize" for s in stages):
+            raise UserError(f"objective {of_device[0]!r} is of integer C: the recipe needs a quantize stage.")
+        try:
+            device.decided(self.run.model, self.run.example())
+        except UserError as error:
+            raise UserError(f"objective {of_device[0]!r}: {error}") from None
 
     def of(self, folder: Path, recipe: Recipe) -> dict[str, float | None]:
         """Every measure of a finished run; None for what it does not have."""
@@ -67,7 +79,15 @@ class Measuring:
         }
         found["sharpness"] = next((r["sharpness"] for r in reversed(rows) if r.get("sharpness") is not None), None)
         found["ms"] = None if self.table is None else self.table(self._widths(there, recipe))
+        if self.on_device:
+            found |= self._device(there)
         return found
+
+    def _device(self, there: RunFolder) -> dict[str, float]:
+        """Flash, RAM and instructions of the trained network that the run left."""
+        run = replace(self.run, model=self.run.build(), plan=Plan(), corrupted=None)
+        restore(run, there.load())
+        return device.measured(device.of_quantized(run.model.cpu(), run.example().cpu()))
 
     def _widths(self, there: RunFolder, recipe: Recipe) -> Any:
         """Widths of every layer of the network that the run's plan leaves."""

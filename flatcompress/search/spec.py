@@ -23,9 +23,12 @@ OBJECTIVES = {  # what a trial can be judged by -> what it is
     "macs": "multiply-accumulates of one sample",
     "params": "parameters",
     "ms": "milliseconds in onnxruntime here, int8, by a table of measured layers (same widths, same figure)",
+    "flash": "bytes of flash of the C on a Cortex-M4, estimated (needs a quantize stage)",
+    "ram": "bytes of the C's arena (needs a quantize stage)",
+    "instructions": "instructions of one inference of the C on a Cortex-M4, estimated (needs a quantize stage)",
     "latency_ms": "milliseconds of the exported file, measured anew each time (needs an export stage)",
 }
-COSTS = ("bytes", "macs", "params", "ms", "latency_ms")
+COSTS = ("bytes", "macs", "params", "ms", "flash", "ram", "instructions", "latency_ms")
 
 
 def _seconds(value: Any) -> Any:

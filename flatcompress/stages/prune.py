@@ -18,6 +18,7 @@ from torch import nn
 
 from flatcompress import prune
 from flatcompress.errors import unknown
+from flatcompress.latency.device import DeviceCost
 from flatcompress.latency.table import LatencyTable
 from flatcompress.stages.callbacks import MaskedWeights
 from flatcompress.stages.context import RunContext
@@ -43,7 +44,8 @@ from flatcompress.training.callback import Callback
 
 ShareOrNone = Annotated[float, Field(ge=0.0, lt=1.0)]
 _LARGE = 0.5  # of a weight, on average over a neuron; AdaSAP's radii are not meant to go further
-PRUNE_BUDGETS = ("ratio", "macs", "params", "bytes", "latency", "latency_ms")
+DEVICE_BUDGETS = ("flash", "ram", "instructions")
+PRUNE_BUDGETS = ("ratio", "macs", "params", "bytes", "latency", "latency_ms", *DEVICE_BUDGETS)
 
 
 class PruneConfig(RemovalKeys):
@@ -61,11 +63,18 @@ class PruneConfig(RemovalKeys):
     bytes: Size | None = Field(
         None, description="budget: bytes of the weights to keep, as a share or absolute (200k, 1.5M), at budget_bits"
     )
-    budget_bits: Bits = Field(8, description="bits per weight that a bytes budget is counted at")
+    budget_bits: Bits = Field(8, description="bits per weight that a bytes, flash or instructions budget is counted at")
     latency: Share | None = Field(
         None, description="budget: share of the dense model's int8 latency, measured per layer in onnxruntime here"
     )
     latency_ms: Positive | None = Field(None, description="budget: milliseconds in onnxruntime here, int8, one sample")
+    flash: Size | None = Field(
+        None, description="budget: bytes of flash of the C on a Cortex-M4 (32k), at budget_bits; goes with ram"
+    )
+    ram: Size | None = Field(None, description="budget: bytes of the C's arena (8k); goes with flash")
+    instructions: Size | None = Field(
+        None, description="budget: instructions of one inference of the C on a Cortex-M4 (2M); goes with flash and ram"
+    )
     flat: str | None = Field(None, description="flat method while pruning, in place of the pruning method's own")
     importance: str | None = Field(None, description="channel importance; see `flatcompress list importances`")
     rho_min: NonNegative = Field(0.01, description="AdaSAP: radius of the most important channel")
@@ -102,8 +111,10 @@ class PruneConfig(RemovalKeys):
     @model_validator(mode="after")
     def _one_budget(self) -> PruneConfig:
         given = [name for name in PRUNE_BUDGETS if getattr(self, name) is not None]
-        if len(given) > 1:
-            raise KeyProblem(given[1], f"give one budget, not {' and '.join(given)}.")
+        if len(given) > 1 and not set(given) <= set(DEVICE_BUDGETS):
+            raise KeyProblem(
+                given[1], f"give one budget, not {' and '.join(given)}; flash, ram and instructions go together."
+            )
         if self.ratios is not None and given not in ([], ["ratio"]):
             raise KeyProblem("ratios", f"goes with ratio alone, not with {given[0]}.")
         if not given and self.ratios is None:
@@ -279,6 +290,12 @@ def budget(config: PruneConfig, model: nn.Module, example: torch.Tensor) -> prun
         value = getattr(config, kind)
         if value is not None:
             return prune.Budget(kind, value, weight_bits=config.budget_bits)
+    limits = {unit: found for unit in DEVICE_BUDGETS if (found := getattr(config, unit)) is not None}
+    if limits:
+        cost = DeviceCost(model, example, limits, weight_bits=config.budget_bits)
+        return prune.Budget(
+            "cost", 1.0, cost, absolute=True, knapsack=cost.weighs, called=cost.called, unmet=cost.unmet
+        )
     milliseconds = config.latency or config.latency_ms
     if milliseconds is not None:
         absolute = config.latency_ms is not None

@@ -15,9 +15,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from flatcompress import quant
+from flatcompress.latency.device import bits_price
 from flatcompress.modules import evaluating
 from flatcompress.plan import Plan
-from flatcompress.stages import families, members, post_training, shipped
+from flatcompress.stages import families, members, on_device, post_training, shipped
 from flatcompress.stages.averaging import Averaging
 from flatcompress.stages.callbacks import BiasRounding, Distillation, FrozenBatchNorm, MaskedWeights
 from flatcompress.stages.context import RunContext
@@ -172,6 +173,7 @@ def dry_run(model: nn.Module, example: Tensor, config: QuantizeConfig) -> None:
     """Insert the quantizers into a copy: tracing, names and patterns are checked before anything runs."""
     if float_epochs(config):  # learned scales come with the quantizers
         check_trainable(model)
+    on_device.check(model, example, config, placement(config))
     insert(model, example, config, None if config.bits == "auto" else config.bits)
     if config.scale_steps == "relative" and config.epochs:
         quant.RelativeSteps(model)
@@ -194,6 +196,7 @@ def placement(config: QuantizeConfig) -> dict[str, Any]:
 
 def choose_bits(run: RunContext, config: QuantizeConfig) -> dict[str, Any] | None:
     """Bits per layer: as the recipe says, or by sensitivity on training data within the budget (arXiv 1911.03852)."""
+    on_device.check(run.model, run.example(), config, placement(config))  # of channels as they are by now
     if config.bits != "auto":
         return config.bits
     unit, budget = config.bits_budget
@@ -207,6 +210,7 @@ def choose_bits(run: RunContext, config: QuantizeConfig) -> dict[str, Any] | Non
             example_input=run.example(),
             kind=config.sensitivity,
             seed=run.seed,
+            price=bits_price(run.model, run.example(), **placement(config)) if unit == "flash" else None,
             **placement(config),
         )
     run.emit("bits", unit=unit, budget=budget, bits=chosen)

@@ -22,7 +22,7 @@ from flatcompress.stages.keys import (
 )
 from flatcompress.stages.qat_methods import QAT_METHODS, QatMethod, conflict_mix
 
-BITS_BUDGETS = ("effective_bits", "bytes", "bops")
+BITS_BUDGETS = ("effective_bits", "bytes", "bops", "flash")
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
@@ -43,6 +43,10 @@ class QuantizeConfig(TrainingKeys):
     )
     bytes: Size | None = Field(None, description="bits: auto, budget: bytes of all quantized weights (200k)")
     bops: Size | None = Field(None, description="bits: auto, budget: MACs x weight bits x activation bits (1.5G)")
+    flash: Size | None = Field(
+        None, description="bits: auto, budget: bytes of flash of the C on a Cortex-M4, code and all (32k)"
+    )
+    ram: Size | None = Field(None, description="bytes that the C's arena may take (8k), checked before training")
     sensitivity: Literal["measured", "hessian", "gradient"] = Field(
         "measured", description="bits: auto, a layer's cost: measured, by Hessian trace, or by one backward pass"
     )

@@ -74,12 +74,32 @@ def _entries(
     return weights.entries(step, found, step.sources[0].high, gaps, rows)
 
 
+def dense(steps: Sequence[ir.Conv], bits: Sequence[int]) -> list[str]:
+    """The kernel of every layer where none skips zeros. bits: of the digits."""
+    chosen = [_dense(step, width) for step, width in zip(steps, bits)]
+    total = sum(step.macs for step in steps)
+    if CONV in chosen:
+        few = [kernel == LINEAR and step.macs <= FEW * total for kernel, step in zip(chosen, steps)]
+        chosen = [CONV if one else kernel for kernel, one in zip(chosen, few)]
+    return chosen
+
+
+def _dense(step: ir.Conv, bits: int) -> str:
+    if step.depthwise:
+        return DEPTHWISE
+    return LINEAR if _vector(step) and step.taps % weights.unit(bits) == 0 else CONV
+
+
+def _vector(step: ir.Conv) -> bool:
+    return step.height * step.width == 1 and step.groups == 1 and step.window.kernel == (1, 1)
+
+
 def _alone(step: ir.Conv, found: weights.Digits) -> Choice:
     """What suits a layer by itself."""
-    if step.depthwise:
-        return DEPTHWISE, None
-    vector = step.height * step.width == 1 and step.groups == 1 and step.window.kernel == (1, 1)
-    whole = vector and step.taps % weights.unit(found.bits) == 0
+    plain = _dense(step, found.bits)
+    if plain == DEPTHWISE:
+        return plain, None
+    vector, whole = _vector(step), plain == LINEAR
     made = _entries(step, found, *((weights.ROW_GAPS, True) if vector else ()))
     if made is not None:
         lines, columns = shape(step)
@@ -91,4 +111,4 @@ def _alone(step: ir.Conv, found: weights.Digits) -> Choice:
         worth = 1.5 if made.stream.nbytes < SMALLER * stored else 1.0
         if made.stream.nbytes <= stored and sparse < worth * dense:
             return (LINE if vector else SPARSE), made
-    return (LINEAR if whole else CONV), None
+    return plain, None

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flatcompress.errors import UserError
-from flatcompress.onnx_export.c import emit, ir, weights
+from flatcompress.onnx_export.c import costs, emit, ir, weights
 from flatcompress.onnx_export.c.layers import Decided
 from flatcompress.onnx_export.c.text import Sources
 from flatcompress.storage import write_output
@@ -68,6 +68,7 @@ def _figures(decided: Decided, made: Sources) -> dict[str, Any]:
         "scratch_bytes": max(plan.scratch_bytes, default=0),
         "packed_tensors": sum(isinstance(tensor, ir.Codes) and tensor.packed for tensor in program.tensors),
         "macs": program.macs,
+        "estimate": costs.estimate(decided).to_json(),
     }
 
 
@@ -245,7 +246,24 @@ Compile `{name}.c` as ISO C (`-std=c99`: a compiler may then not fuse a multipli
 {_equality(proof)} Proved when this was written: the roundings of {proof["channels"]} channels for
 all {proof["sums"]} sums that their weights can reach ({proof["channels_float"]} of them multiply in float32, as
 onnxruntime does), {proof["pools"]} pools, {proof["additions"]} additions over all {proof["pairs"]} pairs of codes.
+
+{_estimated(figures["estimate"])}
 """
+
+
+def _estimated(estimate: dict[str, Any]) -> str:
+    rows = [f"| {s['module'] or '-'} | {s['kind']} | {s['macs']} | {s['instructions']} |" for s in estimate["steps"]]
+    return "\n".join(
+        [
+            f"Estimated for a Cortex-M4 ({estimate['compiler']}, {' '.join(estimate['flags'])}; fitted on an emulator,",
+            f"which counts instructions, not cycles): {estimate['flash']} bytes of flash, {estimate['instructions']}",
+            "instructions of one inference.",
+            "",
+            "| module | step | products | instructions |",
+            "|---|---|---|---|",
+            *rows,
+        ]
+    )
 
 
 def _equality(proof: dict[str, Any]) -> str:

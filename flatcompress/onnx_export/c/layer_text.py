@@ -111,8 +111,7 @@ def _offset(layer: Layer) -> int:
 def layer_struct(made: Sources, decided: Decided, index: int, step: ir.Conv, scratch: int) -> str:
     """Write a layer's constants; returns its kernel's name. scratch: where its own begins."""
     layer, source = decided.layers[index], step.sources[0]
-    found, result = layer.digits, layer.result
-    kind = "FC_REAL" if result is None else "FC_SCALED" if layer.rule.floats else "FC_CODES"
+    found, kind = layer.digits, _kind(layer)
     end, whole = end_of(layer), _offset(layer)
     made.uses |= ({"LIMITS"} if end.limits else set()) | ({"RAISED"} if _raise(layer) else set())
     program = decided.program
@@ -141,7 +140,7 @@ def layer_struct(made: Sources, decided: Decided, index: int, step: ir.Conv, scr
         **({"masked": 1} if layer.step.depthwise and weights.masked(layer.digits) else {}),
     }
     made.constants.append(struct("fc_layer", f"layer_{index}", fields))
-    made.uses |= _uses_of_conv(layer, kind) | ({"NUDGED"} if nudged(decided) else set())
+    made.uses |= uses_of(layer) | ({"NUDGED"} if nudged(decided) else set())
     return f"fc_{layer.kernel}"
 
 
@@ -202,7 +201,12 @@ def _grouped(step: ir.Conv) -> bool:
     return step.groups > 1 and not step.depthwise
 
 
-def _uses_of_conv(layer: Layer, kind: str) -> set[str]:
+def _kind(layer: Layer) -> str:
+    return "FC_REAL" if layer.result is None else "FC_SCALED" if layer.rule.floats else "FC_CODES"
+
+
+def uses_of(layer: Layer) -> set[str]:
+    """The parts of the kernels that a layer needs by itself."""
     found, planes, window = {layer.kernel.upper()}, weights.PLANES[layer.digits.bits], layer.step.window
     if layer.entries is not None:
         found.add(("SPARSE_WIDE", "SPARSE_WORDS", "SPARSE_BYTES")[layer.entries.form])
@@ -216,7 +220,7 @@ def _uses_of_conv(layer: Layer, kind: str) -> set[str]:
     found |= {"GROUPS"} if _grouped(layer.step) else set()
     found |= {"FAR"} if layer.far else set()
     found |= {"DILATED"} if max(window.dilation) > 1 else set()
-    return found | {"FC_SCALED": {"FLOATS"}, "FC_REAL": {"REALS"}}.get(kind, set())
+    return found | {"FC_SCALED": {"FLOATS"}, "FC_REAL": {"REALS"}}.get(_kind(layer), set())
 
 
 def _wide(layer: Layer) -> bool:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 from torch import Tensor
 
 from flatcompress.errors import UserError, unknown
 from flatcompress.modules import check_patterns, matches
-from flatcompress.prune.budgets.cost import Cost, CostModel
+from flatcompress.prune.budgets.cost import Cost, CostModel, Widths
 from flatcompress.prune.budgets.knapsack import cheapest, solve
 from flatcompress.prune.dependency.groups import Group
 from flatcompress.prune.ranking import Ladder, Limits
@@ -27,7 +29,9 @@ class Budget:
     widths of all layers ({name: Width(inputs, outputs, groups)}) to a number, such as milliseconds from a latency
     table; ``absolute`` says that ``value`` is absolute even below 1. ``weight_bits`` is for kind bytes. ``knapsack``:
     weigh importance against cost (`knapsack.solve`) instead of going down the ranking; None does so for kind cost only.
-    ``called``: what messages call it, the kind by default. ``ratios`` (kind ratio): the share of each group that holds
+    Without it a cost gives back, group by group, what it can (`_given_back`): that suits one that is no sum, such as a
+    peak of memory. ``called``: what messages call it, the kind by default; ``unmet``: what to say, for the narrowest
+    widths there are, where the budget cannot be met. ``ratios`` (kind ratio): the share of each group that holds
     the named layer (or ``re:PATTERN``), which then is ranked on its own; ``value`` of every other group, may be 0.
     """
 
@@ -39,6 +43,7 @@ class Budget:
     knapsack: bool | None = None
     called: str = ""
     ratios: Mapping[str, float] | None = None
+    unmet: Callable[[Widths], str] | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -116,6 +121,8 @@ def choose(
         gone = _knapsack(ladder, scores, limits, budget, costs, keep)
     else:
         gone = _for_cost(ladder, budget, costs)
+        if budget.kind == "cost" and budget.knapsack is False and limits.ranking == "global":
+            gone = _given_back(ladder, budget, costs, gone, keep)
     chosen = ladder.keep(gone)
     return chosen if keep is None else [now & before for now, before in zip(chosen, keep, strict=True)]
 
@@ -165,8 +172,30 @@ def _for_cost(ladder: Ladder, budget: Budget, costs: CostModel | None) -> list[i
     cost_of, dense, limit = _bounded(ladder, budget, costs)
     gone = ladder.smallest(lambda removed: cost_of(removed) <= limit)
     if gone is None:
-        raise UserError(_too_small(budget, limit, dense, cost_of(ladder.first(len(ladder.rungs)))))
+        raise UserError(_too_small(ladder, budget, costs, (cost_of, dense, limit), ladder.first(len(ladder.rungs))))
     return gone
+
+
+def _given_back(
+    ladder: Ladder, budget: Budget, costs: CostModel | None, gone: Sequence[int], keep: Sequence[Tensor] | None
+) -> list[int]:
+    """``gone`` with as much given back to each group as the limit allows, the group that lost its best units first.
+
+    Going down the ranking takes from every layer; a peak of memory is a matter of a few. keep: units gone before.
+    """
+    cost_of, _, limit = _bounded(ladder, budget, costs)
+    found, lost = list(gone), [rung.group for rung in reversed(ladder.rungs) if gone[rung.group]]
+    for group in dict.fromkeys(lost):
+        before = int((~keep[group]).sum()) if keep is not None else 0
+        steps = accumulate((rung.units for rung in ladder.rungs if rung.group == group), initial=0)
+        choices = [step for step in steps if before <= step <= gone[group]]
+        least = bisect_left(choices, True, key=lambda step: cost_of(_with(found, group, step)) <= limit)
+        found[group] = choices[least] if least < len(choices) else found[group]
+    return found
+
+
+def _with(gone: Sequence[int], group: int, units: int) -> list[int]:
+    return [*gone[:group], units, *gone[group + 1 :]]
 
 
 def _bounded(ladder: Ladder, budget: Budget, costs: CostModel | None) -> tuple[CostOf, float, float]:
@@ -201,12 +230,18 @@ def _knapsack(
     if start is None:
         start = cheapest(ladder.groups, limits, cost_of, already)
         if cost_of(start) > limit:
-            raise UserError(_too_small(budget, limit, dense, cost_of(start)))
+            raise UserError(_too_small(ladder, budget, costs, (cost_of, dense, limit), start))
     return solve(ladder.groups, scores, limits, cost_of, limit, start, already)
 
 
-def _too_small(budget: Budget, limit: float, dense: float, least: float) -> str:
-    share = not budget.absolute and budget.value <= 1
+def _too_small(
+    ladder: Ladder, budget: Budget, costs: CostModel | None, bounds: tuple[CostOf, float, float], gone: Sequence[int]
+) -> str:
+    """gone: what goes for the smallest cost there is."""
+    if budget.unmet is not None and costs is not None:
+        return budget.unmet(costs.by_count(ladder.groups)(gone))
+    cost_of, dense, limit = bounds
+    least, share = cost_of(gone), not budget.absolute and budget.value <= 1
     asked, can = (f"{budget.value:g}", f"{least / dense:.4g}") if share else (f"{limit:g}", f"{least:.6g}")
     return (
         f"{budget.called} {asked} cannot be met: the smallest that can is {can} (dense: {dense:.6g}), with every layer "

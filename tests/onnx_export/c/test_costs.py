@@ -1,0 +1,69 @@
+"""The cost model against the emulator, and its counts against the kernels' own sizes."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from c_nets import NETS, made
+
+from flatcompress import models
+from flatcompress.onnx_export.c import board, costs, work
+
+needs_board = pytest.mark.skipif(board.missing() is not None, reason=f"{board.missing()}")
+REAL = {"resnet8": (3, 32, 32), "ds_cnn": (1, 49, 10), "mobilenet_v1_025": (3, 48, 48), "vit_tiny": (3, 16, 16)}
+
+
+def network(name: str) -> tuple[torch.nn.Module, tuple[int, ...]]:
+    torch.manual_seed(0)
+    if name in NETS:
+        return NETS[name][0](), NETS[name][1]
+    depth = {"depth": 2} if name == "vit_tiny" else {}
+    return models.build(name, num_classes=10, input_shape=REAL[name], seed=0, **depth), REAL[name]
+
+
+@pytest.mark.slow
+@needs_board
+@pytest.mark.parametrize("sparsity", [0.0, 0.8])
+@pytest.mark.parametrize("name", REAL)
+def test_estimates_are_near_what_the_linker_and_the_emulator_say(name, sparsity, tmp_path):
+    """Stated in docs/microcontroller.md: flash within 3 % and 400 bytes, instructions within 12 %, RAM exactly."""
+    model, shape = network(name)
+    exported = made(model, shape, 4, 4, tmp_path / "m.onnx", sparsity=sparsity)
+    x = np.random.default_rng(0).normal(size=(1, *shape)).astype(np.float32)
+    found = board.measure(exported.c.folder, "m", x, exported.c.outputs, costs.BOARD, costs.FLAGS)
+    guess = costs.estimate(exported.c.decided)
+    assert abs(guess.flash - found.flash) <= 0.03 * found.flash + 400
+    assert guess.instructions == pytest.approx(found.instructions[0], rel=0.12)
+    assert guess.ram == exported.c.figures["ram_bytes"]
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_every_kind_of_work_and_every_part_of_the_code_is_in_the_table(name, tmp_path):
+    model, shape = network(name)
+    decided = made(model, shape, 4, 4, tmp_path / "m.onnx").c.decided
+    steps = [costs.step_cost(decided, i) for i in range(len(decided.program.steps))]
+    assert all(step.instructions > 0 for step in steps)
+    assert sum(step.macs for step in steps) == decided.program.macs
+    assert costs.estimate(decided).flash > costs.constants(decided)
+
+
+def test_work_grows_with_pixels_and_channels_as_the_loops_do(tmp_path):
+    model, shape = network("deep")
+    decided = made(model, shape, 4, 4, tmp_path / "m.onnx").c.decided
+    counts = work.of_step(decided, 1)
+    conv = decided.program.steps[1]
+    assert counts["code value"] == conv.outputs * conv.height * conv.width
+    assert counts["copied bytes"] + 4 * counts["copied words"] == conv.taps * conv.height * conv.width
+
+
+def test_the_readme_and_the_figures_have_every_step(tmp_path):
+    model, shape = network("line")
+    written = made(model, shape, 4, 4, tmp_path / "m.onnx").c
+    text = (written.folder / "README.md").read_text()
+    estimate = json.loads(json.dumps(written.figures["estimate"]))
+    assert len(estimate["steps"]) == len(written.decided.program.steps)
+    for step in estimate["steps"]:
+        assert f"| {step['module'] or '-'} | {step['kind']} | {step['macs']} | {step['instructions']} |" in text
