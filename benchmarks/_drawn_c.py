@@ -106,7 +106,8 @@ class Drawn:
 
     def _full(self, source: ir.Codes) -> ir.Conv:
         kernel = [(3, 3), (3, 3), (5, 5), (1, 3), (10, 4), (2, 2)][self._draw(*range(6))]
-        return self._conv(source, self._draw(4, 7, 8, 12, 16, 21, 32), kernel, self._draw(1, 1, 2))
+        outputs = self._draw(24, 32, 48, 64) if self.bits == 2 else self._draw(4, 7, 8, 12, 16, 21, 32)
+        return self._conv(source, outputs, kernel, self._draw(1, 1, 2))
 
     def _pointwise(self, source: ir.Codes) -> ir.Conv:
         return self._conv(source, self._draw(4, 8, 13, 16, 32, 64))
