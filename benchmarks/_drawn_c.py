@@ -25,9 +25,11 @@ class Drawn:
         self.zeros = float(self.rng.choice([0.0, 0.0, 0.0, 0.5, 0.8, 0.9]))
         self.bits = int(self.rng.choice([2, 3, 4, 4, 5, 6, 8]))
         self.codes = int(self.rng.choice([4, 4, 8]))
+        if seed % 10 == 2:
+            kind, self.zeros, self.bits = "coded", 0.0, 2
         self.packed = bool(self.rng.random() < 0.25)
         self.program = ir.Program((), ())
-        {"image": self._image, "vector": self._vector, "rows": self._rows}[kind]()
+        {"image": self._image, "coded": self._coded, "vector": self._vector, "rows": self._rows}[kind]()
 
     @property
     def input(self) -> np.ndarray:
@@ -98,6 +100,16 @@ class Drawn:
         pooled = self._codes(1, 1, current.channels)
         factor = np.float32(1.0 / current.pixels)
         self._ends(self._put(ir.GlobalPool("", [current], pooled, factor)))
+
+    def _coded(self) -> None:
+        """Deep layers of two-bit weights, while the arena has room for their decoded rows."""
+        self.program.inputs = (3, 20, 20)
+        current = self._put(ir.Quantize("", [], self._codes(20, 20, 3, 8, signed=True)))
+        current = self._put(self._conv(current, self._draw(24, 32), (3, 3)))
+        current = self._put(self._conv(current, self._draw(16, 24), (3, 3), 2))
+        for _ in range(self._draw(2, 3, 4)):
+            current = self._put(self._conv(current, self._draw(32, 48, 64), (3, 3)))
+        self._ends(self._put(ir.GlobalPool("", [current], self._codes(1, 1, current.channels), np.float32(0.01))))
 
     def _ends(self, current: ir.Codes) -> None:
         last = self._conv(current, self._draw(2, 5, 10), out=False, bits=8)
