@@ -1,6 +1,6 @@
 """C models on an emulated Cortex-M4: flash, RAM, stack, instructions, and whether every output bit is right.
 
-    python -m benchmarks.microcontroller [--quick] [--check]
+    python -m benchmarks.microcontroller [--quick] [--check] [--run FOLDER]
 
 ResNet-8 (3x32x32), DS-CNN (1x49x10), MobileNetV1 x0.25 (3x96x96), the MLPerf Tiny autoencoder (640 inputs) and vit_tiny
 (3x16x16, depth 2), at W8A8, W4A8, W4A4 and W2A4 (first and last layer 8 bits), dense and 80 % sparse, untrained,
@@ -12,6 +12,9 @@ Instructions are not cycles: flash wait states and slow loads are not in them.
 
 Of W4A4, dense, ``naive`` is C as one writes it first (int8 weights, a loop a dimension, float roundings), of the same
 compiler at -O2 and with the same outputs, beside our own instructions at -O2.
+
+``estimated``: what the cost model says before anything is compiled (`flatcompress.onnx_export.c.costs`); how far that
+is from the figures is printed. ``--run FOLDER``: a row more, of a finished run that ends quantized (runs/quickstart).
 
 ``packed`` (convolutional networks of 4-bit activations): the same with ``pack_activations``, two codes to a byte.
 
@@ -25,6 +28,7 @@ Targets (the sparse ones for networks of 4-bit activations, whose sums of two pi
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import sys
 import tempfile
@@ -41,6 +45,7 @@ from benchmarks import _naive_c
 from benchmarks._common import arguments, finish
 from benchmarks.export_size import normalised
 from flatcompress import models, quant
+from flatcompress.cli.commands import load_run
 from flatcompress.errors import UserError
 from flatcompress.onnx_export import Exported, export, untie
 from flatcompress.onnx_export.c import board
@@ -96,20 +101,32 @@ def network(name: str, weights: int, activations: int, zeros: float) -> tuple[nn
 def measured(name: str, weights: int, activations: int, zeros: float) -> dict[str, Any]:
     """One cell of the table."""
     model, x = network(name, weights, activations, zeros)
+    return cell(name, (weights, activations), zeros, model, x)
+
+
+def trained(folder: Path) -> dict[str, Any]:
+    """The network that a run left, on its test samples."""
+    run = load_run(folder)
+    layers = quant.quantized_layers(run.model.eval().cpu()).values()
+    weights = min(layer.weight_spec().bits for layer in layers)
+    activations = min(quantizer.bits for quantizer in quant.activation_quantizers(run.model).values())
+    return cell(f"{folder.name} (trained)", (weights, activations), 0.0, run.model, run.example(8).cpu())
+
+
+def cell(name: str, bits: tuple[int, int], zeros: float, model: nn.Module, x: torch.Tensor) -> dict[str, Any]:
+    """One row. bits: of weights and activations, but for what stays at 8."""
     with tempfile.TemporaryDirectory() as folder:
         exported = export(model, x[:2], Path(folder) / "model.onnx", "c")
         assert exported.c is not None
         samples = x[:SAMPLES].numpy()
         found = board.measure(exported.c.folder, "model", samples, exported.c.outputs, flags=("-Os",))
         right = bit_equal(found.outputs, _expected(exported, x[:SAMPLES]))
-        naive = (
-            _naive(exported, samples, Path(folder) / "naive") if (weights, activations, zeros) == (4, 4, 0.0) else {}
-        )
-        packed = _packed(model, x, Path(folder) / "packed") if activations == 4 and name in CONVOLUTIONS else {}
+        naive = _naive(exported, samples, Path(folder) / "naive") if (*bits, zeros) == (4, 4, 0.0) else {}
+        packed = _packed(model, x, Path(folder) / "packed") if bits[1] == 4 and name in CONVOLUTIONS else {}
     figures = exported.c.figures
     return {
         "net": name,
-        "bits": f"W{weights}A{activations}",
+        "bits": "W{}A{}".format(*bits),
         "zeros": zeros,
         "flash": found.flash,
         "true": figures["true_weight_bytes"],
@@ -122,6 +139,8 @@ def measured(name: str, weights: int, activations: int, zeros: float) -> dict[st
         "bits right": bool(np.all(right)),
         "sums proved": figures["proof"]["sums"],
         "float channels": figures["proof"]["channels_float"],
+        "estimated flash": figures["estimate"]["flash"],
+        "estimated instructions": figures["estimate"]["instructions"],
         **naive,
         **packed,
     }
@@ -192,15 +211,36 @@ def missed(rows: Sequence[dict[str, Any]]) -> list[str]:
     return failures
 
 
+def estimates(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """How far the cost model is from what was linked and run."""
+    flash = [abs(row["estimated flash"] - row["flash"]) for row in rows]
+    share = [abs(row["estimated instructions"] / row["instructions"] - 1) for row in rows]
+    return {
+        "median error of estimated instructions": round(float(np.median(share)), 4),
+        "largest error of estimated instructions": round(max(share), 4),
+        "median error of estimated flash, bytes": float(np.median(flash)),
+        "largest error of estimated flash, share": round(max(f / r["flash"] for f, r in zip(flash, rows)), 4),
+    }
+
+
+def _options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--run", type=Path, help="a finished run's folder: its network is a row more")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    options = arguments(__doc__, argv)
+    options = arguments(__doc__, argv, _options)
     if (lacking := board.missing()) is not None:
         print(f"{NAME}: {lacking}; nothing was measured.")
         return 1 if options.check else 0
     names = ("resnet8", "ds_cnn") if options.quick else tuple(SHAPES)
     bits = ((4, 4),) if options.quick else BITS
     rows = [measured(name, *pair, zeros) for name in names for pair in bits for zeros in (0.0, 0.8)]
-    return finish(NAME, rows, missed(rows), options)
+    if options.run is not None:
+        rows.append(trained(options.run))
+    said = estimates(rows)
+    for name, value in said.items():
+        print(f"{name}: {value}")
+    return finish(NAME, rows, missed(rows), options, estimates=said)
 
 
 if __name__ == "__main__":
