@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import _common
-from benchmarks._real_rows import CUTS, FLOATS, NETWORKS, REFERENCE, SHARES, contest, cuts, ladder, pipelines
-from benchmarks._real_said import FLOAT_FILE, PARTS, Run, best_radius, paired
+from benchmarks._real_rows import (
+    CUTS, FLOATS, NETWORKS, REFERENCE, SHARES, WHOLE, contest, cuts, float_file, ladder, pipelines,
+)  # fmt: skip
+from benchmarks._real_said import PARTS, Run, best_radius, paired
 
 PAGE = Path(__file__).parent.parent / "docs" / "results" / "real_domains.md"
 
@@ -95,7 +97,8 @@ def _cut(runs: Sequence[Run], network: str, share: float) -> list[str]:
 def _whole(runs: Sequence[Run]) -> list[str]:
     """The pipelines' files."""
     table = []
-    for name in (FLOAT_FILE, *(row.name for row in pipelines())):
+    names = [n for r in pipelines() for n in ((float_file(r), r.name) if r.peer is not None else (r.name,))]
+    for name in names:
         own = [r for r in runs if r.row == name]
         if not own:
             continue
@@ -203,12 +206,13 @@ Row minus *{other}* (one radius for all channels), each at its best radius by va
 methods train twice the epochs. Radii were tried on the first pair; its best stands for the method on the others.
 *corrupted*: mean over the usual corruptions of in-domain test pictures.
 """.strip()
-_WHOLE = """
-From the pretrained network to a file, everybody 10 epochs of two passes a step. *robust*: mean of corrupted and
-held-out accuracy (all emoji). The file's own accuracy in onnxruntime; milliseconds as a share of the float network's
-file, timed by turns. The peer's row is this toolkit's SAM with onnxruntime's `quantize_static` (least and greatest
-values; its percentile and entropy calibrations were no better), after its float file; on drawn shapes the peers are run
-in their own libraries ([peers](peers.md), [from scratch](from_scratch.md)).
+_WHOLE = f"""
+From the pretrained network to a file, everybody {WHOLE} epochs of one pass a step, or half as many of two. *robust*: mean
+of corrupted and held-out accuracy (all emoji). The file's own accuracy in onnxruntime; milliseconds as a share of the
+float network's file, timed by turns. The peers' rows are this toolkit's plain training and SAM with onnxruntime's
+`quantize_static`, with weights of 8 or 7 bits, whichever validation prefers, after their float files; on drawn shapes
+the peers are run in their own libraries ([peers](peers.md), [from scratch](from_scratch.md)). Ours: weights averaged over
+steps (`averaging: swad`) in every stage, depthwise weights at 8 bits.
 """.strip()
 _WATCHED = """
 Travel: median of how far scales end from their start, in percent. Disorder, conflict and frozen share: means over

@@ -155,21 +155,34 @@ def cuts(share: float) -> list[Row]:
     ]  # fmt: skip
 
 
+WHOLE = 40  # epochs of one pass a step that a pipeline's stages take together
+
+
 def pipelines() -> list[Row]:
-    """From the pretrained network to a file in equal passes: SAM and a library's quantization, then our own orders."""
-    rate, low = _adam(1e-3), {**STRONG, "rho": RHO, "weight_bits": 4, **_adam(1e-3)}
-    off = {"flatness_map": False, "sharpness": False, "bias_rounding_epochs": 0}
+    """From the pretrained network to a file in equal passes: a library's quantization, then our own orders."""
 
-    def train(method: str, epochs: int) -> dict[str, Any]:
-        return {"train": {"method": method, "epochs": epochs, "rho": RHO, **rate}}
+    def train(method: str, epochs: int, **keys: Any) -> dict[str, Any]:
+        return {"train": {"method": method, "epochs": epochs, **_adam(1e-3), **keys}}
 
-    cut = {"prune": {"method": "adasap", "macs": 0.6, "epochs": 3, "schedule_steps": 3, **rate}}
-    last = {"quantize": {"method": "lsq_sagm", "activation_bits": 8, "epochs": 3, **low, **off}}
+    def last(bits: int, epochs: int) -> dict[str, Any]:
+        off = {"flatness_map": False, "sharpness": False, "bias_rounding_epochs": 0, "averaging": "swad"}
+        widths = {"weight_bits": bits, "activation_bits": 8, "bits": DEPTHWISE}
+        return {"quantize": {"method": "lsq", "epochs": epochs, **STRONG, **_adam(3e-4), **widths, **off}}
+
+    swad = {"averaging": "swad"}
+    cut = {"prune": {"method": "taylor", "macs": 0.6, "epochs": 10, "schedule_steps": 5, **_adam(1e-3)}}
     return [
-        Row("SAM + quantize_static W8A8", whole=(train("sam", 10),), peer="onnxruntime"),
-        Row("flatcompress: SAGM, LSQ+SAGM W4A8", whole=(train("sagm", 7), last)),
-        Row("flatcompress: SAGM, AdaSAP, LSQ+SAGM W4A8", whole=(train("sagm", 4), cut, last)),
+        Row("ERM + quantize_static W8A8", whole=(train("none", WHOLE),), peer="onnxruntime"),
+        Row("SAM + quantize_static W8A8", whole=(train("sam", WHOLE // 2, rho=RHO),), peer="onnxruntime"),
+        Row("flatcompress: SWAD, LSQ W6A8", whole=(train("none", WHOLE - 4, **swad), last(6, 4))),
+        Row("flatcompress: SWAD, LSQ W4A8", whole=(train("none", WHOLE - 10, **swad), last(4, 10))),
+        Row("flatcompress: SWAD, Taylor, LSQ W4A8", whole=(train("none", WHOLE - 20, **swad), cut, last(4, 10))),
     ]
+
+
+def float_file(row: Row) -> str:
+    """The name of a peer's network before it was quantized."""
+    return f"{row.name.partition(' + ')[0]}, its float file"
 
 
 REFERENCE = "LSQ+SAGM"

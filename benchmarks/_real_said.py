@@ -9,7 +9,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks._peer_page import SAME
-from benchmarks._real_rows import CUTS, NETWORKS, REFERENCE, SEEDS, SHARES, Cell, contest, cuts, ladder, pipelines
+from benchmarks._real_rows import (
+    CUTS,
+    NETWORKS,
+    REFERENCE,
+    SEEDS,
+    SHARES,
+    Cell,
+    contest,
+    cuts,
+    float_file,
+    ladder,
+    pipelines,
+)
 
 PARTS = {
     "test": "in domain",
@@ -17,7 +29,6 @@ PARTS = {
     "held_out_seen": "held out, seen emoji",
     "pooled": "held out, all emoji",
 }
-FLOAT_FILE = "SAM, its float file"
 POINTS = {4: 2.0, 3: 5.0}  # that a strong baseline may lose to float in domain
 DERIVED = ("val", "corrupted", "pooled", "robust")  # figures that stand beside a run's accuracies
 
@@ -73,13 +84,14 @@ class Difference:
 
 def read(values: Mapping[str, Any]) -> list[Run]:
     """The runs that are kept."""
+    float_files = {row.name: float_file(row) for row in pipelines() if row.peer is not None}
     found = []
     for key, told in values.items():
         network, held_out, seed, row = key.split(" / ")
         found.append(Run(network, held_out, int(seed), row, told))
         if "float_file" in told:
             told = {**told["float_file"], "passes": told["passes"], "val": None}
-            found.append(Run(network, held_out, int(seed), FLOAT_FILE, told))
+            found.append(Run(network, held_out, int(seed), float_files[row], told))
     return found
 
 
@@ -128,7 +140,8 @@ def _radius_pays(runs: Sequence[Run], share: float) -> str:
 
 def _best_file(runs: Sequence[Run]) -> list[str]:
     """Each pipeline's file against the peer's, and against what the peer's was before it was quantized."""
-    theirs = [FLOAT_FILE, *(row.name for row in pipelines() if row.peer is not None)]
+    peers = [row for row in pipelines() if row.peer is not None]
+    theirs = [name for row in peers for name in (row.name, float_file(row))]
     ours = [row.name for row in pipelines() if row.peer is None]
     return [_file_wins(runs, mine, peer) for mine in ours for peer in theirs]
 

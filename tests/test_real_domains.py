@@ -96,7 +96,8 @@ def test_of_a_cut_every_radius_is_tried_in_the_first_pair_and_the_best_one_after
     ("gain", "milliseconds", "said"), [(0.02, 1.0, "holds"), (0.02, 1.1, "DOES"), (0.0, 1.0, "DOES")]
 )
 def test_a_pipeline_wins_where_its_file_is_more_robust_smaller_and_no_slower(gain, milliseconds, said) -> None:
-    theirs, ours, _ = (row.name for row in pipelines())
+    theirs = next(row.name for row in pipelines() if row.peer is not None)
+    ours = next(row.name for row in pipelines() if row.peer is None)
     told = {}
     for seed in (0, 1, 2):
         base = {**scored(0.4), "corrupted": 0.4, "passes": 9, "val": None}
