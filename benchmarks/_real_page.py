@@ -10,7 +10,17 @@ from typing import Any
 
 from benchmarks import _common
 from benchmarks._real_rows import (
-    CUTS, FLOATS, NETWORKS, REFERENCE, SHARES, WHOLE, contest, cuts, float_file, ladder, pipelines,
+    CUTS,
+    FLOATS,
+    NETWORKS,
+    REFERENCE,
+    SHARES,
+    WHOLE,
+    contest,
+    cuts,
+    float_file,
+    ladder,
+    pipelines,
 )  # fmt: skip
 from benchmarks._real_said import PARTS, Run, best_radius, paired
 
@@ -207,12 +217,12 @@ methods train twice the epochs. Radii were tried on the first pair; its best sta
 *corrupted*: mean over the usual corruptions of in-domain test pictures.
 """.strip()
 _WHOLE = f"""
-From the pretrained network to a file, everybody {WHOLE} epochs of one pass a step, or half as many of two. *robust*: mean
-of corrupted and held-out accuracy (all emoji). The file's own accuracy in onnxruntime; milliseconds as a share of the
-float network's file, timed by turns. The peers' rows are this toolkit's plain training and SAM with onnxruntime's
+From the pretrained network to a file, everybody {WHOLE} epochs of one pass a step, or half as many of two. *robust*:
+mean of corrupted and held-out accuracy (all emoji). The file's own accuracy in onnxruntime; milliseconds as a share of
+the float network's file, timed by turns. The peers' rows are this toolkit's plain training and SAM with onnxruntime's
 `quantize_static`, with weights of 8 or 7 bits, whichever validation prefers, after their float files; on drawn shapes
-the peers are run in their own libraries ([peers](peers.md), [from scratch](from_scratch.md)). Ours: weights averaged over
-steps (`averaging: swad`) in every stage, depthwise weights at 8 bits.
+the peers are run in their own libraries ([peers](peers.md), [from scratch](from_scratch.md)). Ours: weights averaged
+over steps (`averaging: swad`) in every stage, depthwise weights at 8 bits.
 """.strip()
 _WATCHED = """
 Travel: median of how far scales end from their start, in percent. Disorder, conflict and frozen share: means over
