@@ -164,19 +164,19 @@ def pipelines() -> list[Row]:
     def train(method: str, epochs: int, **keys: Any) -> dict[str, Any]:
         return {"train": {"method": method, "epochs": epochs, **_adam(1e-3), **keys}}
 
-    def last(bits: int, epochs: int) -> dict[str, Any]:
-        off = {"flatness_map": False, "sharpness": False, "bias_rounding_epochs": 0, "averaging": "swad"}
-        widths = {"weight_bits": bits, "activation_bits": 8, "bits": DEPTHWISE}
-        return {"quantize": {"method": "lsq", "epochs": epochs, **STRONG, **_adam(3e-4), **widths, **off}}
+    off = {"flatness_map": False, "sharpness": False, "bias_rounding_epochs": 0}
+    low = {"method": "lsq", "activation_bits": 8, "bits": DEPTHWISE, **off}
+    four = {"quantize": {**low, "weight_bits": 4, "epochs": 10, **STRONG, **_adam(3e-4), "averaging": "swad"}}
+    six = {"quantize": {**low, "weight_bits": 6, "epochs": 0, **MSE}}
 
     swad = {"averaging": "swad"}
     cut = {"prune": {"method": "taylor", "macs": 0.6, "epochs": 10, "schedule_steps": 5, **_adam(1e-3)}}
     return [
         Row("ERM + quantize_static W8A8", whole=(train("none", WHOLE),), peer="onnxruntime"),
         Row("SAM + quantize_static W8A8", whole=(train("sam", WHOLE // 2, rho=RHO),), peer="onnxruntime"),
-        Row("flatcompress: SWAD, LSQ W6A8", whole=(train("none", WHOLE - 4, **swad), last(6, 4))),
-        Row("flatcompress: SWAD, LSQ W4A8", whole=(train("none", WHOLE - 10, **swad), last(4, 10))),
-        Row("flatcompress: SWAD, Taylor, LSQ W4A8", whole=(train("none", WHOLE - 20, **swad), cut, last(4, 10))),
+        Row("flatcompress: SWAD, post-training W6A8", whole=(train("none", WHOLE, **swad), six)),
+        Row("flatcompress: SWAD, LSQ W4A8", whole=(train("none", WHOLE - 10, **swad), four)),
+        Row("flatcompress: SWAD, Taylor, LSQ W4A8", whole=(train("none", WHOLE - 20, **swad), cut, four)),
     ]
 
 

@@ -4,8 +4,8 @@
 
 The quickstart recipe is run (or ``--run`` names its run folder). *file*: the exported file through onnxruntime. *batch
 64* and *batch 1*: the quantized network in torch under SAR with its defaults, begun anew for every corruption, answers
-counted as they come, on the test part in a fixed shuffled order (at batch size 1 its first 300 samples, with the file's
-accuracy on the same ones). *batch 1, by class*: the first 150 of them, one class after the other, beside *file, those*;
+counted as they come, on the test part in a fixed shuffled order (at batch size 1 its first 500 samples, with the file's
+accuracy on the same ones). *batch 1, by class*: the first 250 of them, one class after the other, beside *file, those*;
 no target holds it. *clean* is the test part itself.
 
 Targets (``--check`` exits 1 where one is missed): over the corruptions at least 3 points above the file at batch size
@@ -34,7 +34,7 @@ from flatcompress.onnx_export.runtime import sessions
 
 NAME = "sar_adaptation"
 RECIPE = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
-SINGLY = 300
+SINGLY = 500
 GAIN, LOSS = 3.0, 0.5
 
 

@@ -45,10 +45,17 @@ def test_differences_are_taken_over_pairs_alone() -> None:
     ],
 )  # fmt: skip
 def test_a_rule_wins_by_two_standard_errors_over_five_pairs(gains: list[float], said: str) -> None:
-    found = said_of.read(runs(gains))
+    both = {**runs(gains), **{key.replace("W3A3", "W4A4"): told for key, told in runs(gains).items()}}
+    found = said_of.read(both)
     verdict = next(v for v in said_of.verdicts(found) if "LSQ+SAGM on Lite0" in v)
     assert verdict.startswith(said)
     assert verdict in page.page(found, said_of.verdicts(found))
+
+
+def test_a_rule_that_wins_at_one_width_alone_does_not_hold() -> None:
+    lost = {key.replace("W3A3", "W4A4"): told for key, told in runs([-1.0, 0.0, 0.5, -0.5, 0.1]).items()}
+    found = said_of.read({**runs([2.0, 2.1, 1.9, 2.0, 2.0]), **lost})
+    assert next(v for v in said_of.verdicts(found) if "LSQ+SAGM on Lite0" in v).startswith("DOES NOT HOLD")
 
 
 def test_the_row_that_is_measured_against_float_is_chosen_by_validation_and_not_by_its_test() -> None:
