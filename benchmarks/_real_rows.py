@@ -135,7 +135,7 @@ def contest(bits: int) -> list[Row]:
     ]
 
 
-SHARES = (0.25, 0.125)  # of the multiply-accumulates that are left
+SHARES = (0.5, 0.25, 0.125)  # of the multiply-accumulates that are left
 # Radii that are tried; the best by validation stands for the method.
 CUTS: dict[str, list[dict[str, Any]]] = {
     "magnitude": [{}],
@@ -170,7 +170,7 @@ def pipelines() -> list[Row]:
     six = {"quantize": {**low, "weight_bits": 6, "epochs": 0, **MSE}}
 
     swad = {"averaging": "swad"}
-    cut = {"prune": {"method": "taylor", "macs": 0.6, "epochs": 10, "schedule_steps": 5, **_adam(1e-3)}}
+    cut = {"prune": {"method": "taylor", "macs": 0.6, "epochs": 10, "schedule_steps": 5, "round_to": 8, **_adam(1e-3)}}
     return [
         Row("ERM + quantize_static W8A8", whole=(train("none", WHOLE),), peer="onnxruntime"),
         Row("SAM + quantize_static W8A8", whole=(train("sam", WHOLE // 2, rho=RHO),), peer="onnxruntime"),
