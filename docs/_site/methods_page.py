@@ -190,8 +190,8 @@ FIGURES = {
     "elastic_widths": "A family of nested widths from one run, and each width from a run of its own.",
     "sar_adaptation": "SAR on the quickstart's quantized network, accuracy in percent: the exported file, SAR at batch "
     "size 64, and the first 500 samples one at a time, in random order and one class after the other.",
-    "scalings": "What is moved between layers before a vision transformer is quantized without training; *agree*: share "
-    "of images with the float network's class, *gain* over nothing moved, in points.",
+    "scalings": "What is moved between layers before a vision transformer is quantized without training; *agree*: "
+    "share of images with the float network's class, *gain* over nothing moved, in points.",
 }
 ELSEWHERE = {
     "qat-methods": "[gaqat_variants](results/gaqat_variants.md), [real drawings](results/real_domains.md)",
