@@ -53,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=64, help="images that are predicted and learned from at once")
     parser.add_argument("--lr", type=float, default=2.5e-4, help="learning rate for batches of 64")
     parser.add_argument("--prior", type=float, default=16.0, help="samples that BatchNorm's own statistics count as")
+    parser.add_argument("--chance", type=float, default=2.0, help="its own stay up to so often what chance explains")
     parser.add_argument("--memory", type=float, default=64.0, help="samples over which what was seen fades")
     parser.add_argument("--reset-every", type=int, help="forget what was learned after so many images")
     options = parser.parse_args(argv)
@@ -62,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         files = files_of(options.inputs, reader.suffixes())
         if quant.is_quantized(run.model):
             quant.set_bias_rounding(run.model, False)  # biases move from here on
-        sar = Sar(run.model, lr=options.lr, prior=options.prior, memory=options.memory)
+        sar = Sar(run.model, lr=options.lr, prior=options.prior, memory=options.memory, chance=options.chance)
         parts = [files[i : i + options.batch] for i in range(0, len(files), options.batch)]
         batches = (torch.stack([torch.from_numpy(reader.preprocess(reader.load(f))) for f in part]) for part in parts)
         for part, probabilities in zip(parts, answers(sar, batches, options.reset_every)):

@@ -48,7 +48,11 @@ class Sar:
     samples, and the first one is normalised by the network's own. The stream is the batch and what came before it, by
     the answers: every class keeps the statistics of its last ``memory`` / classes samples (at least one), fading, so
     that a stream of one class never counts for more than its share (after RoTTA, arXiv 2303.13899, whose bank of
-    samples is balanced over the answers). SAR's rule is the batch alone: prior 0 and memory 0.
+    samples is balanced over the answers). Where the stream's means differ from the own by what chance explains,
+    the own stay: the stream's share is times max(0, 1 - chance e / d), d the squared distance of the means over all
+    channels in units of the own variance, e what a stream of so many samples has without a shift, from the spread of
+    its samples' means (positive-part James and Stein, 1961, for chance 1). SAR's rule is the batch alone: prior,
+    memory and chance 0.
     UserError: no normalisation layer with a scale, an ignore pattern without a match, inputs without logits.
 
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
@@ -59,7 +63,8 @@ class Sar:
 
     def __init__(
         self, model: nn.Module, *, margin: float = 0.4, rho: float = 0.05, lr: float = 2.5e-4,
-        recovery: float | None = None, prior: float = 16.0, memory: float = 64.0, ignore: Sequence[str] = (),
+        recovery: float | None = None, prior: float = 16.0, memory: float = 64.0, chance: float = 2.0,
+        ignore: Sequence[str] = (),
     ) -> None:  # fmt: skip
         found = {n: m for n, m in model.named_modules() if isinstance(m, NORMS) and m.weight is not None}
         if not found:
@@ -85,7 +90,9 @@ class Sar:
         self.optimizer = create("sam", model, base, rho=rho)
         self._fresh = copy.deepcopy(self.optimizer.state_dict())
         self._streams = [
-            _Stream(m, prior, memory) for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats
+            _Stream(m, prior, memory, chance)
+            for m in model.modules()
+            if isinstance(m, _BatchNorm) and m.track_running_stats
         ]
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -159,15 +166,16 @@ class Sar:
 class _Stream:
     """What a BatchNorm layer has seen and its own statistics, mixed by the numbers of samples behind both."""
 
-    def __init__(self, norm: Any, prior: float, memory: float) -> None:
-        self.prior, self.memory = prior, memory
+    def __init__(self, norm: Any, prior: float, memory: float, chance: float) -> None:
+        self.prior, self.memory, self.chance = prior, memory, chance
         self.handle = norm.register_forward_hook(self._normalised)
         self.forget()
 
     def forget(self) -> None:
         """Nothing seen yet."""
-        self._seen: dict[int, tuple[float, Tensor, Tensor]] = {}  # class -> samples, mean, mean of squares [C]
-        self._last: tuple[Tensor, Tensor] | None = None
+        # class -> samples, and means [3, C]: of values, of their squares, of the squares of the samples' means
+        self._seen: dict[int, tuple[float, Tensor]] = {}
+        self._last: Tensor | None = None  # the same of each sample of the last batch [B, 3, C]
 
     @torch.no_grad()
     def remember(self, answers: Tensor, classes: int) -> None:
@@ -175,34 +183,40 @@ class _Stream:
         if not self.memory or self._last is None:
             return
         fade = 1 - 1 / max(self.memory / classes, 1.0)
-        for kind, mean, square in zip(answers.tolist(), *self._last, strict=True):
-            count, before, squares = self._seen.get(kind, (0.0, mean, square))
+        for kind, found in zip(answers.tolist(), self._last, strict=True):
+            count, before = self._seen.get(kind, (0.0, found))
             total = fade * count + 1
-            self._seen[kind] = (total, before + (mean - before) / total, squares + (square - squares) / total)
+            self._seen[kind] = (total, before + (found - before) / total)
         self._last = None
 
-    def _statistics(self, x: Tensor) -> tuple[float, Tensor, Tensor]:
-        """Samples behind them, mean and variance [C] of the batch and what came before it."""
-        dims = [d for d in range(x.ndim) if d != 1]
-        if not self.memory:
-            return len(x), x.mean(dims), x.var(dims, unbiased=False)
+    def _statistics(self, norm: Any, x: Tensor) -> tuple[float, Tensor, Tensor]:
+        """The share of the stream's, and mean and variance [C] of the batch and what came before it."""
         means, squares = (v.flatten(2).mean(2) if x.ndim > 2 else v for v in (x, x.square()))
-        if self._last is None:  # another pass over the same batch, at other weights, is not seen again
-            self._last = (means.detach(), squares.detach())
-        before = list(self._seen.values())
-        total = len(x) + sum(count for count, _, _ in before)
-        mean = (means.sum(0) + sum(count * m for count, m, _ in before)) / total
-        square = (squares.sum(0) + sum(count * s for count, _, s in before)) / total
-        return total, mean, (square - mean.square()).clamp_min(0)
+        every = torch.stack([means, squares, means.square()], 1)
+        before = list(self._seen.values()) if self.memory else []
+        if self.memory and self._last is None:  # another pass over the same batch, at other weights, is not seen again
+            self._last = every.detach()
+        total = len(x) + sum(count for count, _ in before)
+        mean, square, between = (every.sum(0) + sum(count * found for count, found in before)) / total
+        share = 1 - self.prior / (self.prior + total - 1) if self.prior else 1.0
+        return share * self._beyond_chance(norm, total, mean, between), mean, (square - mean.square()).clamp_min(0)
+
+    def _beyond_chance(self, norm: Any, total: float, mean: Tensor, between: Tensor) -> float:
+        """max(0, 1 - chance e / d): see `Sar`."""
+        if not self.chance:
+            return 1.0
+        own = norm.running_var + norm.eps
+        distance = float(((mean - norm.running_mean).square() / own).sum())
+        expected = float(((between - mean.square()).clamp_min(0) / own).sum()) / max(total - 1, 1e-9)
+        return max(0.0, 1 - self.chance * expected / distance) if distance else 0.0
 
     def _normalised(self, norm: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         x = inputs[0]
         if x.numel() // x.shape[1] < 2 and self.prior == 0:
             raise UserError("one value for each channel has no statistics: give larger batches, or prior above 0.")
-        total, mean, var = self._statistics(x)
-        own = self.prior / (self.prior + total - 1) if self.prior else 0.0
-        mean = (1 - own) * mean + own * norm.running_mean
-        var = (1 - own) * var + own * norm.running_var
+        share, mean, var = self._statistics(norm, x)
+        mean = share * mean + (1 - share) * norm.running_mean
+        var = share * var + (1 - share) * norm.running_var
         shape = [1, -1] + [1] * (x.ndim - 2)
         scaled = (x - mean.view(shape)) * (var + norm.eps).rsqrt().view(shape)
         return scaled if norm.weight is None else scaled * norm.weight.view(shape) + norm.bias.view(shape)

@@ -27,7 +27,7 @@ def test_one_step_equals_its_equations():
     """Entropy of reliable samples (eq. 2), its gradient at rho g / ||g|| (eq. 4), SGD's first step."""
     model, x, limit = net(), torch.randn(12, 4), 0.4 * math.log(3)
     hand = copy.deepcopy(model)
-    sar = Sar(model, rho=0.1, lr=0.5, prior=0.0, recovery=0.0)
+    sar = Sar(model, rho=0.1, lr=0.5, prior=0.0, chance=0.0, recovery=0.0)
     logits = sar(x)
 
     def normalised(weight, bias):
@@ -98,7 +98,7 @@ def test_a_quantized_model_adapts():
 
 def test_statistics_are_shared_by_the_numbers_of_samples_and_a_single_one_has_none():
     model = net()
-    sar = Sar(copy.deepcopy(model), prior=3.0, memory=0.0, margin=0.0)
+    sar = Sar(copy.deepcopy(model), prior=3.0, memory=0.0, chance=0.0, margin=0.0)
     x, norm = torch.randn(7, 4), model[1]
     h = model[0](x).detach()
     mean, var = (h.mean(0) * 6 + norm.running_mean * 3) / 9, (h.var(0, unbiased=False) * 6 + norm.running_var * 3) / 9
@@ -107,10 +107,37 @@ def test_statistics_are_shared_by_the_numbers_of_samples_and_a_single_one_has_no
     torch.testing.assert_close(sar(x[:1]), model(x[:1]).detach())
 
 
+def test_the_stream_counts_as_far_as_it_is_beyond_chance():
+    model = net()
+    sar = Sar(copy.deepcopy(model), prior=0.0, memory=0.0, chance=2.0, margin=0.0)
+    x, norm = torch.randn(7, 4) + 3, model[1]
+    h = model[0](x).detach()
+    own = norm.running_var + norm.eps
+    distance = ((h.mean(0) - norm.running_mean) ** 2 / own).sum()
+    expected_distance = (h.var(0, unbiased=True) / own).sum() / 7  # of the mean of seven samples
+    share = float(1 - 2 * expected_distance / distance)
+    assert 0.1 < share < 0.99
+    mean = share * h.mean(0) + (1 - share) * norm.running_mean
+    var = share * h.var(0, unbiased=False) + (1 - share) * norm.running_var
+    expected = model[3](torch.relu((h - mean) / (var + norm.eps).sqrt()))
+    torch.testing.assert_close(sar(x), expected.detach())
+
+
+def test_a_stream_without_a_shift_changes_nothing():
+    model = net()
+    with torch.no_grad():
+        x = torch.randn(512, 4)
+        h = model[0](x)
+        model[1].running_mean.copy_(h.mean(0))
+        model[1].running_var.copy_(h.var(0))
+    sar = Sar(copy.deepcopy(model), prior=0.0, memory=0.0, chance=2.0, margin=0.0)
+    torch.testing.assert_close(sar(x), model(x).detach())
+
+
 def test_samples_one_at_a_time_gather_statistics_by_their_answers():
     """Three classes, memory 30: in a class the sample before the last weighs 0.9; the network's own weigh 3."""
     model = net()
-    sar = Sar(copy.deepcopy(model), prior=3.0, memory=30.0, margin=0.0)
+    sar = Sar(copy.deepcopy(model), prior=3.0, memory=30.0, chance=0.0, margin=0.0)
     x, norm = 6 * torch.randn(6, 4), model[1]
     answers = [int(sar(one[None]).argmax()) for one in x[:5]]
     assert len(set(answers)) > 1 and len(set(answers)) < 5
@@ -132,7 +159,7 @@ def test_a_stream_of_one_class_counts_for_no_more_than_its_share():
     sar = Sar(net(), prior=16.0, memory=30.0, margin=0.0)
     for _ in range(200):
         sar(torch.ones(1, 4))
-    ((count, _, _),) = sar._streams[0]._seen.values()
+    ((count, _),) = sar._streams[0]._seen.values()
     assert count == pytest.approx(10, rel=1e-3)
 
 
