@@ -224,9 +224,9 @@ the float network's file, timed by turns. The peers' rows are this toolkit's pla
 the peers are run in their own libraries ([peers](peers.md), [from scratch](from_scratch.md)). Ours: weights averaged
 over steps (`averaging: swad`) in every stage, depthwise weights at 8 bits. The form of our rows and the length of
 training were chosen among some thirty variants by the robust accuracy of the first two pairs, which are among the five
-here. On the other three alone the 6-bit file is 1.1 ± 0.0 above SAM's quantized file (1.7 ± 0.3 over all five) and 0.0
-± 0.4 above plain training's (0.1 ± 0.2). A 6-bit row with four epochs of LSQ, 0.5 below plain training on the one pair it
-was run on, was dropped for the one without training.
+here. On the other three alone the 6-bit file is 1.1 ± 0.0 above SAM's quantized file (1.7 ± 0.3 over all five) and
+0.0 ± 0.4 above plain training's (0.1 ± 0.2). A 6-bit row with four epochs of LSQ, 0.5 below plain training on the one
+pair it was run on, was dropped for the one without training.
 """.strip()
 _WATCHED = """
 Travel: median of how far scales end from their start, in percent. Disorder, conflict and frozen share: means over
