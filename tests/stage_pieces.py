@@ -40,6 +40,18 @@ class Squares:
         return self.x[indices], self.y[indices]
 
 
+class SoftmaxOverChannels(nn.Module):
+    """What profile c has no form for, between two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.after = nn.Conv2d(SHAPE[0], 4, 3, padding=1), nn.Softmax(1)
+        self.fc = nn.Linear(4 * SHAPE[1] * SHAPE[2], 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.after(self.conv(x)).flatten(1))
+
+
 def bundle() -> DataBundle:
     train, val, test = (Squares(n, seed) for n, seed in ((64, 0), (32, 1), (32, 2)))
     return DataBundle("squares", ("a", "b", "c", "d"), SHAPE, (0.0,) * 3, (1.0,) * 3, train, val, test, Squares(32, 3))

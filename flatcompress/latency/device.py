@@ -113,8 +113,8 @@ class DeviceCost:
         outputs = {name: widths[name].outputs for name in self._layers}
         key = tuple(outputs.values())
         if key not in self._known:
-            estimate = self.sketch.at(outputs, planned="ram" in self.limits)
-            self._known[key] = {unit: float(getattr(estimate, unit)) for unit in self.limits}
+            found = figures(self.sketch.at(outputs, planned="ram" in self.limits))
+            self._known[key] = {unit: found[unit] for unit in self.limits}
         return self._known[key]
 
     def unmet(self, widths: Widths) -> str:

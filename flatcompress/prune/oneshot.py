@@ -92,8 +92,8 @@ def nothing_pruned(budget: Budget) -> str:
         return (
             f"nothing was pruned: ratio {budget.value:g} is less than half a step of round_to; raise it, or round_to=1."
         )
-    asked = budget.called if budget.unmet is not None else f"{budget.called} budget {budget.value:g}"
-    return f"nothing was pruned: the dense model is within {'' if budget.unmet is not None else 'the '}{asked} already."
+    asked = budget.called if budget.unmet is not None else f"the {budget.called} budget {budget.value:g}"
+    return f"nothing was pruned: the dense model is within {asked} already."
 
 
 def _one_budget(

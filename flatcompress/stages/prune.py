@@ -18,7 +18,7 @@ from torch import nn
 
 from flatcompress import prune
 from flatcompress.errors import unknown
-from flatcompress.latency.device import DeviceCost
+from flatcompress.latency import device
 from flatcompress.latency.table import LatencyTable
 from flatcompress.stages.callbacks import MaskedWeights
 from flatcompress.stages.context import RunContext
@@ -44,8 +44,7 @@ from flatcompress.training.callback import Callback
 
 ShareOrNone = Annotated[float, Field(ge=0.0, lt=1.0)]
 _LARGE = 0.5  # of a weight, on average over a neuron; AdaSAP's radii are not meant to go further
-DEVICE_BUDGETS = ("flash", "ram", "instructions")
-PRUNE_BUDGETS = ("ratio", "macs", "params", "bytes", "latency", "latency_ms", *DEVICE_BUDGETS)
+PRUNE_BUDGETS = ("ratio", "macs", "params", "bytes", "latency", "latency_ms", *device.UNITS)
 
 
 class PruneConfig(RemovalKeys):
@@ -111,7 +110,7 @@ class PruneConfig(RemovalKeys):
     @model_validator(mode="after")
     def _one_budget(self) -> PruneConfig:
         given = [name for name in PRUNE_BUDGETS if getattr(self, name) is not None]
-        if len(given) > 1 and not set(given) <= set(DEVICE_BUDGETS):
+        if len(given) > 1 and not set(given) <= set(device.UNITS):
             raise KeyProblem(
                 given[1], f"give one budget, not {' and '.join(given)}; flash, ram and instructions go together."
             )
@@ -290,9 +289,9 @@ def budget(config: PruneConfig, model: nn.Module, example: torch.Tensor) -> prun
         value = getattr(config, kind)
         if value is not None:
             return prune.Budget(kind, value, weight_bits=config.budget_bits)
-    limits = {unit: found for unit in DEVICE_BUDGETS if (found := getattr(config, unit)) is not None}
+    limits = {unit: found for unit in device.UNITS if (found := getattr(config, unit)) is not None}
     if limits:
-        cost = DeviceCost(model, example, limits, weight_bits=config.budget_bits)
+        cost = device.DeviceCost(model, example, limits, weight_bits=config.budget_bits)
         return prune.Budget(
             "cost", 1.0, cost, absolute=True, knapsack=cost.weighs, called=cost.called, unmet=cost.unmet
         )

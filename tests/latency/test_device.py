@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from stage_pieces import SHAPE, config, context
+from stage_pieces import SoftmaxOverChannels, config, context
 from torch import nn
 
 from flatcompress import models, onnx_export, prune, quant
@@ -133,17 +133,8 @@ def test_what_bits_cannot_meet_is_refused_before_anything_is_trained(keys, messa
 
 
 def test_a_module_without_a_c_form_is_named():
-    class Softmax(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv, self.after = nn.Conv2d(SHAPE[0], 4, 3, padding=1), nn.Softmax(1)
-            self.fc = nn.Linear(4 * SHAPE[1] * SHAPE[2], 4)
-
-        def forward(self, x):
-            return self.fc(self.after(self.conv(x)).flatten(1))
-
     with pytest.raises(UserError, match=r"stages\.0\.prune: module 'after': .*no C form"):
-        dry_run(context(Softmax), [("prune", config("prune", method="magnitude", flash="10k"))])
+        dry_run(context(SoftmaxOverChannels), [("prune", config("prune", method="magnitude", flash="10k"))])
 
 
 def test_auto_bits_fill_a_flash_budget_and_not_more():

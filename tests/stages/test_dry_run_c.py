@@ -2,8 +2,7 @@ from __future__ import annotations
 
 import pytest
 from pydantic import ValidationError
-from stage_pieces import SHAPE, config, context
-from torch import nn
+from stage_pieces import SoftmaxOverChannels, config, context
 
 from flatcompress.errors import UserError
 from flatcompress.stages.dry_run import dry_run
@@ -12,18 +11,6 @@ from flatcompress.stages.export import ExportConfig
 
 def entries(profile: str) -> list[tuple]:
     return [("quantize", config("quantize")), ("export", ExportConfig.model_validate({"profile": profile}))]
-
-
-class SoftmaxOverChannels(nn.Module):
-    """What profile c has no form for, between two layers."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv, self.after = nn.Conv2d(SHAPE[0], 4, 3, padding=1), nn.Softmax(1)
-        self.fc = nn.Linear(4 * SHAPE[1] * SHAPE[2], 4)
-
-    def forward(self, x):
-        return self.fc(self.after(self.conv(x)).flatten(1))
 
 
 def test_activations_are_packed_by_profile_c_alone():

@@ -72,7 +72,7 @@ def with_code(decided: Decided, code_bytes: float) -> Estimate:
 def step_cost(decided: Decided, index: int) -> StepCost:
     """One step's estimate."""
     step, layer = decided.program.steps[index], decided.layers.get(index)
-    kind = layer.kernel if layer is not None else type(step).__name__.lower()
+    kind = layer.kernel if layer is not None else work.kind(step)
     macs = layer.step.macs if layer is not None else _products(step)
     return StepCost(step.path, kind, macs, round(times(work.of_step(decided, index), table()["instructions"])))
 
@@ -108,7 +108,7 @@ def _descriptors(decided: Decided, constants: Iterable[str]) -> Counter[str]:
         elif index in decided.layers:
             found["layers"] += 1
         else:
-            found[f"{type(step).__name__.lower()} calls"] += 1
+            found[f"{work.kind(step)} calls"] += 1
     return found
 
 
@@ -156,9 +156,4 @@ def stored(decided: Decided, layer: Layer) -> int:
 def channel_bytes(layer: Layer) -> int:
     """Bytes of a layer's multipliers and biases."""
     narrow = layer.rule.narrow and layer.result is not None and not layer.rule.floats
-    return layer.step.outputs * ((4 if wide(layer) else 2) + (2 if narrow else 4))
-
-
-def wide(layer: Layer) -> bool:
-    """Whether a layer's biases take four bytes each."""
-    return bool(layer.bias.min() < -(1 << 15) or layer.bias.max() >= 1 << 15)
+    return layer.step.outputs * ((4 if layer.wide else 2) + (2 if narrow else 4))

@@ -151,7 +151,7 @@ def _kept_fields(decided: Decided, layer: Layer, kind: str, end: Clamp) -> dict[
     fields: dict[str, Any] = {"raise": _raise(layer)} if any(map(_raise, every)) else {}
     real = any(one.result is None or one.rule.floats for one in every)
     fields |= {"kind": kind} if real else {}
-    fields |= {"wide": int(_wide(layer))} if any(_wide(one) for one in every) else {}
+    fields |= {"wide": int(layer.wide)} if any(one.wide for one in every) else {}
     fields |= {"narrow": int(layer.rule.narrow)} if any(one.rule.narrow for one in every) else {}
     fields |= {"out_zero": result.zero} if result is not None and layer.rule.floats else {}
     if result is not None and any(one.limits for one in ends):
@@ -214,17 +214,13 @@ def uses_of(layer: Layer) -> set[str]:
     elif not layer.step.depthwise:
         found |= {f"BITS_{bits}" for bits in planes}
         found |= {"PLANES"} if len(planes) > 1 and layer.kernel == choosing.CONV else set()
-    found |= {"WIDE_BIAS"} if _wide(layer) else set()
+    found |= {"WIDE_BIAS"} if layer.wide else set()
     found |= {"NARROW"} if layer.rule.narrow else set()
     found |= {"MASKED"} if layer.step.depthwise and weights.masked(layer.digits) else set()
     found |= {"GROUPS"} if _grouped(layer.step) else set()
     found |= {"FAR"} if layer.far else set()
     found |= {"DILATED"} if max(window.dilation) > 1 else set()
     return found | {"FC_SCALED": {"FLOATS"}, "FC_REAL": {"REALS"}}.get(_kind(layer), set())
-
-
-def _wide(layer: Layer) -> bool:
-    return bool(layer.bias.min() < -(1 << 15) or layer.bias.max() >= 1 << 15)
 
 
 def _stored_bias(layer: Layer) -> requantize.Ints:
@@ -252,9 +248,9 @@ def _parameters(made: Sources, decided: Decided, index: int, layer: Layer, kind:
     else:  # a negated channel's sum comes back by a negated scale: float products are symmetric
         scales = [number(v) for v in step.scale * found.signs.astype(np.float32)]
         scale = made.array("float", f"scale_{index}", scales)
-    bias = made.array("int32_t" if _wide(layer) else "int16_t", f"bias_{index}", _stored_bias(layer).tolist())
+    bias = made.array("int32_t" if layer.wide else "int16_t", f"bias_{index}", _stored_bias(layer).tolist())
     made.weight_bytes += values.size * width
-    made.parameter_bytes += step.outputs * ((4 if _wide(layer) else 2) + (2 if layer.rule.narrow else 4))
+    made.parameter_bytes += step.outputs * ((4 if layer.wide else 2) + (2 if layer.rule.narrow else 4))
     return {"weight": weight, "scale": scale, "bias": bias}
 
 

@@ -38,6 +38,11 @@ class Layer:
         return self.rule.floats and self.most >= FAR
 
     @property
+    def wide(self) -> bool:
+        """Whether biases take four bytes each."""
+        return bool(self.bias.min() < -(1 << 15) or self.bias.max() >= 1 << 15)
+
+    @property
     def result(self) -> ir.Codes | None:
         """The grid that sums are rounded to, before a fused addition."""
         return self.step.add.between if self.step.add is not None else self.step.out

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from flatcompress.errors import UserError
-from flatcompress.onnx_export.c import choosing, costs, ir, weights
+from flatcompress.onnx_export.c import choosing, costs, ir, weights, work
 from flatcompress.onnx_export.c.layer_text import uses_of
 from flatcompress.onnx_export.c.layers import Decided, Layer
 from flatcompress.onnx_export.c.plan import Plan, lay_out
@@ -36,7 +36,7 @@ class Sketch:
             if type(step) not in _WIDTHS and not isinstance(step, ir.Conv | ir.Quantize | ir.Dequantize):
                 raise UserError(
                     f"module {step.path!r}: flash, RAM and instructions at other widths are known of convolutions, "
-                    f"linear layers, additions, pools and gates, not of a {type(step).__name__.lower()} step. Take a "
+                    f"linear layers, additions, pools and gates, not of a {work.kind(step)} step. Take a "
                     "budget of macs, params or bytes."
                 )
         return cls(decided, costs.parts(decided))
@@ -116,7 +116,7 @@ def _layers(decided: Decided, convs: Mapping[int, ir.Conv]) -> dict[int, Layer]:
         digits = weights.Digits(
             np.broadcast_to(np.int64(0), (outputs, step.taps)), -1, width, np.broadcast_to(np.int64(1), outputs)
         )
-        bias = np.broadcast_to(np.int64(WIDE if costs.wide(before) else 0), outputs)
+        bias = np.broadcast_to(np.int64(WIDE if before.wide else 0), outputs)
         layers[index] = Layer(step, digits, before.rule, bias, kernel, before.add)
     return layers
 

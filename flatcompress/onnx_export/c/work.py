@@ -25,11 +25,12 @@ def of_step(decided: Decided, index: int) -> Work:
     step, layer = decided.program.steps[index], decided.layers.get(index)
     if isinstance(step, ir.Rows):
         return _rows(step, layer)
-    found = _layer(layer) if layer is not None else Counter({_kind(step): 1}) + _OTHERS[type(step)](step)
+    found = _layer(layer) if layer is not None else Counter({kind(step): 1}) + _OTHERS[type(step)](step)
     return Counter({f"{name}, alone": n for name, n in found.items()}) if _alone(decided, index) else found
 
 
-def _kind(step: ir.Step) -> str:
+def kind(step: ir.Step) -> str:
+    """What a step is called where it has no kernel's name."""
     return type(step).__name__.lower()
 
 
@@ -39,8 +40,8 @@ def _alone(decided: Decided, index: int) -> bool:
     if layer is not None:
         same = [one for one in decided.layers.values() if one.kernel == layer.kernel]
         return len(same) == 1 and layer.kernel in (choosing.DEPTHWISE, choosing.LINEAR)
-    kind = type(step)
-    return kind not in _ONCE and sum(type(one) is kind for one in decided.program.steps) == 1
+    made = type(step)
+    return made not in _ONCE and sum(type(one) is made for one in decided.program.steps) == 1
 
 
 def _layer(layer: Layer) -> Work:
@@ -231,14 +232,14 @@ def _rows(step: ir.Rows, layer: Layer | None) -> Work:
 
 def _elements(step: ir.Step) -> Work:
     tensor = step.out if step.out is not None else step.sources[0]
-    found = Counter({f"{_kind(step)} elements": tensor.pixels * tensor.channels})
+    found = Counter({f"{kind(step)} elements": tensor.pixels * tensor.channels})
     packed = any(isinstance(one, ir.Codes) and one.packed for one in (*step.sources, step.out))
-    return found + Counter({f"{_kind(step)} of packed": found.total()}) if packed else found
+    return found + Counter({f"{kind(step)} of packed": found.total()}) if packed else found
 
 
 def _channels_first(step: ir.Step) -> Work:
     tensor = step.out if step.out is not None else step.sources[0]
-    return _elements(step) + Counter({f"{_kind(step)} channels": tensor.channels})
+    return _elements(step) + Counter({f"{kind(step)} channels": tensor.channels})
 
 
 def _pool(step: ir.GlobalPool) -> Work:

@@ -19,8 +19,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
-from flatcompress.quant.ptq.pairs import Pair, find_pairs
-from flatcompress.quant.ptq.values import ValuePath, find_values, rows_read, undone
+from flatcompress.quant.ptq.pairs import Pair, find_pairs, watch
+from flatcompress.quant.ptq.values import ValuePath, find_values, undone
 
 STEPS, RATE, BATCH = 300, 5e-3, 512
 _ROWS = 8192  # read by a layer, that P is learned on
@@ -45,29 +45,26 @@ def flatten(gm: fx.GraphModule, batches: Sequence[Tensor], bits: Bits = (8, 8)) 
         why = "there is neither a LayerNorm before linear layers nor attention whose values can be transformed"
         return [{"step": "flatquant", "layer": "", "skipped": why}]
     every: list[Pair | ValuePath] = [*pairs, *paths]
-    seen = rows_read(gm, {one.name + _role(one): one.tensor for one in every}, batches)
+    seen: dict[fx.Node, list[Tensor]] = {one.tensor: [] for one in every}
+    watch(gm, seen, batches, lambda node, value: seen[node].append(value.flatten(0, -2)))
     rows: list[dict[str, Any]] = []
     generator = torch.Generator().manual_seed(0)
     wanted = gm(batches[0])
     for one in every:
         weights = [cast(nn.Linear, reader).weight.detach() for reader in one.readers.values()]
-        x, names = _some(seen[one.name + _role(one)], generator), list(one.readers)
-        start, found = _learned(one, x, torch.cat(weights), bits, generator)
-        row = {"step": "flatquant", "layer": one.name, "readers": names, "before": start, "after": found.error}
+        x, names = _some(torch.cat(seen[one.tensor]), generator), list(one.readers)
+        before, after, made = _learned(one, x, torch.cat(weights), bits, generator)
+        row = {"step": "flatquant", "layer": one.name, "readers": names, "before": before, "after": after}
         rows.append(row)
-        if found.error >= start:
+        if after >= before:
             row["skipped"] = "nothing was gained"
             continue
         kept = {k: v.clone() for k, v in gm.state_dict().items()}
-        one.move(found.value())
+        one.move(made.value())
         if not torch.allclose(gm(batches[0]), wanted, rtol=0, atol=_TOLERANCE * float(wanted.abs().max())):
             gm.load_state_dict(kept)
             row["skipped"] = "the network would compute something else: other operators read the same features"
     return rows + [{"step": "flatquant", "layer": name, "skipped": why} for name, why in (norms | no_values).items()]
-
-
-def _role(one: Pair | ValuePath) -> str:
-    return ":norm" if isinstance(one, Pair) else ":values"
 
 
 def _some(rows: Tensor, generator: torch.Generator) -> Tensor:
@@ -93,7 +90,7 @@ class _Diagonal(nn.Module):
 
 
 class _Heads(nn.Module):
-    """One matrix a head, P = Q1 diag(e^s) Q2^T ; ``start`` [heads, d, d] is Q1's first."""
+    """One matrix a head, P = Q1 diag(e^s) Q2^T; ``start`` [heads, d, d] is Q1's first."""
 
     def __init__(self, start: Tensor, columns: Tensor) -> None:
         super().__init__()
@@ -124,15 +121,10 @@ class _Heads(nn.Module):
         return self.matrices()[0].detach()
 
 
-class _Found:
-    def __init__(self, error: float, made: _Diagonal | _Heads) -> None:
-        self.error, self.value = error, made.value
-
-
 def _learned(
     one: Pair | ValuePath, x: Tensor, w: Tensor, bits: Bits, generator: torch.Generator
-) -> tuple[float, _Found]:
-    """The error without a transformation (the grids' ends alone learned, or left), and the best of two beginnings."""
+) -> tuple[float, float, _Diagonal | _Heads]:
+    """The error without a transformation (the grids' ends alone learned, or left), the best of two, and that one."""
     if isinstance(one, Pair):
         reach = x.abs().amax(0) / w.abs().amax(0)
         usable = torch.isfinite(reach) & (reach > 0)
@@ -149,8 +141,8 @@ def _learned(
     ends_alone = _fit(begins[0], x, w, bits, generator)
     begins[0].requires_grad_(True)
     start = min(ends_alone, _Loss(begins[0], w, bits, _WHOLE)(x).item())
-    found = [_Found(_fit(made, x, w, bits, generator), made) for made in begins]
-    return start, min(found, key=lambda f: f.error)
+    ends = [_fit(made, x, w, bits, generator) for made in begins]
+    return start, min(ends), begins[ends.index(min(ends))]
 
 
 def _fit(made: _Diagonal | _Heads, x: Tensor, w: Tensor, bits: Bits, generator: torch.Generator) -> float:

@@ -8,7 +8,9 @@ ceiling; GELU is not.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -98,31 +100,31 @@ def find_pairs(gm: fx.GraphModule) -> tuple[list[Pair], dict[str, str]]:
             continue
         try:
             found.append(_pair(gm, node))
-        except _Refused as reason:
+        except Refused as reason:
             refused[str(node.target)] = str(reason)
     return found, refused
 
 
-class _Refused(Exception):
-    """Why a producer is in no pair."""
+class Refused(Exception):
+    """Why a layer is left as it is."""
 
 
 def _pair(gm: fx.GraphModule, node: fx.Node) -> Pair:
     module = gm.get_submodule(str(node.target))
-    _called_once(gm, node)
+    called_once(gm, node)
     producer: nn.Module | None = module
     affine, end = module, node
     if isinstance(module, nn.LayerNorm):
         producer = None
         if module.weight is None or module.weight.dim() != 1:
-            raise _Refused("its LayerNorm has no factor per channel")
+            raise Refused("its LayerNorm has no factor per channel")
     else:
         norm = _only_norm(gm, node)
         if norm is not None:
             affine, end = gm.get_submodule(str(norm.target)), norm
-            _called_once(gm, norm)
+            called_once(gm, norm)
             if affine.weight is None:
-                raise _Refused("its BatchNorm has no factor per channel")
+                raise Refused("its BatchNorm has no factor per channel")
     walk = _Walk(gm, end)
     return Pair(str(node.target), producer, affine, walk.readers, walk.tensor(), walk.ceiling)
 
@@ -135,9 +137,10 @@ def _only_norm(gm: fx.GraphModule, node: fx.Node) -> fx.Node | None:
     return user if is_norm else None
 
 
-def _called_once(gm: fx.GraphModule, node: fx.Node) -> None:
+def called_once(gm: fx.GraphModule, node: fx.Node) -> None:
+    """Refused where the graph calls ``node``'s module anywhere else."""
     if sum(n.op == "call_module" and n.target == node.target for n in gm.graph.nodes) > 1:
-        raise _Refused(f"{node.target} is called more than once")
+        raise Refused(f"{node.target} is called more than once")
 
 
 class _Walk:
@@ -151,7 +154,7 @@ class _Walk:
         self._saturating: list[fx.Node] = []
         self._follow(start)
         if not self.readers:
-            raise _Refused("no layer reads it")
+            raise Refused("no layer reads it")
 
     def tensor(self) -> fx.Node:
         return (self._saturating or self._read)[0]
@@ -161,7 +164,7 @@ class _Walk:
             if user.target is aten.sym_size.int:
                 continue
             if user.op == "call_module" and isinstance(self.gm.get_submodule(str(user.target)), LAYERS):
-                _called_once(self.gm, user)
+                called_once(self.gm, user)
                 self.readers[str(user.target)] = self.gm.get_submodule(str(user.target))
                 self._read.append(node)
             else:
@@ -171,17 +174,17 @@ class _Walk:
     def _check(self, user: fx.Node) -> None:
         if user.op == "call_module":
             if not isinstance(self.gm.get_submodule(str(user.target)), nn.Dropout | nn.Dropout2d | nn.Identity):
-                raise _Refused(f"{user.target} reads it")
+                raise Refused(f"{user.target} reads it")
         elif user.target is aten.hardtanh.default or user.target in RELUS - {aten.relu.default}:
             ends = (*user.args[1:], -1.0, 1.0)[:2] if user.target is aten.hardtanh.default else (0.0, 6.0)
             if float(ends[0]) != 0.0:  # type: ignore[arg-type]
-                raise _Refused(f"{user.name} saturates at both ends")
+                raise Refused(f"{user.name} saturates at both ends")
             if self._saturating:
-                raise _Refused("two activations that saturate read it")
+                raise Refused("two activations that saturate read it")
             self.ceiling = float(ends[1])  # type: ignore[arg-type]
             self._saturating.append(user)
         elif not (user.target in _HOMOGENEOUS or _flat_anyway(user) or (user.target in _PADS and is_zero_pad(user))):
-            raise _Refused(f"{user.name} is not homogeneous")
+            raise Refused(f"{user.name} is not homogeneous")
 
 
 def _flat_anyway(node: fx.Node) -> bool:
@@ -194,3 +197,21 @@ def _flat_anyway(node: fx.Node) -> bool:
         return len(shape) == 4 and sorted(d % 4 for d in node.args[1]) == [2, 3]  # type: ignore[union-attr, operator]
     is_flatten = node.target in (aten.flatten.using_ints, aten.view.default, aten.reshape.default, aten.squeeze.dims)
     return is_flatten and len(shape) > 2 and all(side == 1 for side in shape[2:])
+
+
+def watch(
+    gm: fx.GraphModule, nodes: Iterable[fx.Node], batches: Sequence[Tensor], see: Callable[[fx.Node, Tensor], None]
+) -> None:
+    """Run ``gm`` on the calibration batches and hand over what each of ``nodes`` gives, batch after batch."""
+    wanted = set(nodes)
+
+    class Watch(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            value = super().run_node(n)
+            if n in wanted:
+                see(n, value)
+            return value
+
+    watching = Watch(gm)
+    for batch in batches:
+        watching.run(batch)

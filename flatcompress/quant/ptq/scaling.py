@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from flatcompress.quant.ptq.flatquant import flatten
-from flatcompress.quant.ptq.pairs import Pair, find_pairs
+from flatcompress.quant.ptq.pairs import Pair, find_pairs, watch
 from flatcompress.registry import Registry
 
 
@@ -106,21 +106,15 @@ def _largest_inputs(gm: fx.GraphModule, pairs: list[Pair], batches: Sequence[Ten
     wanted: dict[fx.Node, list[str]] = {}
     for pair in pairs:
         wanted.setdefault(pair.tensor, []).append(pair.name)
+    by_last = {p.name for p in pairs if p.producer is None or isinstance(p.producer, nn.Linear)}
     found: dict[str, Tensor] = {}
 
-    by_last = {p.name for p in pairs if p.producer is None or isinstance(p.producer, nn.Linear)}
+    def see(node: fx.Node, value: Tensor) -> None:
+        for name in wanted[node]:
+            largest = value.movedim(-1 if name in by_last else 1, 0).flatten(1).abs().amax(1)
+            found[name] = torch.maximum(found[name], largest) if name in found else largest
 
-    class Watch(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> Any:
-            value = super().run_node(n)
-            for name in wanted.get(n, ()):
-                largest = value.movedim(-1 if name in by_last else 1, 0).flatten(1).abs().amax(1)
-                found[name] = torch.maximum(found[name], largest) if name in found else largest
-            return value
-
-    watch = Watch(gm)
-    for batch in batches:
-        watch.run(batch)
+    watch(gm, wanted, batches, see)
     return found
 
 

@@ -8,12 +8,13 @@ products fold into weights (the transformation between the two of FlatQuant, arX
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+
+from flatcompress.quant.ptq.pairs import Refused, called_once
 
 aten = torch.ops.aten
 # Where the values stand among the arguments of a product.
@@ -24,10 +25,6 @@ _MOVES: set[Any] = {
     aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default, aten.clone.default, aten.contiguous.default,
     aten.expand.default, aten.flatten.using_ints, aten.unflatten.int, aten._unsafe_view.default, operator.getitem,
 }  # fmt: skip
-
-
-class Refused(Exception):
-    """Why a product's values cannot be transformed."""
 
 
 @dataclass
@@ -104,11 +101,10 @@ def _path(gm: fx.GraphModule, product: fx.Node, source: fx.Node, example: Tensor
     values = product.args[_PRODUCTS[product.target]]  # type: ignore[index]
     assert isinstance(values, fx.Node)
     probe = _Probe(gm, source, values, product)
-    probe.features_of(example)
+    probe.find_features(example)
     reader = _reader(gm, product)
     for node in (source, reader):
-        if sum(n.op == "call_module" and n.target == node.target for n in gm.graph.nodes) > 1:
-            raise Refused(f"{node.target} is called more than once")
+        called_once(gm, node)
     features, columns = probe.columns_of(reader, example)
     tensor = reader.args[0]
     assert isinstance(tensor, fx.Node)
@@ -143,29 +139,23 @@ class _Probe(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         if n is self._from:
-            value = torch.arange(value.shape[-1], dtype=torch.float64, device=value.device).expand(value.shape)
-            value = value.to(self._kind(n))
+            value = torch.arange(value.shape[-1], dtype=value.dtype, device=value.device).expand(value.shape)
         elif n is self._product and self._features is not None:
             value = self._features.expand(value.shape).to(value.dtype)
         if n is self._values or n in self._seen:
             self._seen[n] = value
         return value
 
-    @staticmethod
-    def _kind(node: fx.Node) -> torch.dtype:
-        return node.meta["val"].dtype
-
-    def features_of(self, example: Tensor) -> Tensor:
-        """The feature at every place of the values [..., 1, d]; the reason where places of a token differ."""
+    def find_features(self, example: Tensor) -> None:
+        """Which feature stands at every place of the values [..., 1, d]; Refused where tokens differ in that."""
         self.run(example)
         seen = self._seen[self._values]
         first = seen[..., :1, :]
         if seen.dim() < 3 or not torch.equal(seen, first.expand(seen.shape)):
-            raise Refused("")  # another factor of the kind: keys, whose last axis counts tokens
+            raise Refused("")  # keys, whose last axis counts tokens: no values, so nothing to say
         if torch.unique(first).numel() != torch.unique(first.flatten(0, -3), dim=0).numel():
             raise Refused("heads share values")
         self._features = first
-        return first
 
     def columns_of(self, reader: fx.Node, example: Tensor) -> tuple[Tensor, Tensor]:
         """Features by head [heads, d], and the columns of ``reader`` that read them."""
@@ -182,20 +172,3 @@ class _Probe(fx.Interpreter):
             raise Refused(f"{reader.target} reads other features too")
         columns = torch.tensor([[column[int(f)] for f in head] for head in heads], device=heads.device)
         return heads, columns
-
-
-def rows_read(gm: fx.GraphModule, wanted: dict[str, fx.Node], batches: Sequence[Tensor]) -> dict[str, Tensor]:
-    """What each node of ``wanted`` gives on the calibration batches, [rows, features] by name."""
-    found: dict[str, list[Tensor]] = {name: [] for name in wanted}
-
-    class Watch(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> Any:
-            value = super().run_node(n)
-            for name, node in wanted.items():
-                if node is n:
-                    found[name].append(value.detach().flatten(0, -2))
-            return value
-
-    for batch in batches:
-        Watch(gm).run(batch)
-    return {name: torch.cat(parts) for name, parts in found.items()}
