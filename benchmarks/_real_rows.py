@@ -156,6 +156,7 @@ def cuts(share: float) -> list[Row]:
 
 
 WHOLE = 40  # epochs of one pass a step that a pipeline's stages take together
+CHOSEN_ON = (0, 1)  # seeds of the pairs on which the pipelines' rows were chosen
 
 
 def pipelines() -> list[Row]:

@@ -58,6 +58,14 @@ def test_a_rule_that_wins_at_one_width_alone_does_not_hold() -> None:
     assert next(v for v in said_of.verdicts(found) if "LSQ+SAGM on Lite0" in v).startswith("DOES NOT HOLD")
 
 
+def test_the_rule_that_is_named_is_one_of_those_with_the_most_pairs() -> None:
+    lucky = next(row.name for row in contest(3) if row.name.endswith("channels judged one by one"))
+    told = runs([0.1, 0.0, -0.1, 0.2, 0.1])
+    told[f"Lite0 / cartoon / 0 / {lucky}"] = {**told[f"Lite0 / cartoon / 0 / {A}"], **scored(0.9)}
+    verdict = next(v for v in said_of.verdicts(said_of.read(told)) if "LSQ+SAGM on Lite0" in v)
+    assert "channels judged one by one" not in verdict and A.removeprefix("W3A3 ") in verdict
+
+
 def test_the_row_that_is_measured_against_float_is_chosen_by_validation_and_not_by_its_test() -> None:
     chosen, lucky = ladder(4)[4].name, ladder(4)[7].name
 
