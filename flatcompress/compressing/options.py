@@ -43,7 +43,8 @@ def stages(
         quantize["max_drop"] = max_drop
     quantize |= scheme_of(target)
     cut = {"latency_ms": milliseconds} if keep is None else {"ratio": round(1 - keep, 6)}
-    prune = [] if keep is None and milliseconds is None else [{"prune": {**cut, "epochs": epochs}}]
+    # a trained network that is cut and trained on briefly: docs/results/real_domains.md
+    prune = [] if keep is None and milliseconds is None else [{"prune": {"method": "taylor", **cut, "epochs": epochs}}]
     return [*prune, {"quantize": quantize}, {"export": {"profile": "packed"} if target is None else {"target": target}}]
 
 
