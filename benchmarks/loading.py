@@ -1,9 +1,11 @@
 """Loading: images augmented and decoded a second on one core, and how much of a training step waits for them.
 
-    python -m benchmarks.loading [--quick] [--check] [--threads 1]
+    python -m benchmarks.loading [--quick] [--check] [--threads 1] [--against CHECKOUT]
 
 ``augment``: 224-pixel images in memory, each setting of ``data.augment``. ``before`` is the same change as one writes
 it first: an affine grid sampled in float32, brightness, contrast, saturation and hue as a pass each, grey, normalised.
+It is given the allocator of a run, which keeps what it frees and so helps such passes most. ``then`` is another
+commit's `ImageSet`, in a process of its own, as its runs had it.
 ``decode``: JPEG files of 500 x 375 pixels, quality 85, to 224 pixels. ``pillow`` is Pillow's plain decode and resize;
 ``draft`` its scaled decoding (other pixels); ``ours`` is `FilePixels` with simplejpeg, ``without`` the same without it.
 ``step``: MobileNetV2 at 224 pixels trained by SGD on a folder of 20,000 such JPEGs (300 with --quick; the files hold
@@ -11,12 +13,13 @@ it first: an affine grid sampled in float32, brightness, contrast, saturation an
 which it waits for its batch, with as many loading processes. ``listing`` is what the folder costs before.
 
 Targets
-  1. ``augment: domainbed`` at least 5 times as fast as ``before``.
+  1. with ``--against`` commit 4004874: ``augment: domainbed`` at least 5 times as fast as there.
   2. ours at least 1.5 times as fast as Pillow.
 """
 
 from __future__ import annotations
 
+import argparse
 import io
 import os
 import tempfile
@@ -32,6 +35,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from benchmarks import _against
 from benchmarks._common import arguments, finish, interleaved, ratio
 from flatcompress import data, models
 from flatcompress.data import augment
@@ -82,7 +86,7 @@ def before(images: Tensor, draws: Tensor) -> Tensor:
     return x.sub_(torch.tensor(MEAN).view(-1, 1, 1)).div_(torch.tensor(STD).view(-1, 1, 1))
 
 
-def augmenting(quick: bool, failures: list[str]) -> list[dict[str, Any]]:
+def augmenting(quick: bool) -> list[dict[str, Any]]:
     """Images a second of every setting, and of `before`."""
     stored = torch.stack([torch.from_numpy(np.array(p)) for p in pictures(2 * BATCH, SIDE, SIDE)]).permute(0, 3, 1, 2)
     stored, n = stored.contiguous(), 2 * BATCH
@@ -98,9 +102,6 @@ def augmenting(quick: bool, failures: list[str]) -> list[dict[str, Any]]:
 
     tasks = {"before": plain, **{name: ours(option) for name, option in SETTINGS.items()}}
     times = interleaved(tasks, 3 if quick else 9)
-    faster = ratio(times["before"], times["domainbed"])
-    if faster < LEAST_AUGMENT:
-        failures.append(f"augment: domainbed is {faster:.2f} times as fast as before, target {LEAST_AUGMENT}")
     return [
         {
             "part": "augment",
@@ -110,6 +111,44 @@ def augmenting(quick: bool, failures: list[str]) -> list[dict[str, Any]]:
         }
         for name, seconds in times.items()
     ]
+
+
+# What a side of --against runs: it must do with what older commits have.
+SIDE = """
+import sys, time, torch
+from flatcompress.data import augment
+from flatcompress.data.bundle import ImageSet, Part
+torch.set_num_threads(int(sys.argv[1]))
+try:
+    from flatcompress.environment import keep_freed_memory
+    keep_freed_memory()
+except ImportError:
+    pass
+try:
+    from flatcompress.data.images.pixels import MemoryPixels
+except ImportError:
+    from flatcompress.data.pixels import MemoryPixels
+torch.manual_seed(0)
+coarse, rows, zeros = torch.rand(64, 3, 14, 14), torch.arange(64), torch.zeros(64, dtype=torch.int64)
+images = torch.nn.functional.interpolate(coarse, size=(224, 224), mode="bicubic").clamp(0, 1).mul(255).to(torch.uint8)
+part = Part(MemoryPixels(images), rows, zeros, zeros, rows)
+found = ImageSet(part, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225], augment.parse("domainbed", 0))
+for line in sys.stdin:
+    begun = time.process_time()
+    for start in (0, 32):
+        found.__getitems__(list(range(start, start + 32)))
+    print(time.process_time() - begun, flush=True)
+"""
+
+
+def against(options: argparse.Namespace, failures: list[str]) -> dict[str, Any]:
+    """Images a second of another commit, with how often this one's time fits into its."""
+    given = [str(options.threads)]
+    here, there = _against.seconds(SIDE, options.against, 3 if options.quick else 15, options.threads, given, given)
+    faster = ratio(there, here)
+    if faster < LEAST_AUGMENT:
+        failures.append(f"augment: domainbed is {faster:.2f} times as fast as there, target {LEAST_AUGMENT}")
+    return {"part": "augment", "what": "domainbed, then", "images_a_second": 64 / min(there), "now_faster": faster}
 
 
 @contextmanager
@@ -199,10 +238,12 @@ def steps(folder: Path, count: int, quick: bool) -> list[dict[str, Any]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure all three, check the targets; returns the exit code."""
-    options = arguments(__doc__, argv)
+    options = arguments(__doc__, argv, _against.option)
     keep_freed_memory()
     failures: list[str] = []
-    rows = augmenting(options.quick, failures)
+    rows = augmenting(options.quick)
+    if options.against is not None:
+        rows.append(against(options, failures))
     count = 300 if options.quick else 20_000
     with tempfile.TemporaryDirectory() as folder:
         fill(Path(folder), count)

@@ -16,10 +16,7 @@ Targets
 
 from __future__ import annotations
 
-import argparse
-import os
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,6 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks import _against
 from benchmarks._common import arguments, finish, interleaved, ratio
 from benchmarks._lite0 import Lite0
 from flatcompress import models, quant
@@ -115,38 +113,15 @@ def row_of(name: str, rounds: int, against: Path | None, threads: int) -> dict[s
         "gain": ratio(times["contiguous"], times["channels_last"]),
         "lsq": ratio(times["lsq"], times[auto]),
     }
-    return row if against is None else {**row, "sam": _against(name, rounds, against, auto, threads)}
+    return row if against is None else {**row, "sam": _sam(name, rounds, against, auto, threads)}
 
 
-def _against(name: str, rounds: int, against: Path, auto: str, threads: int) -> float:
+def _sam(name: str, rounds: int, checkout: Path, auto: str, threads: int) -> float:
     """How often this checkout's SAM step fits into the other's, both as their defaults lay tensors out."""
-    here = Path(__file__).parent
-    sides = {"here": (here.parent, auto == "channels_last"), "there": (against, False)}
-    open_: dict[str, subprocess.Popen[str]] = {}
-    for key, (where, last) in sides.items():
-        given = [name, str(NETWORKS[name]), str(here / "_lite0.py"), str(last), str(threads)]
-        environment = {**os.environ, "PYTHONPATH": str(where), "OMP_NUM_THREADS": str(threads)}
-        command = [sys.executable, "-W", "ignore", "-c", SIDE, *given]
-        open_[key] = subprocess.Popen(
-            command, env=environment, cwd=where, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-    times: dict[str, list[float]] = {key: [] for key in sides}
-    try:
-        for _ in range(rounds + 1):
-            for key, process in open_.items():
-                times[key].append(_asked(process))
-    finally:
-        for process in open_.values():
-            process.kill()
-            process.wait()
-    return ratio(times["there"][1:], times["here"][1:])
-
-
-def _asked(process: subprocess.Popen[str]) -> float:
-    assert process.stdin is not None and process.stdout is not None
-    process.stdin.write("step\n")
-    process.stdin.flush()
-    return float(process.stdout.readline())
+    given = [[name, str(NETWORKS[name]), str(Path(__file__).parent / "_lite0.py"), str(last), str(threads)]
+             for last in (auto == "channels_last", False)]  # fmt: skip
+    here, there = _against.seconds(SIDE, checkout, rounds, threads, *given)
+    return ratio(there, here)
 
 
 def missed(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -165,17 +140,12 @@ def missed(rows: Sequence[dict[str, Any]]) -> list[str]:
     return found
 
 
-def _own(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--against", type=Path, help="a folder with another commit's source")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; the exit code."""
-    options = arguments(__doc__, argv, _own)
+    options = arguments(__doc__, argv, _against.option)
     keep_freed_memory()
     rounds = 3 if options.quick else 9
-    against = None if options.against is None else options.against.resolve()
-    rows = [row_of(name, rounds, against, options.threads) for name in NETWORKS]
+    rows = [row_of(name, rounds, options.against, options.threads) for name in NETWORKS]
     return finish("memory_format", rows, missed(rows), options, rounds=rounds, batch=BATCH)
 
 
