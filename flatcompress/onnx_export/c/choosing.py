@@ -30,6 +30,15 @@ def shape(step: ir.Conv) -> tuple[int, int]:
     return (-(-pixels // COLUMNS), COLUMNS) if flat(step) else (step.height, step.width)
 
 
+def turns(step: ir.Conv) -> bool:
+    """Whether four columns of two lines fill an image much better with its sides exchanged."""
+
+    def groups(lines: int, columns: int) -> int:
+        return -(-lines // 2) * -(-columns // (COLUMNS // 2))
+
+    return step.out is not None and not flat(step) and groups(step.width, step.height) < 0.9 * groups(*shape(step))
+
+
 def choose(convs: Sequence[tuple[ir.Conv, weights.Digits]]) -> list[Choice]:
     """A kernel for every layer, and its stream where that is sparse; sets how many pixels a layer makes at once."""
     chosen = [_alone(step, found) for step, found in convs]
@@ -46,9 +55,11 @@ def choose(convs: Sequence[tuple[ir.Conv, weights.Digits]]) -> list[Choice]:
             if kernel == LINEAR and convs[i][0].macs <= FEW * total:
                 chosen[i] = CONV, None
     chosen = _one_gap(convs, chosen)
-    for (step, _), (kernel, _) in zip(convs, chosen):
+    for (step, _), (kernel, entries) in zip(convs, chosen):
         at_once = 2 * (COLUMNS if flat(step) else step.width)
         step.pixels = {CONV: 2, SPARSE: at_once}.get(kernel, 1)
+        if entries is not None and entries.turned:
+            step.pixels = 1  # columns first: the source is needed until the end
     return chosen
 
 
@@ -110,5 +121,8 @@ def _alone(step: ir.Conv, found: weights.Digits) -> Choice:
         stored = weights.rows(found).nbytes
         worth = 1.5 if made.stream.nbytes < SMALLER * stored else 1.0
         if made.stream.nbytes <= stored and sparse < worth * dense:
+            if not vector and made.form == weights.WIDE and turns(step):
+                made = weights.entries(step, found, step.sources[0].high, turned=True)
+                made.turned = True
             return (LINE if vector else SPARSE), made
     return plain, None

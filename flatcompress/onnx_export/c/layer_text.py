@@ -210,6 +210,7 @@ def uses_of(layer: Layer) -> set[str]:
     found, planes, window = {layer.kernel.upper()}, weights.PLANES[layer.digits.bits], layer.step.window
     if layer.entries is not None:
         found.add(("SPARSE_WIDE", "SPARSE_WORDS", "SPARSE_BYTES")[layer.entries.form])
+        found |= {"TURNED"} if layer.turned else set()
         found |= {"SPLIT"} if layer.entries.parts and layer.kernel == choosing.SPARSE else set()
     elif not layer.step.depthwise:
         found |= {f"BITS_{bits}" for bits in planes}

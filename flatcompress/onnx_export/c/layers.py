@@ -49,7 +49,9 @@ class Layer:
 
     @property
     def turned(self) -> bool:
-        """Whether a depthwise layer goes down the columns, because groups of four pixels fill those better."""
+        """Whether a depthwise or sparse layer goes down the columns, because groups of pixels fill those better."""
+        if self.entries is not None:
+            return self.entries.turned
         height, width = self.step.height, self.step.width
         return self.kernel == choosing.DEPTHWISE and -(-height // 4) * width < -(-width // 4) * height
 
@@ -61,9 +63,10 @@ class Layer:
             axis = 0 if self.turned else 1
             return _reach(window, axis, self.step.height if self.turned else width)
         if self.kernel == choosing.SPARSE:
-            beyond = (window.kernel[1] - 1) * window.dilation[1] // window.stride[1]
-            columns = -(-choosing.shape(self.step)[1] // choosing.COLUMNS) * choosing.COLUMNS
-            return window.stride[1] * (columns + beyond)
+            axis = 0 if self.turned else 1
+            beyond = (window.kernel[axis] - 1) * window.dilation[axis] // window.stride[axis]
+            columns = -(-choosing.shape(self.step)[axis] // choosing.COLUMNS) * choosing.COLUMNS
+            return window.stride[axis] * (columns + beyond)
         unit = weights.unit(self.digits.bits)
         return -(-self.step.taps // unit) * unit // 2
 
@@ -78,7 +81,7 @@ class Layer:
             return 4 * (-(-along // 4) * 4 + step.taps) + plane
         if self.kernel == choosing.SPARSE:
             parts = max(1, self.entries.parts) if self.entries is not None else 1
-            height, width = step.window.kernel
+            height, width = step.window.kernel[::-1] if self.turned else step.window.kernel
             return 4 * (width * parts + height * step.sources[0].channels * self.words)
         if self.kernel != choosing.CONV:
             return 0

@@ -105,7 +105,7 @@ class Entries:
     ``form``: `WIDE`, a weight of 8 bits and four bits of distance; or where sums fit 16 bits, so that the kernel adds
     two pixels in one word, `WORDS` (``gap`` bits of distance, ``bits`` of a signed weight) or `BYTES` (four bits each).
     ``parts``: into how many a column of taps is divided so that the sums of each fit; 0: whole rows do.
-    count: of entries.
+    count: of entries. turned: taps row by row, for a kernel that takes the image with its sides exchanged.
     """
 
     stream: NDArray[np.uint8] | NDArray[np.uint32]
@@ -114,16 +114,21 @@ class Entries:
     form: int
     parts: int
     count: int
+    turned: bool = False
 
 
-def entries(conv: Conv, found: Digits, most: int, gaps: Iterable[int] = GAPS, rows: bool = False) -> Entries:
+def entries(
+    conv: Conv, found: Digits, most: int, gaps: Iterable[int] = GAPS, rows: bool = False, turned: bool = False
+) -> Entries:
     """The stream that takes the fewest bytes, taps column by column. most: the input's largest code. gaps: bits of a
-    distance in `WORDS`. rows: a row ends with a group of entries (two, or a word), as the kernel for one vector has it.
+    distance in `WORDS`. turned: taps row by row instead. rows: a row ends with a group of entries (two, or a word), as
+    the kernel for one vector has it.
 
     A distance beyond its bits is bridged by entries whose weight is zero.
     """
-    values = (found.values + found.lowest).reshape(*conv.weight.shape).transpose(0, 2, 1, 3)
-    columns = np.ascontiguousarray(values).reshape(conv.outputs, conv.weight.shape[2], -1)
+    values = (found.values + found.lowest).reshape(*conv.weight.shape)
+    values = values if turned else values.transpose(0, 2, 1, 3)
+    columns = np.ascontiguousarray(values).reshape(conv.outputs, values.shape[1], -1)
     bits = _signed_bits(values)
     parts = 0 if rows else _parts(columns, most)
     if bits > 4 or parts is None:

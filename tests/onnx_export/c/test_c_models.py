@@ -142,6 +142,30 @@ def test_sparse_weights_are_skipped_and_every_bit_is_equal(name, weight_bits, ac
     assert wrong(exported, samples(shape), STRICT) == []
 
 
+class Tall(nn.Module):
+    """An image of few columns, whose first layer, of 8 bits, goes down them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(2, 6, (5, 3), stride=(2, 1), padding=(2, 1)), nn.ReLU(), nn.Conv2d(6, 4, 3, padding=1), nn.ReLU(),
+            nn.Flatten(), nn.Linear(4 * 11 * 5, 3),
+        )  # fmt: skip
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(x)
+
+
+@needs_compiler
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_sparse_layer_goes_down_the_columns_where_these_are_longer(packed, tmp_path):
+    torch.manual_seed(0)
+    exported = made(Tall(), (2, 21, 5), 4, 4, tmp_path / "m.onnx", sparsity=0.85, pack_activations=packed)
+    turned = [layer.turned for layer in exported.c.decided.layers.values()]
+    assert turned == [True, False, False] and exported.c.decided.layers[1].step.pixels == 1
+    assert wrong(exported, samples((2, 21, 5)), STRICT) == []
+
+
 @pytest.mark.parametrize(("bits", "most"), [(4, 15), (4, 255), (2, 3), (8, 255), (3, 7)])
 @pytest.mark.parametrize("density", [0.0, 0.02, 0.3])
 def test_a_sparse_stream_holds_every_weight(bits, most, density):

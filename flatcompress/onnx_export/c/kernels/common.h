@@ -164,16 +164,6 @@ FC_INLINE int32_t fc_byte(int32_t value)
 }
 
 #if FC_QUANTIZE || FC_FLOATS || FC_ROWS || FC_GATE
-/* A float to the nearest integer, ties to even, within low..high; NaN gives low, as onnxruntime does. */
-FC_INLINE int32_t fc_round(float value, float low, float high)
-{
-    float limited = (value > low) ? value : low;
-    limited = (limited < high) ? limited : high;
-    return (int32_t)(limited + FC_MAGIC) - (int32_t)FC_MAGIC;
-}
-#endif
-
-#if FC_FLOATS
 FC_INLINE uint32_t fc_bits_of(float value)
 {
     union {
@@ -184,17 +174,35 @@ FC_INLINE uint32_t fc_bits_of(float value)
     return same.bits;
 }
 
+/* Of a float below 2^21 the nearest integer, ties to even. */
+FC_INLINE int32_t fc_whole(float value)
+{
+#if FC_DSP && defined(__GNUC__) && defined(__ARM_FP)
+    float whole;
+    __asm__("vcvtr.s32.f32 %0, %1" : "=t"(whole) : "t"(value)); /* rounds as every operation on floats does */
+    return (int32_t)fc_bits_of(whole);
+#else
+    return (int32_t)(value + FC_MAGIC) - (int32_t)FC_MAGIC;
+#endif
+}
+
+/* The same within low..high; NaN gives low, as onnxruntime does. */
+FC_INLINE int32_t fc_round(float value, float low, float high)
+{
+    float limited = (value > low) ? value : low;
+    limited = (limited < high) ? limited : high;
+    return fc_whole(limited);
+}
+#endif
+
+#if FC_FLOATS
 /* Of what is known to be below 2^21, or else far beyond any code. */
 FC_INLINE int32_t fc_nearest(float value)
 {
 #if FC_FAR
     return fc_round(value, -512.0f, 512.0f);
-#elif FC_DSP && defined(__GNUC__) && defined(__ARM_FP)
-    float whole;
-    __asm__("vcvtr.s32.f32 %0, %1" : "=t"(whole) : "t"(value)); /* rounds as the multiplication before it did */
-    return (int32_t)fc_bits_of(whole);
 #else
-    return (int32_t)(value + FC_MAGIC) - (int32_t)FC_MAGIC;
+    return fc_whole(value);
 #endif
 }
 #endif

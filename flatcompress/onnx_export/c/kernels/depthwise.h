@@ -147,17 +147,22 @@ static void fc_depthwise(const fc_layer *layer, uint8_t *arena)
         for (uint32_t y = 0u; y < high; y++) {
             const uint8_t *in = &arena[layer->source + (source >> packed) + (y * line * depth)];
             uint8_t *to = &plane[((y + layer->pad_t) * width) + layer->pad_l];
-            const uint8_t *const stop = &to[wide];
+            const uint8_t *const even = &to[wide & ~1u];
             const uint32_t step = pixel * depth;
-            do {
 #if FC_PACKED
-                *to = (uint8_t)(((uint32_t)*in >> up) & mask);
+#define FC_FROM(code) (uint8_t)(((uint32_t)(code) >> up) & mask)
 #else
-                *to = *in;
+#define FC_FROM(code) (code)
 #endif
-                to++;
-                in += step;
-            } while (to != stop);
+            while (to != even) {
+                to[0] = FC_FROM(in[0]);
+                to[1] = FC_FROM(in[step]);
+                to += 2;
+                in += 2u * step;
+            }
+            if ((wide & 1u) != 0u) {
+                *to = FC_FROM(*in);
+            }
         }
         for (uint32_t y = 0u; y < layer->out_h; y++) {
             if (layer->stride_w == 1u) {

@@ -64,7 +64,7 @@ typedef struct {
 #if FC_SPARSE || FC_SPARSE_LINE
     uint8_t gap, form, split, absent; /* split: parts of each column of taps; absent: of the last line's pixels */
 #endif
-#if FC_DEPTHWISE
+#if FC_DEPTHWISE || FC_TURNED
     uint8_t turned;        /* the image is taken with its sides exchanged */
 #endif
 #if FC_MASKED

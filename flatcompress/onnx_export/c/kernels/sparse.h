@@ -88,9 +88,15 @@ static void fc_first(const fc_layer *layer, fc_walk *walk, uint32_t step)
 #endif
 
 #if FC_SPARSE
+#if FC_TURNED
+#define FC_TURNED_OF(layer) (layer)->turned
+#else
+#define FC_TURNED_OF(layer) 0u
+#endif
+
 /* Sixteen pixels share the decoding of an entry, eight columns of two lines, or four columns of wide ones. The inputs of
  * two lines lie in the halves of a word, [tap line, channel, column], columns sorted by stride so that neighbours lie
- * side by side. Where every sum fits 16 bits (known when this was written; `split`: of each part of a row) one product
+ * side by side; sides may be exchanged (`turned`). Where every sum fits 16 bits (known when this was written; `split`: of each part of a row) one product
  * serves both lines. */
 
 /* Sums of two lines in a word to sums of each: the low half is signed, and what it borrowed goes back. */
@@ -318,6 +324,8 @@ FC_APART void fc_gather(const fc_layer *layer, const uint8_t *source, uint32_t y
 {
     const uint32_t words = layer->words, apart = words / layer->stride_w, depth = layer->in_c;
     const uint32_t packed = FC_PACK(layer->packed, FC_SOURCE), pixel = fc_pixel(depth, packed);
+    const uint32_t down = pixel * ((FC_TURNED_OF(layer) != 0u) ? 1u : (uint32_t)layer->in_w); /* to the next line */
+    const uint32_t across = pixel * ((FC_TURNED_OF(layer) != 0u) ? (uint32_t)layer->in_h : 1u); /* and column */
 #if FC_PACKED
     const uint8_t outside = (uint8_t)((uint32_t)layer->in_zero * ((packed != 0u) ? 17u : 1u)); /* in both halves */
 #else
@@ -327,31 +335,42 @@ FC_APART void fc_gather(const fc_layer *layer, const uint8_t *source, uint32_t y
     const int32_t last = (int32_t)layer->in_h - 1;
     int32_t row = (int32_t)(y * layer->stride_h) - (int32_t)layer->pad_t;
     for (uint32_t ky = 0u; ky < layer->kernel_h; ky++) {
-        uint32_t *to = patch, phase = 0u, wide[2];
+        uint32_t *to = patch, phase = 0u, wide[2], column = 0u, run;
         const uint8_t *line[2];
         for (uint32_t i = 0u; i < 2u; i++) {
             const int32_t here = row + (int32_t)(i * layer->stride_h);
             const uint32_t inside = ((here >= 0) && (here <= last)) ? 1u : 0u;
-            line[i] = (inside != 0u) ? &source[(uint32_t)here * layer->in_w * pixel] : source;
+            line[i] = (inside != 0u) ? &source[(uint32_t)here * down] : source;
             wide[i] = (inside == 0u) ? 0u : (layer->in_w - ((here == last) ? (uint32_t)layer->absent : 0u));
         }
-        for (uint32_t column = 0u; column < columns; column++) {
+        do { /* runs of columns that lie in both lines, in one or in none */
             const uint32_t x = column - layer->pad_l; /* far beyond the image where it is negative */
             const uint32_t step_a = (x < wide[0]) ? 1u : 0u, step_b = (x < wide[1]) ? 1u : 0u;
-            const uint8_t *const a = (step_a != 0u) ? &line[0][x * pixel] : &outside;
-            const uint8_t *const b = (step_b != 0u) ? &line[1][x * pixel] : &outside;
+            const uint8_t *a = (step_a != 0u) ? &line[0][x * across] : &outside;
+            const uint8_t *b = (step_b != 0u) ? &line[1][x * across] : &outside;
+            const uint32_t next_a = step_a * across, next_b = step_b * across;
+            run = (column < layer->pad_l) ? (layer->pad_l - column) : (columns - column);
+            run = (step_a != 0u) ? (wide[0] - x) : run;
+            run = ((step_b != 0u) && ((step_a == 0u) || (wide[1] < wide[0]))) ? (wide[1] - x) : run;
+            run = (run < (columns - column)) ? run : (columns - column);
+            column += run;
+            do {
 #if FC_PACKED
-            if (packed != 0u) {
-                fc_pair_packed(a, step_a, b, step_b, &to[phase], words, depth);
-            } else
+                if (packed != 0u) {
+                    fc_pair_packed(a, step_a, b, step_b, &to[phase], words, depth);
+                } else
 #endif
-            fc_pair(a, step_a, b, step_b, &to[phase], words, depth);
-            phase += apart;
-            if (phase == words) {
-                phase = 0u;
-                to++;
-            }
-        }
+                fc_pair(a, step_a, b, step_b, &to[phase], words, depth);
+                a += next_a;
+                b += next_b;
+                phase += apart;
+                if (phase == words) {
+                    phase = 0u;
+                    to++;
+                }
+                run--;
+            } while (run != 0u);
+        } while (column != columns);
         patch += words * depth;
         row += (int32_t)FC_DILATION_H(layer);
     }
@@ -367,7 +386,8 @@ static void fc_sparse(const fc_layer *layer, uint8_t *arena, float *real FC_RANG
     uint32_t *const patch = &parts[layer->kernel_w * split];
     fc_walk walk;
     fc_result result = fc_into(layer, arena, real);
-    const uint32_t pixel = result.pixel, line = width * pixel;
+    const uint32_t line = result.pixel * ((FC_TURNED_OF(layer) != 0u) ? 1u : width);
+    const uint32_t pixel = result.pixel * ((FC_TURNED_OF(layer) != 0u) ? (uint32_t)layer->out_h : 1u); /* to the next column */
     uint32_t phase = 0u, place = 0u, at = 0u, *part = parts;
 #if FC_RANGE
     uint32_t y = 0u, left = pixels;
