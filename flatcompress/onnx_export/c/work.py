@@ -165,14 +165,14 @@ def _depthwise(layer: Layer) -> Work:
 def _sparse(layer: Layer) -> Work:
     step, window, made = layer.step, layer.step.window, layer.entries
     assert made is not None
-    lines, columns = choosing.shape(step)
+    across, along = (1, 0) if layer.turned else (0, 1)
+    lines, columns = (choosing.shape(step)[axis] for axis in (across, along))
     once = choosing.COLUMNS // 2 if made.form == weights.WIDE else choosing.COLUMNS
     twos, blocks = -(-lines // 2), -(-columns // once)
-    flat = choosing.flat(step)
-    kernel, stride = ((1, 1), (1, 1)) if flat else (window.kernel, window.stride)
-    gathered = twos * kernel[0] * ((columns - 1) * stride[1] + (kernel[1] - 1) * window.dilation[1] + 1)
+    high, wide = window.kernel[across], window.kernel[along]
+    gathered = twos * high * ((columns - 1) * window.stride[along] + (wide - 1) * window.dilation[along] + 1)
     depth, walks = step.sources[0].channels, twos * blocks * step.outputs
-    parts = max(1, made.parts) * kernel[1]
+    parts = max(1, made.parts) * wide
     form = FORMS[made.form]
     found = Counter(
         {

@@ -67,3 +67,15 @@ def test_the_readme_and_the_figures_have_every_step(tmp_path):
     assert len(estimate["steps"]) == len(written.decided.program.steps)
     for step in estimate["steps"]:
         assert f"| {step['module'] or '-'} | {step['kind']} | {step['macs']} | {step['instructions']} |" in text
+
+
+def test_a_sparse_layer_that_goes_down_the_columns_is_counted_down_them(tmp_path):
+    """Three pairs of columns, each 25 inputs long and three taps wide; blocks of four of the eleven results."""
+    torch.manual_seed(0)
+    first = torch.nn.Conv2d(2, 6, (5, 3), stride=(2, 1), padding=(2, 1))
+    model = torch.nn.Sequential(first, torch.nn.ReLU(), torch.nn.Conv2d(6, 4, 3))
+    decided = made(model, (2, 21, 5), 4, 4, tmp_path / "m.onnx", sparsity=0.85).c.decided
+    index, layer = next(iter(decided.layers.items()))
+    counts = work.of_step(decided, index)
+    assert layer.turned and counts["gathered columns"] == 3 * 3 * 25
+    assert counts["walks"] == 3 * 3 * 6 and counts["parts"] == 5 * counts["walks"]

@@ -96,8 +96,8 @@ static void fc_first(const fc_layer *layer, fc_walk *walk, uint32_t step)
 
 /* Sixteen pixels share the decoding of an entry, eight columns of two lines, or four columns of wide ones. The inputs of
  * two lines lie in the halves of a word, [tap line, channel, column], columns sorted by stride so that neighbours lie
- * side by side; sides may be exchanged (`turned`). Where every sum fits 16 bits (known when this was written; `split`: of each part of a row) one product
- * serves both lines. */
+ * side by side; sides may be exchanged (`turned`). Where every sum fits 16 bits (known when this was written; `split`:
+ * of each part of a row) one product serves both lines. */
 
 /* Sums of two lines in a word to sums of each: the low half is signed, and what it borrowed goes back. */
 FC_INLINE void fc_apart(uint32_t both, int32_t *sums)
@@ -387,7 +387,7 @@ static void fc_sparse(const fc_layer *layer, uint8_t *arena, float *real FC_RANG
     fc_walk walk;
     fc_result result = fc_into(layer, arena, real);
     const uint32_t line = result.pixel * ((FC_TURNED_OF(layer) != 0u) ? 1u : width);
-    const uint32_t pixel = result.pixel * ((FC_TURNED_OF(layer) != 0u) ? (uint32_t)layer->out_h : 1u); /* to the next column */
+    const uint32_t pixel = result.pixel * ((FC_TURNED_OF(layer) != 0u) ? (uint32_t)layer->out_h : 1u); /* to a column */
     uint32_t phase = 0u, place = 0u, at = 0u, *part = parts;
 #if FC_RANGE
     uint32_t y = 0u, left = pixels;
