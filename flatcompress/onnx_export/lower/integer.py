@@ -110,7 +110,9 @@ class Rounded(nn.Module):
     def codes(self, value: Tensor) -> Tensor:
         """``value`` rounded half to even, on the grid."""
         assert self.out_grid is not None
-        return self.out_grid.clamp(torch.round(value) + self.out_grid.zero_point)
+        grid, rounded = self.out_grid, torch.round(value)
+        moved = rounded.add_(grid.zero_point) if grid.zero_point else rounded  # in place: each pass costs memory traffic
+        return moved.clamp_(grid.low, grid.high)
 
     def terms(self, *codes: Tensor) -> int:
         """How many products or codes are added for one result."""
@@ -157,17 +159,12 @@ class IntegerLayer(Rounded):
 
     def value(self, *codes: Tensor) -> Tensor:
         (x,) = codes
-        kind = self._exact_type()
-        total = self._products(x.to(kind) - self.in_grid.zero_point, self.weight.to(kind) * 2**self.headroom)
         shape = [-1] + [1] * (0 if self.kind == "linear" else self.weight.dim() - 2)
-        if self.bias is None:
-            return rescale(total, scale32(self.in_grid.scale) * self.scale.reshape(shape), self.out_grid)
-        if self.out_grid is None and self.kind == "linear" and x.dim() > 2:
+        step = scale32(self.in_grid.scale) * self.scale.reshape(shape)
+        if self.bias is not None and self.out_grid is None and self.kind == "linear" and x.dim() > 2:
             # The runtime has no kernel that adds the bias to the integers here: it comes after.
-            step = scale32(self.in_grid.scale) * self.scale
-            return rescale(total, step, None) + self.bias.to(torch.float32) * step
-        total = total + self.bias.to(kind).reshape(shape)
-        return rescale(total, scale32(self.in_grid.scale) * self.scale.reshape(shape), self.out_grid)
+            return rescale(self._sums(x, None), step, None) + self.bias.to(torch.float32) * step
+        return rescale(self._sums(x, self.bias), step, self.out_grid)
 
     def terms(self, *codes: Tensor) -> int:
         return self.weight[0].numel()
@@ -186,17 +183,27 @@ class IntegerLayer(Rounded):
         least = rows.clamp(max=0).topk(count, 1, largest=False).values.sum(1).min()
         return bool(most * self.in_grid.high > 32767) or bool(least * self.in_grid.high < -32768)
 
-    def _products(self, x: Tensor, weight: Tensor) -> Tensor:
-        if self.kind == "linear":
-            return F.linear(x, weight)
-        return _convolve(x, weight, None, self.attributes)
+    def _sums(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The integer sums of products, exact: in float32 as far as they fit, for its convolutions take half the time.
 
-    def _exact_type(self) -> torch.dtype:
-        grid = self.in_grid
+        Products fit more often before they are multiplied by ``2**headroom``, which shifts them and rounds nothing.
+        """
+        grid, factor = self.in_grid, 2**self.headroom
         largest = max(grid.high - grid.zero_point, grid.zero_point - grid.low, 1)
-        total = float(self.weight.abs().flatten(1).to(torch.float64).sum(1).max()) * largest * 2**self.headroom
-        total += float(self.bias.abs().max()) if self.bias is not None else 0.0
-        return torch.float32 if total < EXACT else torch.float64
+        products = float(self.weight.abs().flatten(1).to(torch.float64).sum(1).max()) * largest
+        added = 0.0 if bias is None else float(bias.abs().max())
+        if products * factor + added < EXACT:
+            whole = None if bias is None else bias.to(torch.float32)
+            return self._products(x, self.weight.to(torch.float32).mul_(factor), whole)
+        kind = torch.float32 if products < EXACT else torch.float64
+        total = self._products(x, self.weight.to(kind), None).to(torch.float64).mul_(factor)
+        shape = [-1] + [1] * (0 if self.kind == "linear" else self.weight.dim() - 2)
+        return total if bias is None else total.add_(bias.to(torch.float64).reshape(shape))
+
+    def _products(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        x = x.to(weight.dtype)
+        x = x - self.in_grid.zero_point if self.in_grid.zero_point else x
+        return F.linear(x, weight, bias) if self.kind == "linear" else _convolve(x, weight, bias, self.attributes)
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, attributes: dict[str, Any]) -> Tensor:
@@ -208,8 +215,11 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, attributes: dict[s
 
 
 def rescale(total: Tensor, scale: Tensor, out_grid: Grid | None) -> Tensor:
-    """Exact integer sums at ``scale`` in steps of ``out_grid``, or as real values where there is none."""
-    return total.to(torch.float32) * (scale if out_grid is None else scale / scale32(out_grid.scale))
+    """Exact integer sums at ``scale`` in steps of ``out_grid``, or as real values where there is none.
+
+    ``total`` is overwritten.
+    """
+    return total.to(torch.float32).mul_(scale if out_grid is None else scale / scale32(out_grid.scale))
 
 
 class IntegerAdd(Rounded):

@@ -284,7 +284,8 @@ def _parity(
     compared: dict[str, Any] = {}
     for name, found in measured.items():
         floats = name == "unoptimized" or not codes
-        slack = roundoff(exported.reference, inputs, floats=floats, unit=unit, output=output, evaluations=evaluations)
+        options: dict[str, Any] = {"output": output, "evaluations": evaluations, "known": reference}
+        slack = roundoff(exported.reference, inputs, floats=floats, unit=unit, **options)
         compared[name] = judging.compare(reference, found, step, slack, agreement)
     if codes and not judging.within(compared["optimized"]):
         compared["stepwise"] = stepwise(exported, inputs, output, step)

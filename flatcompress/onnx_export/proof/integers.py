@@ -121,7 +121,7 @@ def _share(part: int, whole: int) -> float | None:
 def time_share(path: Path) -> float | None:
     """The share of the kernels' time that integer kernels take, one sample, one thread; null where nothing is told."""
     total = integer = 0.0
-    for event in kernel_time.kernel_events(path.read_bytes(), threads=1):
+    for event in kernel_time.kernel_events(path.read_bytes(), most=kernel_time.FEWEST_RUNS):
         total += event["dur"]
         if event.get("args", {}).get("op_name") in INTEGER_KERNELS:
             integer += event["dur"]

@@ -68,9 +68,9 @@ def _parts(shape: Shape, widths: Sequence[Width]) -> list[list[Width]]:
     return parts
 
 
-def kernel_events(model: str | Path | bytes, threads: int = 1) -> list[dict[str, Any]]:
-    """onnxruntime's profile of every kernel in every run of a model, one sample at a time: {"name", "dur" (in
-    microseconds), "args"}. The first ``WARM_UP`` of a name are of runs that warm up."""
+def kernel_events(model: str | Path | bytes, threads: int = 1, most: int = MOST_RUNS) -> list[dict[str, Any]]:
+    """onnxruntime's profile of every kernel in every run of a model, one sample at a time, ``most`` runs at the most:
+    {"name", "dur" (in microseconds), "args"}. The first ``WARM_UP`` of a name are of runs that warm up."""
     with tempfile.TemporaryDirectory() as folder:
         handle = sessions.session(model, threads=threads, profile_to=Path(folder) / "profile")
         random = np.random.default_rng(1)
@@ -82,7 +82,7 @@ def kernel_events(model: str | Path | bytes, threads: int = 1) -> list[dict[str,
             start = time.process_time()
             handle.run(fetch, feed)
         once = time.process_time() - start
-        for _ in range(min(MOST_RUNS, max(FEWEST_RUNS, round(SECONDS / max(once, 1e-6))))):
+        for _ in range(min(most, max(FEWEST_RUNS, round(SECONDS / max(once, 1e-6))))):
             handle.run(fetch, feed)
         events = json.loads(Path(handle.end_profiling()).read_text())
     return [event for event in events if event["name"].endswith("_kernel_time")]
