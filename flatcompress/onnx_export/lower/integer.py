@@ -111,7 +111,9 @@ class Rounded(nn.Module):
         """``value`` rounded half to even, on the grid."""
         assert self.out_grid is not None
         grid, rounded = self.out_grid, torch.round(value)
-        moved = rounded.add_(grid.zero_point) if grid.zero_point else rounded  # in place: each pass costs memory traffic
+        moved = (
+            rounded.add_(grid.zero_point) if grid.zero_point else rounded
+        )  # in place: each pass costs memory traffic
         return moved.clamp_(grid.low, grid.high)
 
     def terms(self, *codes: Tensor) -> int:

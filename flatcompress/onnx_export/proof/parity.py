@@ -135,7 +135,7 @@ def is_exact(reference: torch.nn.Module) -> bool:
 
 
 def laid(reference: torch.nn.Module, inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-    """``inputs`` with channels last where an exact reference has depthwise convolutions, which take half the time so."""
+    """``inputs`` with channels last where an exact reference has depthwise convolutions: half their time."""
     deep = any(getattr(module, "attributes", {}).get("groups", 1) > 1 for module in reference.modules())
     if not deep or not is_exact(reference):
         return inputs

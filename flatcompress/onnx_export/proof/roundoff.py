@@ -214,7 +214,7 @@ class _Fixed:
             self.values = {n: torch.cat([column[n] for column in columns]) for n in wanted}
 
     def at(self, index: Tensor) -> dict[fx.Node, Any]:
-        """The nodes that are not to be computed again, with their values of the samples [index] where those are read."""
+        """The nodes not to be computed again, with their values of the samples [index] where those are read."""
         if not self.values:
             return {}
         return {n: self.values[n][index] if n in self.values else None for n in self.steady}
