@@ -28,6 +28,7 @@ PACKAGES = {
     "inc": (*BASE, "neural-compressor-pt==3.10", "torchao==0.18.0"),
     "torchao": (*BASE, "torchao==0.18.0"),
     "pytorch-optimizer": (*BASE, "torch-pruning==1.6.1", "pytorch_optimizer==4.1.0"),
+    "emx": ("emx-onnx-cgen==1.4.0",),  # no torch: it reads ONNX and writes C
 }
 # NNCF compiles an extension where it is first used: a part of its installation, not of anybody's training.
 AFTERWARDS = {

@@ -13,6 +13,10 @@ Instructions are not cycles: flash wait states and slow loads are not in them.
 Of W4A4, dense, ``naive`` is C as one writes it first (int8 weights, a loop a dimension, float roundings), of the same
 compiler at -O2 and with the same outputs, beside our own instructions at -O2.
 
+``emx``: what emx-onnx-cgen 1.4.0 writes from the same network's ONNX file (``emx profile``: int8 or packed, whichever
+takes fewer instructions), at -O2, with all its tensors on the stack (``emx stack``) in 16 MB of emulated PSRAM.
+``emx says``: why a figure is missing, as its environment, the generator, the compiler or the board said it.
+
 ``estimated``: what the cost model says before anything is compiled (`flatcompress.onnx_export.c.costs`); how far that
 is from the figures is printed. ``--run FOLDER``: a row more, of a finished run that ends quantized (runs/quickstart).
 
@@ -41,7 +45,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from benchmarks import _naive_c
+from benchmarks import _emx, _naive_c
 from benchmarks._common import arguments, finish
 from benchmarks.export_size import normalised
 from flatcompress import models, quant
@@ -120,8 +124,11 @@ def cell(name: str, bits: tuple[int, int], zeros: float, model: nn.Module, x: to
         assert exported.c is not None
         samples = x[:SAMPLES].numpy()
         found = board.measure(exported.c.folder, "model", samples, exported.c.outputs, flags=("-Os",))
-        right = bit_equal(found.outputs, _expected(exported, x[:SAMPLES]))
-        naive = _naive(exported, samples, Path(folder) / "naive") if (*bits, zeros) == (4, 4, 0.0) else {}
+        right_outputs = _expected(exported, x[:SAMPLES])
+        right = bit_equal(found.outputs, right_outputs)
+        compared = (*bits, zeros) == (4, 4, 0.0)
+        naive = _naive(exported, samples, Path(folder) / "naive") if compared else {}
+        emx = _emx.row(model, x[:2], samples[:1], right_outputs[:1], Path(folder) / "emx") if compared else {}
         packed = _packed(model, x, Path(folder) / "packed") if bits[1] == 4 and name in CONVOLUTIONS else {}
     figures = exported.c.figures
     return {
@@ -142,6 +149,7 @@ def cell(name: str, bits: tuple[int, int], zeros: float, model: nn.Module, x: to
         "estimated flash": figures["estimate"]["flash"],
         "estimated instructions": figures["estimate"]["instructions"],
         **naive,
+        **emx,
         **packed,
     }
 
@@ -237,6 +245,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = [measured(name, *pair, zeros) for name in names for pair in bits for zeros in (0.0, 0.8)]
     if options.run is not None:
         rows.append(trained(options.run))
+    if (problem := _emx.problem()) is not None:
+        print(f"emx-onnx-cgen: {problem}; its columns are empty.")
     said = estimates(rows)
     for name, value in said.items():
         print(f"{name}: {value}")

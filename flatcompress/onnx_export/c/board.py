@@ -84,9 +84,9 @@ class Measured:
     steps: list[int]
 
 
-def missing(board: str = "m4") -> str | None:
+def missing(board: str | Board = "m4") -> str | None:
     """What of a board's toolchain is not here, or None."""
-    chosen = BOARDS[board]
+    chosen = board if isinstance(board, Board) else BOARDS[board]
     lacking = [name for name in (chosen.compile[0], chosen.qemu) if shutil.which(name) is None]
     return f"{' and '.join(lacking)} not installed" if lacking else None
 
@@ -96,7 +96,7 @@ def measure(
     name: str,
     samples: NDArray[np.float32],
     count: int,
-    board: str = "m4",
+    board: str | Board = "m4",
     flags: tuple[str, ...] = ("-O2",),
     beside: tuple[Path, ...] = (),
     steps: bool = False,
@@ -107,9 +107,9 @@ def measure(
     to within what a tick holds. UserError without the toolchain; RunError when it does not compile, stops, or prints
     something else.
     """
-    if (lacking := missing(board)) is not None:
-        raise UserError(f"{lacking}: needed to run C on an emulated {board}.")
-    chosen = BOARDS[board]
+    chosen = board if isinstance(board, Board) else BOARDS[board]
+    if (lacking := missing(chosen)) is not None:
+        raise UserError(f"{lacking}: needed to run C on an emulated {chosen.name}.")
     with tempfile.TemporaryDirectory() as place:
         work = Path(place)
         rows = ",\n".join("{" + ",".join(_float(v) for v in row.reshape(-1)) + "}" for row in samples)
