@@ -1,6 +1,6 @@
 """C models on an emulated Cortex-M4: flash, RAM, stack, instructions, and whether every output bit is right.
 
-    python -m benchmarks.microcontroller [--quick] [--check] [--run FOLDER]
+    python -m benchmarks.microcontroller [--quick] [--check] [--run FOLDER ...] [--page]
 
 ResNet-8 (3x32x32), DS-CNN (1x49x10), MobileNetV1 x0.25 (3x96x96), the MLPerf Tiny autoencoder (640 inputs) and vit_tiny
 (3x16x16, depth 2), at W8A8, W4A8, W4A4 and W2A4 (first and last layer 8 bits), dense and 80 % sparse, untrained,
@@ -8,17 +8,24 @@ BatchNorms as training leaves them, some gammas negative; compiled with arm-none
 (-O2 is about 10 % fewer instructions for 300 to 500 bytes).
 vit_tiny's norms and softmaxes are floats: of it every bit is held against the same C on this machine. ``true``: bits
 per weight, or a mask and the weights that are not zero. ``bound``: the largest set of live tensors if none overlapped.
-Instructions are not cycles: flash wait states and slow loads are not in them.
+``in and out``: bytes of the caller's floats. Instructions are not cycles: flash wait states and slow loads are not in
+them.
+
+Then the first four networks as recipes train and prune them on the project's own data (`_board_runs`), with their
+accuracy; a run that is finished (in runs/microcontroller) is not trained again. ``--run FOLDER``: a row more for every
+finished run that ends quantized. Writes docs/results/microcontroller.md and the table of docs/microcontroller.md;
+``--page`` does only that, from the results that are there.
 
 Of W4A4, dense, ``naive`` is C as one writes it first (int8 weights, a loop a dimension, float roundings), of the same
 compiler at -O2 and with the same outputs, beside our own instructions at -O2.
 
 ``emx``: what emx-onnx-cgen 1.4.0 writes from the same network's ONNX file (``emx profile``: int8 or packed, whichever
 takes fewer instructions), at -O2, with all its tensors on the stack (``emx stack``) in 16 MB of emulated PSRAM.
-``emx says``: why a figure is missing, as its environment, the generator, the compiler or the board said it.
+``emx says``: why a figure is missing, as the generator, the compiler or the board said it. Its environment is made once
+by pip; where it cannot be made the columns are empty, and output and page say why.
 
 ``estimated``: what the cost model says before anything is compiled (`flatcompress.onnx_export.c.costs`); how far that
-is from the figures is printed. ``--run FOLDER``: a row more, of a finished run that ends quantized (runs/quickstart).
+is from the figures is printed.
 
 ``packed`` (convolutional networks of 4-bit activations): the same with ``pack_activations``, two codes to a byte.
 
@@ -28,12 +35,14 @@ Targets (the sparse ones for networks of 4-bit activations, whose sums of two pi
   3. RAM <= bound, and with packed activations <= 0.65 of it.
   4. dense, at 4-bit activations: at most 1.7 instructions a product for ResNet-8, 3.0 for the depthwise networks.
   5. at 80 % zeros at most 0.5 of the dense instructions; none for vit_tiny.
+The first three hold for the trained networks too.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -45,11 +54,11 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from benchmarks import _emx, _naive_c
-from benchmarks._common import arguments, finish
+from benchmarks import _board_page, _board_runs, _common, _emx, _naive_c
+from benchmarks._common import arguments, finish, table
 from benchmarks.export_size import normalised
 from flatcompress import models, quant
-from flatcompress.cli.commands import load_run
+from flatcompress.cli.commands import load_run, open_run
 from flatcompress.errors import UserError
 from flatcompress.onnx_export import Exported, export, untie
 from flatcompress.onnx_export.c import board
@@ -108,13 +117,25 @@ def measured(name: str, weights: int, activations: int, zeros: float) -> dict[st
     return cell(name, (weights, activations), zeros, model, x)
 
 
-def trained(folder: Path) -> dict[str, Any]:
-    """The network that a run left, on its test samples."""
+def trained(folder: Path, net: str | None = None) -> dict[str, Any]:
+    """The network that a run left, on its test samples, with the file's accuracy. net: whose targets it has."""
     run = load_run(folder)
     layers = quant.quantized_layers(run.model.eval().cpu()).values()
     weights = min(layer.weight_spec().bits for layer in layers)
     activations = min(quantizer.bits for quantizer in quant.activation_quantizers(run.model).values())
-    return cell(f"{folder.name} (trained)", (weights, activations), 0.0, run.model, run.example(8).cpu())
+    x = run.example(8).cpu()
+    name = open_run(folder)[0].name
+    row = cell(net or name, (weights, activations), 0.0, run.model, x)
+    ledger = json.loads((folder / "ledger.json").read_text())["rows"]
+    told = {"input": list(x.shape[1:]), "macs": ledger[-1]["macs"], "macs before": ledger[0]["macs"]}
+    return {**row, "net": name, "kind": row["net"], **told, **accuracy(ledger[-1])}
+
+
+def accuracy(row: dict[str, Any]) -> dict[str, Any]:
+    """The metric of a ledger's row that says most, by part: a detector's area under the curve before its error."""
+    metrics = row.get("metrics") or {"accuracy": row["accuracy"]}
+    name = next((known for known in ("accuracy", "auroc") if known in metrics), next(iter(metrics)))
+    return {"metric": name, **{part: metrics[name].get(part) for part in ("test", "held_out", "corrupted")}}
 
 
 def cell(name: str, bits: tuple[int, int], zeros: float, model: nn.Module, x: torch.Tensor) -> dict[str, Any]:
@@ -126,10 +147,12 @@ def cell(name: str, bits: tuple[int, int], zeros: float, model: nn.Module, x: to
         found = board.measure(exported.c.folder, "model", samples, exported.c.outputs, flags=("-Os",))
         right_outputs = _expected(exported, x[:SAMPLES])
         right = bit_equal(found.outputs, right_outputs)
-        compared = (*bits, zeros) == (4, 4, 0.0)
-        naive = _naive(exported, samples, Path(folder) / "naive") if compared else {}
-        emx = _emx.row(model, x[:2], samples[:1], right_outputs[:1], Path(folder) / "emx") if compared else {}
-        packed = _packed(model, x, Path(folder) / "packed") if bits[1] == 4 and name in CONVOLUTIONS else {}
+        others: dict[str, Any] = {}
+        if (*bits, zeros) == (4, 4, 0.0):
+            others = _naive(exported, samples, Path(folder) / "naive")
+            others |= _emx.row(model, x[:2], samples[:1], right_outputs[:1], Path(folder) / "emx")
+        if bits[1] == 4 and name in CONVOLUTIONS:
+            others |= _packed(model, x, Path(folder) / "packed")
     figures = exported.c.figures
     return {
         "net": name,
@@ -141,6 +164,7 @@ def cell(name: str, bits: tuple[int, int], zeros: float, model: nn.Module, x: to
         "ram": figures["ram_bytes"],
         "bound": figures["ram_bound_bytes"],
         "stack": found.stack,
+        "in and out": 4 * (x[0].numel() + exported.c.outputs),
         "instructions": max(found.instructions),
         "a product": round(max(found.instructions) / figures["macs"], 3),
         "bits right": bool(np.all(right)),
@@ -148,9 +172,7 @@ def cell(name: str, bits: tuple[int, int], zeros: float, model: nn.Module, x: to
         "float channels": figures["proof"]["channels_float"],
         "estimated flash": figures["estimate"]["flash"],
         "estimated instructions": figures["estimate"]["instructions"],
-        **naive,
-        **emx,
-        **packed,
+        **others,
     }
 
 
@@ -168,20 +190,19 @@ def _packed(model: nn.Module, x: torch.Tensor, folder: Path) -> dict[str, Any]:
 
 
 def _naive(exported: Exported, samples: NDArray[np.float32], folder: Path) -> dict[str, Any]:
-    """Flash and instructions of C as one writes it first, with the same outputs; nothing for a transformer."""
+    """Our instructions at -O2, and flash and instructions of C as one writes it first: none of a transformer."""
     assert exported.c is not None
+    own = board.measure(exported.c.folder, "model", samples[:1], exported.c.outputs, flags=("-O2",))
     try:
         _naive_c.write(exported.c.decided, "naive", folder)
     except UserError:
-        return {}
+        return {"at -O2": own.instructions[0]}
     found = board.measure(folder, "naive", samples[:1], exported.c.outputs, flags=("-O2",))
-    own = board.measure(exported.c.folder, "model", samples[:1], exported.c.outputs, flags=("-O2",))
-    same = bool(bit_equal(found.outputs, own.outputs).all())
     return {
         "naive flash": found.flash,
         "naive instructions": found.instructions[0],
         "at -O2": own.instructions[0],
-        "naive equal": same,
+        "naive equal": bool(bit_equal(found.outputs, own.outputs).all()),
     }
 
 
@@ -197,26 +218,40 @@ def _expected(exported: Exported, x: torch.Tensor) -> NDArray[np.float32]:
 
 
 def missed(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """A sentence for every target that a row misses."""
-    failures, dense = [], {(r["net"], r["bits"]): r["instructions"] for r in rows if not r["zeros"]}
+    """A sentence for every target that a row misses; a trained network's are those of its ``kind``."""
+    dense = {(r["net"], r["bits"]): r["instructions"] for r in rows if not r["zeros"]}
+    failures = []
     for row in rows:
-        where = f"{row['net']} {row['bits']}, {row['zeros']:.0%} zeros"
-        limit = row["true"] + 6 * row["channels"] + (5000 if row["net"] in DEPTHWISE else 2500)
-        if not row["bits right"] or not row.get("packed right", True):
-            failures.append(f"{where}: output bits differ.")
-        if row["net"] != "vit_tiny" and row["flash"] > limit:
-            failures.append(f"{where}: {row['flash']} bytes of flash, {limit} allowed.")
-        if row["ram"] > row["bound"]:
-            failures.append(f"{where}: {row['ram']} bytes of RAM, the bound is {row['bound']}.")
-        if row.get("packed ram", 0) > 0.65 * row["bound"]:
-            failures.append(f"{where}: {row['packed ram']} bytes of RAM packed, {0.65 * row['bound']:.0f} allowed.")
-        four = row["bits"].endswith("A4")
-        if four and not row["zeros"] and row["a product"] > PER_PRODUCT.get(row["net"], 99.0):
-            failures.append(f"{where}: {row['a product']} instructions a product, {PER_PRODUCT[row['net']]} allowed.")
-        share = row["instructions"] / dense.get((row["net"], row["bits"]), row["instructions"])
-        if four and row["zeros"] and row["net"] != "vit_tiny" and share > 0.5:
-            failures.append(f"{where}: {share:.2f} of the dense instructions, 0.5 allowed.")
+        where = f"{row['net']} {row['bits']}" + ("" if "kind" in row else f", {row['zeros']:.0%} zeros")
+        failures += [f"{where}: {text}" for text in (*_memory(row), *_instructions(row, dense))]
     return failures
+
+
+def _memory(row: dict[str, Any]) -> list[str]:
+    """Targets 1 to 3."""
+    limit = row["true"] + 6 * row["channels"] + (5000 if row.get("kind", row["net"]) in DEPTHWISE else 2500)
+    found = []
+    if not row["bits right"] or not row.get("packed right", True):
+        found.append("output bits differ.")
+    if row["net"] != "vit_tiny" and row["flash"] > limit:
+        found.append(f"{row['flash']} bytes of flash, {limit} allowed.")
+    if row["ram"] > row["bound"]:
+        found.append(f"{row['ram']} bytes of RAM, the bound is {row['bound']}.")
+    if row.get("packed ram", 0) > 0.65 * row["bound"]:
+        found.append(f"{row['packed ram']} bytes of RAM packed, {0.65 * row['bound']:.0f} allowed.")
+    return found
+
+
+def _instructions(row: dict[str, Any], dense: dict[tuple[str, str], int]) -> list[str]:
+    """Targets 4 and 5."""
+    found = []
+    four = row["bits"].endswith("A4")
+    if four and not row["zeros"] and row["a product"] > PER_PRODUCT.get(row["net"], 99.0):
+        found.append(f"{row['a product']} instructions a product, {PER_PRODUCT[row['net']]} allowed.")
+    share = row["instructions"] / dense.get((row["net"], row["bits"]), row["instructions"])
+    if four and row["zeros"] and row["net"] != "vit_tiny" and share > 0.5:
+        found.append(f"{share:.3f} of the dense instructions, 0.5 allowed.")
+    return found
 
 
 def estimates(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -232,25 +267,34 @@ def estimates(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--run", type=Path, help="a finished run's folder: its network is a row more")
+    parser.add_argument("--run", type=Path, nargs="+", default=[], help="finished runs' folders: a row more for each")
+    parser.add_argument("--page", action="store_true", help="measure nothing: the page from the results that are there")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = arguments(__doc__, argv, _options)
+    if options.page:
+        _board_page.write(_common.RESULTS / f"{NAME}.json")
+        return 0
     if (lacking := board.missing()) is not None:
         print(f"{NAME}: {lacking}; nothing was measured.")
         return 1 if options.check else 0
     names = ("resnet8", "ds_cnn") if options.quick else tuple(SHAPES)
     bits = ((4, 4),) if options.quick else BITS
     rows = [measured(name, *pair, zeros) for name in names for pair in bits for zeros in (0.0, 0.8)]
-    if options.run is not None:
-        rows.append(trained(options.run))
+    ended = [] if options.quick else [trained(_board_runs.finished(net), net) for net in _board_runs.RECIPES]
+    ended += [trained(folder) for folder in options.run]
     if (problem := _emx.problem()) is not None:
         print(f"emx-onnx-cgen: {problem}; its columns are empty.")
-    said = estimates(rows)
+    if ended:
+        print(f"{table(ended)}\n")
+    said = estimates([*rows, *ended])
     for name, value in said.items():
         print(f"{name}: {value}")
-    return finish(NAME, rows, missed(rows), options, estimates=said)
+    code = finish(NAME, rows, missed([*rows, *ended]), options, estimates=said, trained=ended, emx=problem)
+    if not options.quick:
+        _board_page.write(_common.RESULTS / f"{NAME}.json")
+    return code
 
 
 if __name__ == "__main__":
