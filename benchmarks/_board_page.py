@@ -258,7 +258,8 @@ those of runtimes that take bytes.
 _TRAINED = """
 The same architectures as recipes of `configs/` train, prune and quantize them (seed 0, 4-bit weights), on data that the
 project makes itself: smaller inputs than MLPerf Tiny's, and accuracies that say nothing about its data sets, on which
-nothing was trained here. Accuracy is the exported file's; the C gives its every output bit.
+nothing was trained here. Accuracy is the exported file's; the C gives its every output bit. Three seeds of the recipes
+`task-*`: [tasks](results/tasks.md).
 """.strip()
 _PUBLISHED = """
 Published for the same networks with 8 bits. The figures are not of one kind: some count a runtime, an operating system

@@ -122,6 +122,9 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = arguments(__doc__, argv, _options)
+    if options.quick and options.write:
+        print(f"{NAME}: --write needs a table fitted on all {COUNT} programs; leave out --quick.")
+        return 2
     if (lacking := board.missing(costs.BOARD)) is not None:
         print(f"{NAME}: {lacking}; nothing was measured.")
         return 1 if options.check else 0

@@ -213,7 +213,9 @@ def _expected(exported: Exported, x: torch.Tensor) -> NDArray[np.float32]:
         return reference_outputs(exported.reference, [x])
     here = exported.c.run(x.numpy())
     if here is None:
-        raise UserError("vit_tiny's C is compared with itself on this machine, which needs a C compiler.")
+        raise UserError(
+            "C with steps on real values is compared with itself on this machine, which needs a C compiler."
+        )
     return here[0]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -14,11 +15,13 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import _board_page, _common, _emx, _peer_envs, _published_boards, microcontroller
+from benchmarks import _board_page, _common, _emx, _peer_envs, _published_boards, board_costs, microcontroller
+from flatcompress.errors import UserError
 from flatcompress.onnx_export.c import board
 
 RESULTS = json.loads((_common.RESULTS / "microcontroller.json").read_text(encoding="utf-8"))
 GUIDE = _board_page.GUIDE.read_text(encoding="utf-8")
+RESNET8 = next(r for r in RESULTS["rows"] if (r["net"], r["bits"], r["zeros"]) == ("resnet8", "W4A4", 0.0))
 
 
 def test_page_and_guide_are_what_the_results_give():
@@ -53,7 +56,7 @@ def test_a_missing_environment_leaves_the_columns_empty_and_says_so(tmp_path, mo
     assert _emx.row(torch.nn.Linear(4, 4), torch.zeros(1, 4), nothing, nothing, tmp_path) == {}
     assert list(tmp_path.iterdir()) == []
 
-    row = {key: value for key, value in RESULTS["rows"][4].items() if not key.startswith("emx")}
+    row = {key: value for key, value in RESNET8.items() if not key.startswith("emx")}
     monkeypatch.setattr(microcontroller, "measured", lambda *_: row)
     monkeypatch.setattr(board, "missing", lambda *_: None)
     monkeypatch.setattr(_common, "RESULTS", tmp_path / "results")
@@ -67,7 +70,7 @@ def test_a_missing_environment_leaves_the_columns_empty_and_says_so(tmp_path, mo
 
 
 def test_what_emx_says_stands_in_its_row_instead_of_a_figure():
-    row = {key: value for key, value in RESULTS["rows"][4].items() if not key.startswith("emx")}
+    row = {key: value for key, value in RESNET8.items() if not key.startswith("emx")}
     page = _board_page.page({**RESULTS, "rows": [{**row, "emx profile": "int8", "emx says": "undefined reference"}]})
     assert "| - | - | - | - | int8 | undefined reference |" in page
 
@@ -75,7 +78,7 @@ def test_what_emx_says_stands_in_its_row_instead_of_a_figure():
 def test_a_published_runtime_is_called_faster_only_below_our_instructions():
     speed = next(s for s in _published_boards.SPEED if s.net == "resnet8")
     assert speed.cycles * speed.throughput == pytest.approx(_published_boards.MHZ)
-    row = {**RESULTS["rows"][0], "net": "resnet8", "bits": "W8A8", "zeros": 0.0}
+    row = {**RESNET8, "bits": "W8A8"}
     fastest = min(s.cycles for s in _published_boards.SPEED if s.net == "resnet8")
     slower = _board_page.tables({"rows": [{**row, "instructions": int(1.01e6 * fastest)}]})
     faster = _board_page.tables({"rows": [{**row, "instructions": int(0.99e6 * fastest)}]})
@@ -103,7 +106,7 @@ def test_every_missed_target_is_named(changed, says):
 
 
 def test_sparse_cells_are_held_to_half_of_their_dense_ones():
-    row = {**RESULTS["rows"][4], "instructions": 1000, "a product": 1.0}
+    row = {**RESNET8, "instructions": 1000, "a product": 1.0}
     said = microcontroller.missed([row, {**row, "zeros": 0.8, "instructions": 501}])
     assert said == ["resnet8 W4A4, 80% zeros: 0.501 of the dense instructions, 0.5 allowed."]
 
@@ -126,6 +129,56 @@ def test_an_autoencoder_is_graded_by_the_area_under_its_curve():
     assert microcontroller.accuracy(row) == {"metric": "auroc", "test": 0.9, "held_out": None, "corrupted": 0.8}
     plain = {"accuracy": {"test": 0.5, "held_out": 0.4, "corrupted": 0.3}}
     assert microcontroller.accuracy(plain) == {"metric": "accuracy", **plain["accuracy"]}
+
+
+def test_a_board_of_ones_own_is_named_where_its_tools_are_missing(tmp_path):
+    own = dataclasses.replace(_emx.BOARD, tools="nowhere-")
+    assert str(board.missing(own)).startswith("nowhere-gcc ")
+    with pytest.raises(UserError, match="emulated m4 with PSRAM"):
+        board.measure(tmp_path, "model", np.zeros((1, 1), np.float32), 1, own)
+
+
+HOST = """#include <stdio.h>
+#include "math.h"
+int main(void)
+{
+    for (int i = -9000; i <= 9000; i++) {
+        const float v = (float)i * 0.01f;
+        printf("%.9g %.9g %.9g %.9g\\n", (double)v, (double)expf(v), (double)erff(v * 0.1f), (double)nearbyintf(v));
+    }
+    return 0;
+}
+"""
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+def test_what_the_board_brings_for_emx_is_right_to_4e_7(tmp_path):
+    (tmp_path / "math.h").write_text(_emx.MATH)
+    (tmp_path / "host.c").write_text(HOST)
+    line = [
+        "cc",
+        "-O1",
+        "-std=c99",
+        "-fno-builtin",
+        f"-I{tmp_path}",
+        str(tmp_path / "host.c"),
+        "-o",
+        str(tmp_path / "host"),
+    ]
+    subprocess.run(line, check=True)
+    told = subprocess.run([str(tmp_path / "host")], check=True, capture_output=True, text=True).stdout
+    v, exponential, error, nearest = np.array([row.split() for row in told.splitlines()], np.float64).T
+    inside = np.abs(v) <= 87
+    assert np.abs(exponential / np.exp(v) - 1)[inside].max() < 2e-7
+    assert np.all(exponential[v > 88] == np.inf) and np.all(exponential[v < -87] == 0)
+    assert np.abs(error - torch.erf(torch.from_numpy(v * 0.1)).numpy()).max() < 4e-7
+    assert np.array_equal(nearest, np.rint(v))
+
+
+def test_a_table_of_few_programs_is_not_written(capsys, monkeypatch):
+    monkeypatch.setattr(board_costs, "measured", lambda *_: pytest.fail("measured"))
+    assert board_costs.main(["--quick", "--write"]) == 2
+    assert "leave out --quick" in capsys.readouterr().out
 
 
 @pytest.mark.slow
