@@ -7,8 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from filelock import FileLock
-
 from flatcompress.errors import RunError, UserError
 from flatcompress.pipeline import Pipeline
 from flatcompress.recipe import Recipe
@@ -18,13 +16,12 @@ from flatcompress.search.halving import promotion
 from flatcompress.search.measures import Measuring
 from flatcompress.search.space import Space, expand
 from flatcompress.search.spec import Search
+from flatcompress.search.starts import Starts, name_of
 from flatcompress.search.study import Record, Study, imported
 from flatcompress.session import restore
 from flatcompress.stages.context import RunContext
 from flatcompress.store.runfolder import RunFolder
 from flatcompress.sweep.executor import Executor, Job, interruptible
-from flatcompress.sweep.pool import is_done
-from flatcompress.sweep.spec import key_of
 
 BEAT_SECONDS = 20.0  # between two signs of life to the other machines of a search
 Show = Callable[[str], None]
@@ -71,37 +68,26 @@ class _Driver:
     show: Show
     started: float = field(default_factory=time.monotonic)
     running: dict[str, tuple[Record, int, Recipe]] = field(default_factory=dict)
-    base: str | None = None
     first: list[dict[str, Any]] = field(default_factory=list)
     exhausted: bool = False
 
+    def __post_init__(self) -> None:
+        self.starts = Starts(self.search.folder, self.executor, self.show)
+
     def begin(self) -> None:
-        """Train what every trial begins with, once, and decide where the search starts."""
-        beginning = self.space.beginning()
-        if beginning is not None:
-            self.base = f"start-{key_of(beginning, len(beginning.stages))}"
-            self.search.folder.mkdir(parents=True, exist_ok=True)
-            with FileLock(self.search.folder / f".{self.base}.lock"):  # of several searches at once, one trains it
-                self._begin_with(self.base, beginning)
+        """Train what every trial begins with, or the base recipe's start, and decide where the search starts."""
+        beginning = self.space.beginning(warm.usual(self.space))
+        base = None if beginning is None else self.starts.train(beginning)
         kept = self.study.study.user_attrs.get("warm_start")
         if kept is None:
-            trained, run = self._trained(beginning)
+            trained, run = self._trained(beginning, base)
             kept = warm.points(self.space, run, trained, self.show)
             self.study.study.set_user_attr("warm_start", kept)
         self.first = kept
 
-    def _begin_with(self, name: str, beginning: Recipe) -> None:
-        if is_done(self.search.folder / name, beginning):
-            return
-        self.show(f"{name}: the stages that every trial begins with")
-        self.executor.submit(Job("start", name, beginning.to_dict(), whole=True))
-        problem = next(problem for _, problem in self.executor.finished())
-        if problem is not None:
-            raise RunError(f"the stages that every trial begins with failed: {problem}")
-
-    def _trained(self, beginning: Recipe | None) -> tuple[bool, RunContext]:
-        """The run with the weights that every trial begins with, where there are any."""
-        folder = None if self.base is None else self.search.folder / self.base
+    def _trained(self, beginning: Recipe | None, base: str | None) -> tuple[bool, RunContext]:
+        """The run with the weights of the base recipe's start, where there are any."""
+        folder = None if base is None else self.search.folder / base
         if beginning is not None and folder is not None and RunFolder(folder).finished_stages():
             run = Pipeline.from_recipe(beginning).prepare(tried=False)
             restore(run, RunFolder(folder).load())
@@ -123,8 +109,11 @@ class _Driver:
                     time.sleep(min(BEAT_SECONDS, 2.0))
                     continue
                 break
+            self.starts.advance()
             for key, problem in self.executor.finished(timeout=BEAT_SECONDS):
                 self._done(key, problem)
+            if self.starts.are_elsewhere(len(self.running)):
+                time.sleep(1.0)
             if time.monotonic() - beaten > BEAT_SECONDS:
                 beaten = time.monotonic()
                 for record, rung, _ in self.running.values():
@@ -192,10 +181,17 @@ class _Driver:
         self.study.claim(record, rung)
         key = f"{record.number:04d}-{fidelity}"
         self.running[key] = (record, rung, recipe)
-        self.executor.submit(Job(key, key, recipe.to_dict(), self.base))
+        beginning = self.space.beginning(record.values)
+        base = None if beginning is None else name_of(beginning)
+        self.starts.submit(Job(key, key, recipe.to_dict(), base), beginning)
         return True
 
     def _done(self, key: str, problem: str | None) -> None:
+        waited = self.starts.done(key, problem)
+        if waited is not None:
+            for other, reason in waited:
+                self._done(other, reason)
+            return
         record, rung, recipe = self.running.pop(key)
         fidelity = self.search.fidelities[rung]
         if problem is not None:

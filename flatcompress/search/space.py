@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,7 +46,10 @@ class Parameter:
 
 @dataclass
 class Space:
-    """Every parameter, and the recipes that it makes. ``shared``: leading stages that nothing varies in."""
+    """Every parameter, and the recipes that it makes.
+
+    ``shared``: leading stages that are trained in full at every fidelity, once for all points that agree in them.
+    """
 
     search: Search
     parameters: list[Parameter]
@@ -56,22 +59,31 @@ class Space:
     def recipe(self, values: Values, fidelity: Any = "full", where: str = "trial") -> Recipe:
         """The recipe of one point at one fidelity. UserError where the values do not go together."""
         raw = copy.deepcopy(self.base)
-        for key, value in self._by_key(values).items():
-            if key.endswith(".ratios"):
-                _without_budget(raw, key)
-            override(raw, f"{key}={json.dumps(value)}")
+        self._set(raw, self._by_key(values, self.parameters))
         raw["stages"] = _kept_stages(raw["stages"], self.shared, fidelity)
         raw["name"] = "trial"
         return parse_recipe(raw, where)
 
-    def beginning(self) -> Recipe | None:
-        """The stages that every trial begins with, None where the first stage varies."""
-        raw = {**copy.deepcopy(self.base), "stages": copy.deepcopy(self.base["stages"][: self.shared]), "name": "start"}
-        return parse_recipe(raw, "recipe") if self.shared else None
+    def beginning(self, values: Values) -> Recipe | None:
+        """The stages that a point begins with and shares with others; None where it begins with none."""
+        if not self.shared:
+            return None
+        raw = copy.deepcopy(self.base)
+        mine = [p for p in self.parameters if _stage_index(p.key, self.base) < self.shared]
+        self._set(raw, self._by_key(values, mine))
+        raw["stages"] = _kept_stages(raw["stages"][: self.shared], self.shared, "full")
+        raw["name"] = "start"
+        return parse_recipe(raw, "recipe") if raw["stages"] else None
 
-    def _by_key(self, values: Values) -> dict[str, Any]:
+    def _set(self, raw: dict[str, Any], by_key: dict[str, Any]) -> None:
+        for key, value in by_key.items():
+            if key.endswith(".ratios"):
+                _without_budget(raw, key)
+            override(raw, f"{key}={json.dumps(value)}")
+
+    def _by_key(self, values: Values, parameters: Iterable[Parameter]) -> dict[str, Any]:
         found: dict[str, Any] = {}
-        for parameter in self.parameters:
+        for parameter in parameters:
             value = parameter.value(values[parameter.name])
             if parameter.part is None:
                 found[parameter.key] = value
@@ -120,7 +132,13 @@ def expand(search: Search) -> tuple[Space, RunContext]:
     base["stages"] = [s if isinstance(s, dict) else {s: {}} for s in stages]
     parse_recipe(base, "recipe")
     touched = [_stage_index(key, base) for key in search.space]
-    space = Space(search, [], 0 if -1 in touched else min(touched), base)
+    shared = (0 if -1 in touched else min(touched)) if search.full_stages is None else search.full_stages
+    if shared >= len(base["stages"]):
+        raise UserError(
+            f"search: full_stages is {shared}, and the recipe has {len(base['stages'])} stages: leave the last ones "
+            "to the fidelities, which shorten them."
+        )
+    space = Space(search, [], shared, base)
     _check_keys(search, base)
     run = Pipeline.from_recipe(parse_recipe({**base, "name": "search"}, "recipe")).prepare(tried=False)
     for key, found in search.space.items():

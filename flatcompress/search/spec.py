@@ -118,6 +118,11 @@ class Search(Strict):
     reduction_factor: Annotated[int, Field(ge=2, le=16)] = Field(
         2, description="one in so many goes on to the next fidelity (eta of successive halving)"
     )
+    full_stages: Annotated[int, Field(ge=0)] | None = Field(
+        None,
+        description="leading stages that are trained in full at every fidelity, once for all points that agree in them "
+        "(default: those in which nothing varies)",
+    )
     warm_start: Annotated[int, Field(ge=0, le=1000)] = Field(
         8, description="first points by sensitivities of layers and importances of groups"
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import socket
 import time
@@ -29,6 +30,7 @@ from flatcompress.search.spec import Search
 CONNECT_SECONDS = 30
 STALE_SECONDS = 120.0  # without a sign of life, after which another process takes a trial over
 STARTUP = 10  # results of a fidelity, from which on the sampler learns from it
+MANY = 10  # times the trials: so many combinations of choices, and every point is another one
 TRIES, DRAWS = 20, 200  # points that the sampler may propose in vain, and points drawn evenly after that
 Measures = dict[str, float | None]
 
@@ -85,6 +87,8 @@ class Study:
     def _check_same(self) -> None:
         """UserError where the storage has a study of this name with another space, recipe or objectives."""
         wanted = {k: getattr(self.search, k) for k in ("recipe", "objectives", "fidelities", "budgets")}
+        if self.search.full_stages is not None:
+            wanted["full_stages"] = self.search.full_stages
         wanted["space"] = [(p.name, p.choices, p.range.model_dump()) for p in self.space.parameters]
         mine = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()
         found = self.study.user_attrs.get("flatcompress")
@@ -199,7 +203,7 @@ class Study:
         A sampler is made anew for every point, of the seed and the point's number, over the highest fidelity that has
         enough results: so it depends on the results alone, and a search that was killed goes on as if it had not been.
         """
-        tried = {json.dumps(r.values, sort_keys=True) for r in records}
+        tried = {self._told_apart(r.values) for r in records}
         rungs = [k for k in range(self.search.top + 1) if sum(k in r.results for r in records) >= STARTUP]
         rung, distributions = (rungs or [0])[-1], self.distributions()
         seen = [self._seen(r, rung, distributions) for r in records if rung in r.results]
@@ -209,9 +213,17 @@ class Study:
             )
             view.add_trials(seen)
             trial = view.ask(distributions)
-            if json.dumps(trial.params, sort_keys=True) not in tried:
+            if self._told_apart(trial.params) not in tried:
                 return dict(trial.params), dict(view.trials[-1].system_attrs)
         return None
+
+    def _told_apart(self, values: Mapping[str, Any]) -> str:
+        """What makes a point a new one. Of many choices those alone: a sampler that has settled on all of them would go
+        on with the same network at other numbers, which cheap fidelities cannot tell apart.
+        """
+        chosen = {p.name: values[p.name] for p in self.space.parameters if p.choices}
+        ways = math.prod(len(p.choices) for p in self.space.parameters if p.choices)
+        return json.dumps(chosen if ways >= MANY * self.search.n_trials else dict(values), sort_keys=True)
 
     def _seen(self, record: Record, rung: int, distributions: dict[str, Any]) -> Any:
         measures = record.results[rung]

@@ -110,6 +110,32 @@ def test_every_layer_and_group_is_a_parameter_and_values_make_a_recipe(space):
     _check_ends(space)
 
 
+def test_full_stages_are_trained_in_full_at_every_fidelity_and_points_that_agree_share_them(tmp_path):
+    varied = {**SPACE, "stages.0.train.epochs": {"choice": [2, 3]}}
+    assert expand(search(tmp_path, space=varied))[0].shared == 0
+    space, _ = expand(search(tmp_path, space=varied, full_stages=1))
+    values = {p.name: p.choices[-1] if p.choices else 0.1 for p in space.parameters}
+    assert [entry.config.epochs for entry in space.recipe(values, "post_training").stages] == [3, 1, 0]
+    others = {**values, "stages.2.quantize.rho": 0.3, "stages.0.train.epochs": "2"}
+    starts = [space.beginning(v) for v in (values, {**values, "stages.2.quantize.rho": 0.3}, others)]
+    assert [len(start.stages) for start in starts] == [1, 1, 1]
+    assert starts[0] == starts[1] and starts[2].stages[0].config.epochs == 2
+    with pytest.raises(UserError, match="full_stages is 3, and the recipe has 3 stages"):
+        expand(search(tmp_path, full_stages=3))
+
+
+def test_of_many_choices_a_new_point_is_one_of_other_choices(tmp_path):
+    pytest.importorskip("optuna")
+    wanted = search(tmp_path)
+    study = Study(wanted, expand(wanted)[0])
+    values = {p.name: p.choices[-1] if p.choices else 0.1 for p in study.space.parameters}
+    nearly = {**values, "stages.2.quantize.rho": 0.2}
+    assert study._told_apart(values) == study._told_apart(nearly)  # 3^6 choices and more for six trials
+    few = search(tmp_path / "few", space={"stages.2.quantize.rho": SPACE["stages.2.quantize.rho"]})
+    study = Study(few, expand(few)[0])
+    assert study._told_apart({"stages.2.quantize.rho": 0.1}) != study._told_apart({"stages.2.quantize.rho": 0.2})
+
+
 def test_domination_within_budgets_comes_first():
     inside, outside, farther = Point(0, (9, 9)), Point(1, (0, 0), 0.1), Point(2, (0, 0), 0.2)
     assert dominates(inside, outside) and dominates(outside, farther) and not dominates(outside, inside)

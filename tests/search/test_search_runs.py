@@ -77,6 +77,19 @@ def test_a_killed_search_ends_in_the_front_of_one_that_was_not(tmp_path, capsys)
     assert row["accuracy"]["held_out"] == data["front"][0]["measures"]["held_out"]
 
 
+def test_points_with_other_starts_train_each_of_them_once(tmp_path):
+    said: list[str] = []
+    varied = {**SMALL["space"], "stages.0.train.epochs": {"choice": [1, 2]}}
+    wanted = search(tmp_path, space=varied, full_stages=1, fidelities=["post_training", "full"], n_trials=5, seed=3)
+    front = run_search(wanted, said.append, lambda: LocalPool(wanted.folder, 2, said.append))
+    starts = sorted(wanted.folder.glob("start-*"))
+    assert len(starts) == 2 == sum("trained in full" in line for line in said) and front.points
+    rows = [json.loads((folder / "ledger.json").read_text())[0] for folder in starts]
+    for folder in wanted.folder.glob("0*-*"):
+        mine = json.loads((folder / "ledger.json").read_text())[0]
+        assert any(mine["accuracy"] == row["accuracy"] and mine["passes"] == row["passes"] for row in rows)
+
+
 @pytest.fixture
 def postgresql():
     """A PostgreSQL server of this test's own; its URL."""

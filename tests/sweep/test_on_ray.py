@@ -129,7 +129,9 @@ def test_runs_are_copied_where_machines_share_no_folder(tmp_path, cluster):
     finally:
         server.close_all()
     assert finished[0].rows[0] == finished[1].rows[0]  # the float stage was trained once, and fetched by the other
-    fetched = {path.name for path in sweep.folder.glob("*/checkpoints/*/*")}  # plans say what a stage made, without weights
+    fetched = {
+        path.name for path in sweep.folder.glob("*/checkpoints/*/*")
+    }  # plans say what a stage made, without weights
     assert fetched == {"plan.json"} and list((tmp_path / "served").rglob("1-quantize"))
     local = spec(tmp_path / "local", seeds=[0], held_out=["75"])
     assert figures(sweep, finished) == figures(local, pool.run_sweep(local))
