@@ -22,6 +22,7 @@ from flatcompress.search.driver import run_search
 from flatcompress.search.front import Front
 from flatcompress.search.space import expand
 from flatcompress.search.study import Study
+from flatcompress.store.runfolder import RunFolder
 from flatcompress.sweep.executor import LocalPool
 
 pytestmark = pytest.mark.slow
@@ -84,9 +85,9 @@ def test_points_with_other_starts_train_each_of_them_once(tmp_path):
     front = run_search(wanted, said.append, lambda: LocalPool(wanted.folder, 2, said.append))
     starts = sorted(wanted.folder.glob("start-*"))
     assert len(starts) == 2 == sum("trained in full" in line for line in said) and front.points
-    rows = [json.loads((folder / "ledger.json").read_text())[0] for folder in starts]
+    rows = [RunFolder(folder).read_ledger()[0] for folder in starts]
     for folder in wanted.folder.glob("0*-*"):
-        mine = json.loads((folder / "ledger.json").read_text())[0]
+        mine = RunFolder(folder).read_ledger()[0]
         assert any(mine["accuracy"] == row["accuracy"] and mine["passes"] == row["passes"] for row in rows)
 
 
