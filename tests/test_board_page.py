@@ -105,6 +105,14 @@ def test_every_missed_target_is_named(changed, says):
     assert found == [] if says is None else len(found) == 1 and says in found[0] and "resnet8 W4A4" in found[0]
 
 
+def test_a_trained_network_has_the_targets_of_its_kind():
+    limit = RESNET8["true"] + 6 * RESNET8["channels"]
+    row = {**RESNET8, "net": "mine", "flash": limit + 5001}
+    assert len(microcontroller.missed([{**row, "kind": "ds_cnn"}])) == 1
+    assert microcontroller.missed([{**row, "kind": "ds_cnn", "flash": limit + 5000}]) == []
+    assert microcontroller.missed([{**row, "kind": "another", "flash": 10**6}]) == []
+
+
 def test_sparse_cells_are_held_to_half_of_their_dense_ones():
     row = {**RESNET8, "instructions": 1000, "a product": 1.0}
     said = microcontroller.missed([row, {**row, "zeros": 0.8, "instructions": 501}])
