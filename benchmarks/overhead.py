@@ -6,7 +6,8 @@ Three processes, each alone: the run as ``flatcompress run`` makes it (the stage
 export); ``plain``, a loop that imports torch and the quantized layers only and takes the same passes on the same
 batches; and ``import``, which imports flatcompress and ends. ``part`` lists where the run's time went, from its ledger.
 Seconds are CPU time of one thread, which other users of the machine hardly lengthen; peak memory is the process's.
---quick trains on 96 images, of which little can be said.
+Each side runs once before, on few images: Python compiles modules the first time that they are loaded, which belongs to
+installing. --quick trains on 96 images, of which little can be said.
 
 Targets
   1. all that is not training at most 0.5 of the training.
@@ -44,7 +45,9 @@ def the_run(count: int) -> dict[str, Any]:
     time.monotonic = time.process_time  # the clock of the ledger, before anybody imports it
     from benchmarks._lite0 import Lite0
     from flatcompress import Pipeline
+    from flatcompress.environment import keep_freed_memory
 
+    keep_freed_memory()  # as the command does
     seen: list[dict[str, Any]] = []
     bundle = the_data(count)
     model = Lite0(len(bundle.classes))
@@ -105,11 +108,15 @@ def the_import(count: int) -> dict[str, Any]:
 SIDES = {"run": the_run, "plain": the_plain_loop, "import": the_import}
 
 
-def alone(side: str, count: int) -> dict[str, Any]:
-    """What ``side`` measured in a process of its own, with that process's peak memory in bytes."""
+def alone(side: str, count: int, bytecode: str) -> dict[str, Any]:
+    """What ``side`` measured in a process of its own, with that process's peak memory in bytes.
+
+    bytecode: the folder for compiled modules.
+    """
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.overhead", "--side", side, str(count)]
-    threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **threads})
+    given = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+    given |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPYCACHEPREFIX": bytecode}
+    done = subprocess.run(command, capture_output=True, text=True, env=given)
     if done.returncode:
         raise RuntimeError(f"{side}: {done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
@@ -124,7 +131,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     options = arguments(__doc__, argv)
     count = 96 if options.quick else 320
-    sides = {side: alone(side, count) for side in SIDES}
+    with tempfile.TemporaryDirectory() as bytecode:
+        for side in SIDES:
+            alone(side, BATCH, bytecode)
+        sides = {side: alone(side, count, bytecode) for side in SIDES}
     run, plain = sides["run"], sides["plain"]
     beside = run["total"] - run["training"]
     shares = {"time": beside / run["training"], "memory": run["peak"] / plain["peak"]}

@@ -173,8 +173,10 @@ class Pipeline:
             torch.set_num_threads(recipe.threads)
         path = Path(folder) if folder is not None else self.folder
         session = Session(path, recipe, restart, display)
-        session.show("doing", what="reading the data, trying every stage on a copy", measuring=False)
-        run = self.prepare()
+        what = "reading the data, trying every stage on a copy"
+        session.show("doing", what=what, measuring=False)
+        with session.timed(what):
+            run = self.prepare()
         session.show("doing", what=None, measuring=False)
         with session:
             run.folder, run.emit, run.show = session.folder.path, session.emit, session.show

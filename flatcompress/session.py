@@ -18,15 +18,14 @@ from typing import Any
 import torch
 
 from flatcompress import report
-from flatcompress.data import DataBundle, preview
 from flatcompress.environment import command, of_run
 from flatcompress.errors import Interrupted, RunError, UserError
 from flatcompress.plan import apply_plan, load_weights
 from flatcompress.recipe import Recipe
 from flatcompress.recipe.resuming import first_changed_stage
-from flatcompress.stages import RunContext
+from flatcompress.stages import RunContext, pictures
 from flatcompress.stages.reported import reported
-from flatcompress.storage import write_bytes_atomic, write_error, write_json_atomic
+from flatcompress.storage import write_bytes_atomic, write_error
 from flatcompress.store import checkpoint
 from flatcompress.store.checkpoint import Checkpoint
 from flatcompress.store.runfolder import RunFolder
@@ -50,6 +49,7 @@ class Session:
         self.display = display
         self.main = int(os.environ.get("RANK", "0")) == 0
         self.elapsed = 0.0
+        self.beside: dict[str, float] = {}  # seconds that belong to no stage
         self.incidents: list[dict[str, Any]] = []
         self._log: RunLog | None = None
         self._stage: str | None = None
@@ -201,7 +201,7 @@ class Session:
             data=run.data.name,
             classes=list(run.data.classes),
             held_out=run.data.held_out_domain,
-            samples=samples(run.data),
+            samples=run.data.counts(),
             skipped=len(run.data.skipped),
             notes=list(run.data.notes),
             environment=of_run(str(run.device), run.accelerator.num_processes),
@@ -210,7 +210,8 @@ class Session:
             said = f"bad samples left out of the data: {len(run.data.skipped)}; the first: {run.data.skipped[0]}"
             self.emit("warning", message=said)
         if self.main and not self.folder.preview.exists():
-            picture = reported("the preview of the data could not be drawn", lambda: preview.png(run.data), None)
+            with self.timed("the preview of the data"):
+                picture = reported("the preview of the data could not be drawn", lambda: pictures.sheet(run), None)
             if picture:
                 write_bytes_atomic(self.folder.preview, picture)
 
@@ -242,8 +243,24 @@ class Session:
         parts = {"the stage": max(0.0, seconds), **run.spent}
         self.emit("spent", seconds=parts, peak_bytes=memory.peak_bytes(run.device))
 
+    @contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """Add the seconds of the block, which is part of no stage, to ``beside[what]``."""
+        begun = time.monotonic()
+        try:
+            yield
+        finally:
+            self.beside[what] = self.beside.get(what, 0.0) + time.monotonic() - begun
+
     def leave(self, run: RunContext, index: int) -> None:
         """Stage ``index`` is done: keep it."""
+        with self.timed("checkpoints of the stages"):
+            self._keep(run, index)
+        run.accelerator.wait_for_everyone()
+        if self.stop_requested and index + 1 < len(self.recipe.stages):
+            raise Interrupted(f"stopped after stage {self._stage}")
+
+    def _keep(self, run: RunContext, index: int) -> None:
         if self.incidents:
             run.ledger[-1]["divergences"] = self.incidents
         self.emit("row", row=run.ledger[-1])
@@ -262,35 +279,26 @@ class Session:
                 extra=extra,
             )
             self.folder.write_ledger(run.ledger)
-        run.accelerator.wait_for_everyone()
-        if self.stop_requested and index + 1 < len(self.recipe.stages):
-            raise Interrupted(f"stopped after stage {self._stage}")
 
     def finish(self, run: RunContext) -> None:
         """Every stage is done."""
         self._stage = None
         if self.main:
-            reported(
-                "the examples could not be drawn", lambda: self._draw_examples(run), None, fatal=(OSError, RunError)
-            )
+            said = "the examples could not be drawn"
+            with self.timed("examples for the report"):
+                reported(said, lambda: pictures.draw_examples(run, self.folder), None, fatal=(OSError, RunError))
+        self.emit("spent", seconds=self.beside, peak_bytes=memory.peak_bytes(run.device))
         self.emit("done", onnx=str(run.artifacts["onnx"].name) if "onnx" in run.artifacts else None)
-
-    def _draw_examples(self, run: RunContext) -> None:
-        """Pictures for the report: it is made from files, and only here is the data at hand."""
-        if len(run.data.input_shape) != 3:  # series and features have no picture
-            return
-        wanted = report.examples.wanted(report.gather(self.folder.path))
-        drawn = [(w, preview.thumbnail(run.data, w.part, w.index)) for w in wanted]
-        told = preview.drawn(run.data, run.model, run.device)  # of tasks that know how a sample is shown
-        drawn += [(report.examples.Wanted(part, index), picture) for part, index, picture in told]
-        write_json_atomic(self.folder.examples, report.examples.file_of(drawn))
 
     def report(self) -> Path | None:
         """Write report.html and model-card.md from the folder's files; None, with a warning, where that fails."""
-        no_card = "the model card could not be written"
-        reported(no_card, lambda: report.card.build(self.folder.path), None, fatal=(OSError, RunError))
-        said = "the report could not be written"
-        return reported(said, lambda: report.build(self.folder.path), None, fatal=(OSError, RunError))
+        self.beside = {}
+        no_card, said = "the model card could not be written", "the report could not be written"
+        with self.timed("report and model card"):
+            reported(no_card, lambda: report.card.build(self.folder.path), None, fatal=(OSError, RunError))
+            written = reported(said, lambda: report.build(self.folder.path), None, fatal=(OSError, RunError))
+        self.emit("spent", seconds=self.beside)
+        return written
 
 
 class Progress:
@@ -376,14 +384,6 @@ def seconds(text: str) -> float:
 def stage_id(recipe: Recipe, index: int) -> str:
     """Name of stage ``index`` in the run folder, like '1-prune'."""
     return f"{index}-{recipe.stages[index].kind}"
-
-
-def samples(data: DataBundle) -> dict[str, int]:
-    """How many samples each part has; ``measured``: all that a finished stage is measured on, corrupted copies too."""
-    parts = {name: part for name in ("train", "val", "test", "held_out") if (part := getattr(data, name)) is not None}
-    counts = {name: len(part) for name, part in parts.items()}
-    corrupted = sum(len(part) for part in data.corrupted.values())
-    return {**counts, "measured": counts["test"] + counts.get("held_out", 0) + corrupted}
 
 
 def how_to_resume() -> str:

@@ -123,3 +123,9 @@ def test_it_installs_alone_and_runs_the_starter_recipe(built, kind, tmp_path):
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     flatcompress_command("run", "mine.yaml", "--quiet")
     assert (tmp_path / "runs" / "quickstart" / "model.onnx").exists()
+
+
+def test_importing_the_pipeline_loads_nothing_that_few_runs_need() -> None:
+    unwanted = ("sklearn", "onnxscript", "networkx")
+    code = f"import sys, flatcompress.pipeline; print([m for m in {unwanted} if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -15,13 +15,15 @@ from pathlib import Path
 import pytest
 import small_runs
 
+from flatcompress import report
 from flatcompress.cli.commands import open_run
 from flatcompress.errors import Interrupted, UserError
 from flatcompress.recipe import SCHEMA
-from flatcompress.session import Progress, how_to_resume, seconds
+from flatcompress.session import Progress, Session, how_to_resume, seconds
 from flatcompress.store.runfolder import RunFolder
 
 ROOT = Path(__file__).parents[1]
+REPORT = Session.report  # as it is, before anything is left out
 AGAIN = {"train": {"method": "none", "epochs": 1}}
 
 
@@ -341,3 +343,30 @@ def test_the_command_exits_130_and_prints_the_command_that_goes_on(tmp_path):
     assert f"Resume with: flatcompress run {recipe} -o {tmp_path / 'run'} -q\n" in err
     assert "Traceback" not in err
     assert subprocess.run(words, cwd=ROOT).returncode == 0
+
+
+def test_all_that_belongs_to_no_stage_is_told(tmp_path, monkeypatch):
+    now = [0.0]
+
+    def taking(seconds, result=None):
+        def work(*args, **options):
+            now[0] += seconds
+            return result
+
+        return work
+
+    made = small_runs.pipeline(small_runs.TRAIN)
+    ready = made.prepare()
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("flatcompress.pipeline.Pipeline.prepare", taking(1.0, ready))
+    monkeypatch.setattr("flatcompress.session.pictures.sheet", taking(2.0, b""))
+    monkeypatch.setattr("flatcompress.session.checkpoint.save_stage", taking(4.0))
+    monkeypatch.setattr("flatcompress.session.pictures.draw_examples", taking(8.0))
+    monkeypatch.setattr("flatcompress.session.Session.report", REPORT)
+    monkeypatch.setattr("flatcompress.report.card.build", taking(16.0))
+    monkeypatch.setattr("flatcompress.report.build", taking(32.0))
+    folder = made.run(tmp_path / "run").folder
+    events = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    told = [event["seconds"] for event in events if event["event"] == "spent" and event["stage"] is None]
+    assert sorted(seconds for parts in told for seconds in parts.values()) == [1.0, 2.0, 4.0, 8.0, 48.0]
+    assert report.gather(folder).beside == told[0] | told[1]

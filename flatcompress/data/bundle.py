@@ -163,3 +163,10 @@ class DataBundle:
     task: Task = field(default_factory=build)
     features: Mapping[str, Any] = field(default_factory=dict)
     held_out_seen: ImageSet | None = None
+
+    def counts(self) -> dict[str, int]:
+        """How many samples each part has; ``measured``: all that a finished stage may be measured on, corrupted too."""
+        parts = {name: getattr(self, name) for name in ("train", "val", "test", "held_out")}
+        counts = {name: len(part) for name, part in parts.items() if part is not None}
+        corrupted = sum(len(part) for part in self.corrupted.values())
+        return {**counts, "measured": counts["test"] + counts.get("held_out", 0) + corrupted}

@@ -48,14 +48,14 @@ def _float_row(row: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
 
 
 def spent(run: Run) -> list[dict[str, Any]]:
-    """Per stage: its parts with their seconds, their sum, and the most memory by its end."""
+    """Per stage, and beside them: parts with their seconds, their sum, and the most memory by the end of a stage."""
     found: list[dict[str, Any]] = []
-    for log in run.stages.values():
-        parts = {text(k, 60): number(v) for k, v in mapping(log.spent.get("seconds")).items()}
+    told = [(log.name, mapping(log.spent.get("seconds")), log.spent.get("peak_bytes")) for log in run.stages.values()]
+    for name, seconds, peak in (*told, ("beside the stages", run.beside, None)):
+        parts = {text(k, 60): number(v) for k, v in seconds.items()}
         known = {k: v for k, v in parts.items() if v is not None and v >= 0.05}
         if known:
-            peak = size(log.spent.get("peak_bytes"))
-            found.append({"stage": log.name, "parts": known, "total": sum(known.values()), "peak": peak})
+            found.append({"stage": name, "parts": known, "total": sum(known.values()), "peak": size(peak)})
     longest = max((v for stage in found for v in stage["parts"].values()), default=0.0)
     whole = sum(stage["total"] for stage in found)
     for stage in found:
@@ -72,6 +72,6 @@ def taken(run: Run) -> str:
     """How long the run took, as far as its log says it, else as far as its ledger does, which leaves measuring out."""
     told = [mapping(log.spent.get("seconds")).values() for log in run.stages.values() if log.spent]
     if told and len(told) >= len(run.rows):
-        return f"{duration(sum(number(s) or 0 for parts in told for s in parts))} in all"
+        return f"{duration(sum(number(s) or 0 for parts in (*told, run.beside.values()) for s in parts))} in all"
     seconds = [number(row.get("seconds")) for row in run.rows]
     return f"{duration(sum(s or 0 for s in seconds))} without measuring" if any(seconds) else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ WORST = 24
 PER_CORRUPTION = 4
 MAX_IMAGE = 1 << 18
 SCHEMA = 1
+_BASE64 = re.compile(r"[A-Za-z0-9+/=]*")
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def _images(run: Run) -> dict[tuple[str, int], str]:
         image, index = row.get("image"), number(row.get("index"))
         if isinstance(image, str) and image.startswith("data:image/png;base64,") and len(image) <= MAX_IMAGE:
             body = image.split(",", 1)[1]
-            if index is not None and all(c.isascii() and (c.isalnum() or c in "+/=") for c in body):
+            if index is not None and _BASE64.fullmatch(body):
                 found[text(row.get("part"), 80), int(index)] = image
     return found
 

@@ -70,6 +70,7 @@ class Run:
     last_time: str = ""
     plans: dict[str, list[str]] = field(default_factory=dict)
     files: list[tuple[str, int]] = field(default_factory=list)
+    beside: dict[str, Any] = field(default_factory=dict)
     preview: str = ""
     notes: list[str] = field(default_factory=list)
 
@@ -171,6 +172,8 @@ def _sort_events(run: Run, events: list[dict[str, Any]]) -> None:
             run.messages.append(event)
         elif kind in STAGE_EVENTS and text(event.get("stage")):
             _take(run.stages, kind, event)
+        elif kind == "spent":
+            run.beside |= mapping(event.get("seconds"))
     planned = run.start.get("stages")
     if isinstance(planned, list) and planned:  # stages of a recipe that was changed later on
         run.stages = {k: v for k, v in run.stages.items() if k in planned}

@@ -14,8 +14,6 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from sklearn.cluster import KMeans
-from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from flatcompress.data import resampled
@@ -138,6 +136,9 @@ def slow_samples(outputs: Tensor, losses: Tensor, labels: Tensor, seed: int = 0)
     >>> slow_samples(outputs, torch.tensor([0.1, 0.1, 0.9, 0.2]), torch.tensor([0, 0, 0, 1]))
     [2]
     """
+    from sklearn.cluster import KMeans  # not at the top: it takes half a second to load, and few recipes need it
+    from threadpoolctl import threadpool_limits
+
     found: list[int] = []
     for label in labels.unique().tolist():
         members = (labels == label).nonzero().flatten()

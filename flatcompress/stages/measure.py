@@ -127,10 +127,10 @@ def scores(run: RunContext, score: Callable[[Any, predictions.Watched], dict[str
     return {**row, "metric": chosen, "metrics": {name: found[name] for name in task.reported}}
 
 
-def corrupted_parts(run: RunContext) -> tuple[dict[str, Any], dict[str, Any] | None]:
+def corrupted_parts(run: RunContext, say: bool = True) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """The corrupted parts of the test data that every row is measured on, and what is said where they are not all.
 
-    They are chosen once and kept: what was corrupted for one stage need not be for the next.
+    They are chosen once and kept: what was corrupted for one stage need not be for the next. say: in the log too.
     """
     if run.measuring == "off" or not run.data.corrupted:
         return {}, None
@@ -142,7 +142,8 @@ def corrupted_parts(run: RunContext) -> tuple[dict[str, Any], dict[str, Any] | N
     if len(names) == len(given) and each >= most:
         return run.corrupted, None
     said = {"parts": len(names), "of_parts": len(given), "samples": each, "of_samples": most}
-    run.emit("sampled", what="corruption", **said)
+    if say:
+        run.emit("sampled", what="corruption", **said)
     return run.corrupted, said
 
 
