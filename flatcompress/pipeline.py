@@ -17,6 +17,7 @@ from flatcompress import data as datasets
 from flatcompress import models
 from flatcompress.data import DataBundle
 from flatcompress.data.tokens import vocabulary_size
+from flatcompress.environment import settled
 from flatcompress.errors import UserError
 from flatcompress.plan import Plan
 from flatcompress.randomness import spaced
@@ -178,7 +179,7 @@ class Pipeline:
         with session.timed(what):
             run = self.prepare()
         session.show("doing", what=None, measuring=False)
-        with session:
+        with session, settled():
             run.folder, run.emit, run.show = session.folder.path, session.emit, session.show
             first = session.restore(run)
             session.begin(run, first)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import platform
 import sys
 import types
+import weakref
 
 import pytest
 import torch
@@ -35,3 +38,29 @@ def test_a_module_from_a_package_of_another_name_has_its_own_version(monkeypatch
 def test_a_package_without_a_version_is_left_out_and_said():
     with pytest.warns(UserWarning, match="no-such-package has no metadata"):
         assert environment.versions("no-such-package") == {}
+
+
+def test_freed_memory_can_be_given_back_where_the_c_library_is_glibc():
+    assert environment.give_back_memory() is (platform.libc_ver()[0] == "glibc")
+
+
+def test_garbage_that_was_there_before_is_collected_after_and_new_garbage_inside():
+    class Thing:
+        pass
+
+    def looped():
+        thing = Thing()
+        thing.self = thing
+        return weakref.ref(thing)
+
+    gc.disable()
+    try:
+        before = looped()
+        with environment.settled():
+            inside = looped()
+            gc.collect()
+            assert before() is not None and inside() is None
+        gc.collect()
+        assert before() is None
+    finally:
+        gc.enable()

@@ -107,10 +107,12 @@ def rounding_error(weight: Tensor, bits: int) -> Tensor:
     best, error = torch.zeros_like(rows), torch.full_like(largest, math.inf)
     for share in torch.linspace(1 / _SHARES, 1, _SHARES).tolist():
         step = (largest * share).clamp_min(torch.finfo(rows.dtype).tiny)
-        difference = (rows / step).round().clamp(-qn, qp) * step - rows
+        difference = (rows / step).round_().clamp_(-qn, qp).mul_(step).sub_(rows)
         found = difference.square().sum(1, keepdim=True)
-        best = torch.where(found < error, difference, best)
-        error = torch.minimum(found, error)
+        better = found < error
+        if bool(better.any()):
+            best = torch.where(better, difference, best)
+            error = torch.minimum(found, error)
     return best.view_as(weight)
 
 

@@ -17,6 +17,7 @@ HESSIAN = 6  # and a product with the Hessian
 PROBES = 4  # such products for each sample of the map
 PROOF_FORWARDS = 6  # what the trained model, its reference and the file, twice, cost for a sample
 PROOF_BYTES = 2 << 30
+PROVED = 64  # samples that a proof is on at least
 
 
 @dataclass(frozen=True)
@@ -95,13 +96,13 @@ def _by_kinds(names: Sequence[str]) -> list[str]:
 def proof(measuring: str, planned: Planned, samples: int, bytes_each: int) -> int:
     """How many of a test part's ``samples`` the certificate is measured on.
 
-    All where ``measuring`` is "full"; else as many as their share of the training buys, 256 at least, and no more than
-    lie in `PROOF_BYTES` at once.
+    All where ``measuring`` is "full"; else as many as their share of the training buys, `PROVED` at least, and no
+    more than lie in `PROOF_BYTES` at once.
     """
     if measuring == "full":
         return samples
     fit = max(32, PROOF_BYTES // max(1, bytes_each))
-    bought = samples if not planned.samples else _between(256, planned.forwards() / PROOF_FORWARDS, samples)
+    bought = samples if not planned.samples else _between(PROVED, planned.forwards() / PROOF_FORWARDS, samples)
     return min(samples, fit, bought)
 
 

@@ -28,9 +28,10 @@ from flatcompress.stages.predictions import Watched
 from flatcompress.stages.reported import reported
 from flatcompress.stages.stage import Earlier, Facts, Phase, Stage
 from flatcompress.storage import write_json_atomic
+from flatcompress.training import layout
 from flatcompress.training.batches import in_order
 
-BATCH, NUMBERS = 256, 1 << 21  # samples, and numbers of the input, at a time: large activations cost page faults
+BATCH, NUMBERS = 256, 1 << 20  # samples, and numbers of the input, at a time: large activations cost page faults
 
 
 class ExportConfig(StageKeys):
@@ -177,7 +178,7 @@ def write(run: RunContext, config: ExportConfig, path: Path) -> tuple[dict[str, 
             pack_activations=config.pack_activations,
         )
     batches = proved_on(run)
-    with run.timed("proof"):
+    with run.timed("proof"), layout.lying(model, run.layout):
         certificate = onnx_export.certify(
             exported,
             [x for x, _ in batches],
@@ -309,7 +310,7 @@ def together(shape: Sequence[Any]) -> int:
     """How many samples of ``shape`` a batch of the proof has.
 
     >>> together((3, 32, 32)), together((3, 224, 224))
-    (256, 13)
+    (256, 6)
     """
     numbers = math.prod(side for side in shape if isinstance(side, int))
     return max(1, min(BATCH, NUMBERS // max(1, numbers)))

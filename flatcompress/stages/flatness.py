@@ -11,6 +11,7 @@ from flatcompress.stages import budget
 from flatcompress.stages.context import RunContext
 from flatcompress.stages.measure import FULL, train_batches
 from flatcompress.stages.reported import reported
+from flatcompress.training import layout
 
 RISE = 0.01  # of the loss: what a layer's reach is measured by
 
@@ -29,7 +30,8 @@ def log_map(run: RunContext, before: nn.Module, epochs: int) -> None:
     bits = {name: layer.weight_spec().bits for name, layer in quant.quantized_layers(run.model).items()}
 
     def measured() -> list[dict[str, Any]]:
-        return quant.flatness_map(before, lambda: run.task.loss(before(x), y), bits, RISE, probes, seed=run.seed)
+        with layout.lying(before, run.layout):
+            return quant.flatness_map(before, lambda: run.task.loss(before(x), y), bits, RISE, probes, seed=run.seed)
 
     with run.doing("how far each layer may move"):
         rows = reported(

@@ -13,6 +13,7 @@ from accelerate.utils import broadcast
 from torch import Tensor, nn
 
 from flatcompress import flat
+from flatcompress.environment import give_back_memory
 from flatcompress.errors import UserError
 from flatcompress.stages.averaging import Averaging
 from flatcompress.stages.callbacks import Heartbeat
@@ -133,6 +134,7 @@ def _score(run: RunContext, model: nn.Module, as_shipped: Callable[[], AbstractC
 
 def train(run: RunContext, job: Job) -> None:
     """Run the job; ``run.model`` is then the trained module, at its average or at the epoch that was selected."""
+    give_back_memory()  # what came before was of other shapes; after it training has its own
     fit(job)
     averages = [callback for callback in job.callbacks if isinstance(callback, Averaging)]
     for average in averages:

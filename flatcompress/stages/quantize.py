@@ -83,6 +83,7 @@ def _train_quantized(run: RunContext, config: QuantizeConfig, teacher: nn.Module
         shipped.estimate(run)
     if before is not None:
         log_map(run, before, config.epochs)
+    del given, before  # as large as a batch's activations, and training is where memory is short
     train(run, qat_job(run, config, teacher))
     if not config.freeze_bn:
         shipped.estimate(run)

@@ -93,11 +93,11 @@ class Feed:
         self._kept = None
 
 
-def fitting(shape: Sequence[int], most: int, least: int = 1, numbers: int = 1 << 21) -> int:
+def fitting(shape: Sequence[int], most: int, least: int = 1, numbers: int = 1 << 20) -> int:
     """How many samples of ``shape`` are run together: large activations cost memory, and page faults.
 
     >>> fitting((3, 32, 32), 512), fitting((3, 224, 224), 512)
-    (512, 13)
+    (341, 6)
     """
     return max(least, min(most, numbers // max(1, math.prod(shape))))
 

