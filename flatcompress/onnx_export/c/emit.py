@@ -10,7 +10,18 @@ from flatcompress.onnx_export.c.layer_text import add_fields, layer_struct, rang
 from flatcompress.onnx_export.c.layers import Decided
 from flatcompress.onnx_export.c.text import Sources, comment, number, offset, packed_bits, window_fields
 
-KERNELS = ("common.h", "results.h", "conv.h", "linear.h", "sparse.h", "depthwise.h", "others.h", "rows.h")
+KERNELS = (
+    "common.h",
+    "results.h",
+    "conv.h",
+    "linear.h",
+    "sparse.h",
+    "sparse_image.h",
+    "sparse_line.h",
+    "depthwise.h",
+    "others.h",
+    "rows.h",
+)
 
 
 def kernels() -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flatcompress.errors import UserError
-from flatcompress.onnx_export.c import costs, emit, ir, weights
+from flatcompress.onnx_export.c import choosing, costs, emit, ir, layer_text, weights
 from flatcompress.onnx_export.c.layers import Decided
 from flatcompress.onnx_export.c.text import Sources
 from flatcompress.storage import write_output
@@ -18,6 +18,7 @@ FEATURES = (
     *("REALS", "FLOATS", "FAR", "NUDGED", "LIMITS", "RAISED", "WIDE_BIAS", "NARROW", "BITS_1", "BITS_2", "BITS_4"),
     *("BITS_8", "PLANES", "GROUPS", "SPARSE", "SPARSE_LINE", "SPARSE_WIDE", "SPARSE_BYTES", "SPARSE_WORDS", "SPLIT"),
     *("MASKED", "GATE", "CONCAT", "MOVE", "RANGE", "LATE", "DILATED", "SMALL", "PACKED", "CODED", "SHORT", "TURNED"),
+    *("SPARSE_ENDED", "WHOLE", "RUNS", "DEEP", "EVEN"),
     *("ROWS", "ROW_CODES", "ROW_COPY", "ROW_PRODUCT", "ROW_SCALE", "ROW_DIVIDE", "ROW_ADD", "ROW_TIMES", "ROW_NORM"),
     *("ROW_SOFTMAX", "ROW_GELU", "ROW_SIGMOID", "ROW_TANH", "ROW_HARD", "ROW_RELU", "ROW_PLANES", "ROW_QUANTIZE"),
 )
@@ -113,7 +114,7 @@ int {name}_run(const float *in, float *out, void *arena);
 def _source(decided: Decided, made: Sources) -> str:
     name, upper = made.name, made.name.upper()
     features = "\n".join(f"#define FC_{part} {int(part in made.uses)}" for part in FEATURES)
-    features += "".join(f"\n#define FC_{key} {value}" for key, value in _word(decided).items())
+    features += "".join(f"\n#define FC_{key} {value}" for key, value in {**_word(decided), **_even(decided)}.items())
     constants = "\n\n".join(made.constants)
     calls = "\n".join(f"    {call}" for call in made.calls)
     return f"""/* {name}: written by flatcompress; see README.md. */
@@ -140,10 +141,18 @@ int {name}_run(const float *in, float *out, void *arena)
 
 def _word(decided: Decided) -> dict[str, int]:
     """Bits of a distance and of a weight in words of a sparse stream; 0 where layers differ."""
-    streams = [layer.entries for layer in decided.layers.values() if layer.entries is not None]
-    kinds = {(made.gap, made.bits) for made in streams if made.form == weights.WORDS}
-    gap, bits = kinds.pop() if len(kinds) == 1 else (0, 0)
-    return {"WORD_GAP": gap, "WORD_BITS": bits}
+    made = {"WORD_GAP": set(), "WORD_BITS": set()}  # type: dict[str, set[int]]
+    for layer in decided.layers.values():
+        if layer.entries is not None and layer.entries.form in (weights.WORDS, weights.ENDED):
+            made["WORD_BITS"].add(layer.entries.bits)
+            made["WORD_GAP"] |= {layer.entries.gap} if layer.kernel == choosing.SPARSE else set()
+    return {name: found.pop() if len(found) == 1 else 0 for name, found in made.items()}
+
+
+def _even(decided: Decided) -> dict[str, int]:
+    """The bits that all sums are shifted by and that their codes have, where all layers end alike."""
+    end = layer_text.even(decided)
+    return {"EVEN_SHIFT": end.shift + end.trim, "EVEN_BITS": 8 - end.trim} if end is not None else {}
 
 
 def _weights(made: Sources) -> str:

@@ -3,48 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flatcompress.onnx_export.c import choosing, coding, ir, requantize, sums, weights
+from flatcompress.onnx_export.c.ending import Clamp, clamp, end_of
 from flatcompress.onnx_export.c.layers import Decided, Layer
 from flatcompress.onnx_export.c.text import Sources, number, offset, packed_bits, struct, window_fields
-
-
-@dataclass
-class Clamp:
-    """How a rule ends: sums are raised by some bits, then come ``shift``, the clamp to a byte, and ``trim`` bits go;
-    ``limits``: the grid's limits have to follow."""
-
-    shift: int
-    trim: int = 0
-    raised: int = 0
-    limits: bool = False
-
-
-def clamp(low: int, high: int, shift: int, least: int = 0, room: int = 0) -> Clamp:
-    """Of a rule that shifts by ``shift`` and ends at ``low`` and ``high``. least: what it must shift by at least; room:
-    by how many bits its sums may be raised for that."""
-    bits = (high + 1).bit_length() - 1
-    trim = 8 - bits if low == 0 and high + 1 == 1 << bits else 0
-    lacking = max(0, max(trim, least) - shift)
-    if lacking > room:
-        lacking, trim = 0, 0
-    return Clamp(shift + lacking - trim, trim, lacking, limits=(low, high) != (0, (256 >> trim) - 1))
-
-
-def end_of(layer: Layer) -> Clamp:
-    """How a layer's rule ends; an offset without a lower word needs a shift of 33 bits."""
-    result = layer.result
-    if result is None:
-        return Clamp(0)
-    if layer.rule.floats:  # codes are raised themselves
-        end = clamp(result.low, result.high, 0, room=0 if layer.far else 8)
-        return Clamp(0, end.trim, 0, end.limits)
-    return clamp(result.low, result.high, layer.rule.shift - 32, 1, layer.room)
 
 
 def add_fields(made: Sources, rule: sums.AddRule, operands: Sequence[ir.Codes], out: ir.Codes) -> dict[str, Any]:
@@ -102,6 +69,11 @@ def nudged(decided: Decided) -> bool:
     return any(_offset(layer) % (1 << 32) for layer in decided.layers.values())
 
 
+def even(decided: Decided) -> Clamp | None:
+    """How all layers whose sums become codes by integers end, where they end alike."""
+    return next((end_of(layer) for layer in decided.layers.values() if layer.even is not None), None)
+
+
 def _offset(layer: Layer) -> int:
     if layer.result is None or not _coded(layer):
         return 0
@@ -140,7 +112,7 @@ def layer_struct(made: Sources, decided: Decided, index: int, step: ir.Conv, scr
         **({"masked": 1} if layer.step.depthwise and weights.masked(layer.digits) else {}),
     }
     made.constants.append(struct("fc_layer", f"layer_{index}", fields))
-    made.uses |= uses_of(layer) | ({"NUDGED"} if nudged(decided) else set())
+    made.uses |= uses_of(layer) | ({"EVEN"} if even(decided) else set()) | ({"NUDGED"} if nudged(decided) else set())
     return f"fc_{layer.kernel}"
 
 
@@ -194,7 +166,8 @@ def _stream_fields(layer: Layer) -> dict[str, int]:
     lines, columns = choosing.shape(layer.step)
     absent = lines * columns - layer.step.height * layer.step.width if layer.kernel == choosing.SPARSE else 0
     made = layer.entries
-    return {"gap": made.gap, "form": made.form, "split": made.parts, "absent": absent}
+    whole = {"whole": 1} if made.whole else {}
+    return {"gap": made.gap, "form": made.form, "split": made.parts, "absent": absent, **whole}
 
 
 def _grouped(step: ir.Conv) -> bool:
@@ -209,7 +182,9 @@ def uses_of(layer: Layer) -> set[str]:
     """The parts of the kernels that a layer needs by itself."""
     found, planes, window = {layer.kernel.upper()}, weights.PLANES[layer.digits.bits], layer.step.window
     if layer.entries is not None:
-        found.add(("SPARSE_WIDE", "SPARSE_WORDS", "SPARSE_BYTES")[layer.entries.form])
+        found.add(("SPARSE_WIDE", "SPARSE_WORDS", "SPARSE_BYTES", "SPARSE_ENDED")[layer.entries.form])
+        found |= {"WHOLE"} if layer.whole else set()
+        found |= {"RUNS" if layer.runs else "DEEP"} if layer.kernel == choosing.SPARSE else set()
         found |= {"TURNED"} if layer.turned else set()
         found |= {"SPLIT"} if layer.entries.parts and layer.kernel == choosing.SPARSE else set()
     elif not layer.step.depthwise:

@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 
 from flatcompress.errors import UserError
-from flatcompress.onnx_export.c import choosing, coding, ir, packing, requantize, sums, weights
+from flatcompress.onnx_export.c import choosing, coding, ending, ir, packing, requantize, sums, weights
 from flatcompress.onnx_export.c.plan import ALIGNMENT, Plan, lay_out
 
 SMALL = (1 << 8) - 1
 LARGE = (1 << 16) - 1
+TOGETHER = 144  # pixels of a depthwise layer's plane, as depthwise.h has it
 FAR = 1 << 21  # a float below this is rounded by adding 1.5 * 2^23
 
 
@@ -30,6 +31,7 @@ class Layer:
     entries: weights.Entries | None = None
     most: float = 0.0  # the largest product of a sum and its scale
     room: int = 0  # by how many bits every sum and product may be raised within 32 bits
+    even: int | None = None  # bits by which sums are raised so that all layers end alike (`ending`)
     block: int = 0  # channels whose rows are decoded at a time (`coding`); 0: rows are stored as words
 
     @property
@@ -56,6 +58,27 @@ class Layer:
         return self.kernel == choosing.DEPTHWISE and -(-height // 4) * width < -(-width // 4) * height
 
     @property
+    def together(self) -> bool:
+        """Whether a depthwise layer hands the sums of all lines of a channel over at once."""
+        small = self.step.height * self.step.width <= TOGETHER
+        return self.kernel == choosing.DEPTHWISE and not self.turned and small
+
+    @property
+    def whole(self) -> bool:
+        """Whether a sparse layer gathers all taps of a group of pixels one after the other."""
+        return self.entries is not None and self.entries.whole
+
+    @property
+    def runs(self) -> bool:
+        """Whether a sparse layer gathers its inputs along lines, and not pixel by pixel."""
+        return self.entries is not None and (self.entries.runs or self.step.sources[0].packed)
+
+    @property
+    def at_once(self) -> int:
+        """Columns that a sparse layer makes at once, of two lines."""
+        return choosing.COLUMNS // (2 if self.entries is not None and self.entries.form == weights.WIDE else 1)
+
+    @property
     def words(self) -> int:
         """32-bit words of a patch; bytes of a depthwise layer's line; words of a sparse layer's line of a channel."""
         window, width = self.step.window, self.step.width
@@ -78,11 +101,13 @@ class Layer:
             axis, size = (1, step.width) if self.turned else (0, step.height)
             along = step.height if self.turned else step.width
             plane = _reach(step.window, axis, size) * self.words + 4 * step.window.stride[1 - axis]
-            return 4 * (-(-along // 4) * 4 + step.taps) + plane
+            sums = step.height * step.width + 3 if self.together else -(-along // 4) * 4
+            return 4 * (sums + step.taps) + plane
         if self.kernel == choosing.SPARSE:
             parts = max(1, self.entries.parts) if self.entries is not None else 1
             height, width = step.window.kernel[::-1] if self.turned else step.window.kernel
-            return 4 * (width * parts + height * step.sources[0].channels * self.words)
+            lines = 4 * (width * parts + height * step.sources[0].channels * self.words)
+            return lines + (4 * self.at_once * step.taps if self.whole else 0)
         if self.kernel != choosing.CONV:
             return 0
         return self.decoded_at + self.block * self.words // 2
@@ -155,6 +180,7 @@ def decide(program: ir.Program, pack_activations: bool = False) -> Decided:
             adds[index] = sums.solve_add(step.sources[0], step.sources[1], step.out)
         elif isinstance(step, ir.GlobalPool):
             pools[index] = _pool(step)
+    ending.even_out(layers.values())
     _check_sizes(program)
     if pack_activations:
         packing.pack(program, {index: layer.kernel for index, layer in layers.items()})

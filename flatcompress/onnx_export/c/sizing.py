@@ -117,7 +117,7 @@ def _layers(decided: Decided, convs: Mapping[int, ir.Conv]) -> dict[int, Layer]:
             np.broadcast_to(np.int64(0), (outputs, step.taps)), -1, width, np.broadcast_to(np.int64(1), outputs)
         )
         bias = np.broadcast_to(np.int64(WIDE if before.wide else 0), outputs)
-        layers[index] = Layer(step, digits, before.rule, bias, kernel, before.add)
+        layers[index] = Layer(step, digits, before.rule, bias, kernel, before.add, even=before.even)
     return layers
 
 

@@ -92,10 +92,10 @@ def masked(found: Digits) -> bool:
     return zeros * found.bits > found.values.size
 
 
-WIDE, WORDS, BYTES = 0, 1, 2  # forms of a sparse layer's stream, as sparse.h has them
+WIDE, WORDS, BYTES, ENDED = 0, 1, 2, 3  # forms of a sparse layer's stream, as sparse.h has them
 PARTS = (1, 2, 4, 8)
 GAPS = range(1, 9)
-ROW_GAPS = range(3, 9)  # eight entries of a word at most
+ROW_GAP = 4  # bits of a distance in the words of a row of one vector
 
 
 @dataclass
@@ -103,9 +103,12 @@ class Entries:
     """A sparse layer's stream: of each weight that is not zero, its distance from the last one and the weight itself.
 
     ``form``: `WIDE`, a weight of 8 bits and four bits of distance; or where sums fit 16 bits, so that the kernel adds
-    two pixels in one word, `WORDS` (``gap`` bits of distance, ``bits`` of a signed weight) or `BYTES` (four bits each).
+    two pixels in one word, `WORDS` (``gap`` bits of distance, ``bits`` of a signed weight), `BYTES` (four bits each) or
+    `ENDED`, words whose distances begin anew with every row, which an entry without a distance ends.
     ``parts``: into how many a column of taps is divided so that the sums of each fit; 0: whole rows do.
-    count: of entries. turned: taps row by row, for a kernel that takes the image with its sides exchanged.
+    count: of entries. turned: taps row by row, for a kernel that takes the image with its sides exchanged. whole: the
+    kernel gathers all taps of a group of pixels one after the other, so that a row is one column. runs: it gathers
+    along lines.
     """
 
     stream: NDArray[np.uint8] | NDArray[np.uint32]
@@ -115,30 +118,73 @@ class Entries:
     parts: int
     count: int
     turned: bool = False
+    whole: bool = False
+    runs: bool = False
 
 
 def entries(
-    conv: Conv, found: Digits, most: int, gaps: Iterable[int] = GAPS, rows: bool = False, turned: bool = False
+    conv: Conv, found: Digits, most: int, gaps: Iterable[int] = GAPS, *, turned: bool = False, ended: bool = False
 ) -> Entries:
     """The stream that takes the fewest bytes, taps column by column. most: the input's largest code. gaps: bits of a
-    distance in `WORDS`. turned: taps row by row instead. rows: a row ends with a group of entries (two, or a word), as
-    the kernel for one vector has it.
+    distance. turned: taps row by row instead. ended: rows may have ends of their own, which takes fewer instructions.
 
     A distance beyond its bits is bridged by entries whose weight is zero.
     """
-    values = (found.values + found.lowest).reshape(*conv.weight.shape)
+    values = _signed(conv, found)
     values = values if turned else values.transpose(0, 2, 1, 3)
     columns = np.ascontiguousarray(values).reshape(conv.outputs, values.shape[1], -1)
-    bits = _signed_bits(values)
-    parts = 0 if rows else _parts(columns, most)
+    bits, parts = _signed_bits(values), _parts(columns, most)
     if bits > 4 or parts is None:
-        return _wide(columns, rows)
-    best = min((_words(columns, bits, gap, parts, rows) for gap in gaps), key=lambda one: one.stream.nbytes)
+        return _wide(columns, 2)
+    if ended and not parts:
+        width = 2 if bits <= 2 else 4  # few kinds of words, so that all layers have the same: constants
+        return min((_ended(columns, width, gap) for gap in gaps), key=price)
+    best = min((_words(columns, bits, gap, parts) for gap in gaps), key=price)
     if bits > 2:
-        distance, digit = _gaps(columns, 15, 2 if rows else 1)
+        distance, digit = _gaps(columns, 15)
         if len(distance) <= 1.15 * best.stream.nbytes:  # decoded in fewer instructions
             return Entries(((distance << 4) | (digit & 15)).astype(np.uint8), 4, 4, BYTES, parts, len(distance))
     return best
+
+
+def price(made: Entries) -> float:
+    """Bytes, and a quarter of one for every entry: those that only bridge a distance take instructions."""
+    return made.stream.nbytes + made.count / 4
+
+
+def row_entries(conv: Conv, found: Digits) -> Entries:
+    """The stream of a kernel for one vector: of `WIDE`, or of `WORDS` with all distances below all weights. A row ends
+    with a group of entries (four, or a word), and begins behind the last."""
+    rows = _signed(conv, found).reshape(conv.outputs, -1)
+    bits = max(2, _signed_bits(rows))
+    if bits > 4:
+        return _wide(rows, 4)
+    each = row_group(bits)
+    distance, weight = _gaps(rows, (1 << ROW_GAP) - 1, each)
+    count = len(distance)
+    distance, weight = _filled(distance, weight, each, (1 << ROW_GAP) - 1)
+    places = np.arange(each, dtype=np.uint64)
+    low = distance.astype(np.uint64) << (places * np.uint64(ROW_GAP))
+    high = (weight & ((1 << bits) - 1)).astype(np.uint64) << (places * np.uint64(bits) + np.uint64(ROW_GAP * each))
+    return Entries((low | high).sum(1).astype(np.uint32), ROW_GAP, bits, WORDS, 0, count)
+
+
+def row_group(bits: int) -> int:
+    """Entries of a word of a row of one vector."""
+    return 32 // (ROW_GAP + bits)
+
+
+def _signed(conv: Conv, found: Digits) -> NDArray[np.int64]:
+    return (found.values + found.lowest).reshape(*conv.weight.shape)
+
+
+def _filled(
+    distance: NDArray[np.int64], weight: NDArray[np.int64], each: int, longest: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Both as rows of ``each``, filled up with entries beyond the end."""
+    short = -len(distance) % each
+    distance, weight = np.append(distance, np.full(short, longest)), np.append(weight, np.zeros(short, np.int64))
+    return distance.reshape(-1, each), weight.reshape(-1, each)
 
 
 def _signed_bits(values: NDArray[np.int64]) -> int:
@@ -161,30 +207,43 @@ def _parts(columns: NDArray[np.int64], most: int) -> int | None:
     return None
 
 
-def _wide(values: NDArray[np.int64], rows: bool) -> Entries:
-    """Of two entries the distances in a byte, each before its weight: distances, weight, weight. rows: of four entries
-    the distances in two bytes, then their weights."""
-    each = 4 if rows else 2
-    distance, weight = _gaps(values, 15, each if rows else 1)
+def _wide(values: NDArray[np.int64], each: int) -> Entries:
+    """Of two entries the distances in a byte, each before its weight: distances, weight, weight; or of four entries the
+    distances in two bytes, then their weights, and groups end with rows."""
+    distance, weight = _gaps(values, 15, each if each == 4 else 1)
     count = len(distance)
-    short = -count % each
-    distance = np.append(distance, np.full(short, 15)).reshape(-1, each)
-    weight = np.append(weight, np.zeros(short, np.int64)).reshape(-1, each)
+    distance, weight = _filled(distance, weight, each, 15)
     stream = np.concatenate([distance[:, 0::2] | (distance[:, 1::2] << 4), weight & 255], 1).reshape(-1)
     return Entries(stream.astype(np.uint8), 4, 8, WIDE, 0, count)
 
 
-def _words(values: NDArray[np.int64], bits: int, gap: int, parts: int, rows: bool) -> Entries:
+def _words(values: NDArray[np.int64], bits: int, gap: int, parts: int) -> Entries:
+    distance, weight = _gaps(values, (1 << gap) - 1)
+    return Entries(_packed(distance, weight, gap, bits), gap, bits, WORDS, parts, len(distance))
+
+
+def _ended(values: NDArray[np.int64], bits: int, gap: int) -> Entries:
+    """Row by row; behind each an entry of distance 0 and weight 1, which is no entry of zeros as a used up word is."""
+    distances, digits = [], []
+    for row in values.reshape(len(values), 1, -1):
+        places = np.flatnonzero(row)
+        distance, weight = _gaps(row[:, : places[-1] + 1], (1 << gap) - 1) if len(places) else (places, places)
+        kept = int(np.flatnonzero(weight)[-1]) + 1 if len(places) else 0  # without what leads beyond the row
+        distances += [distance[:kept], np.zeros(1, np.int64)]
+        digits += [weight[:kept], np.ones(1, np.int64)]
+    count = sum(map(len, distances)) - len(values)
+    one_more = np.ones(1, np.int64)  # the word of the last end is not used up by it: nothing beyond is read
+    distance, weight = np.concatenate([*distances, one_more]), np.concatenate([*digits, one_more])
+    return Entries(_packed(distance, weight, gap, bits), gap, bits, ENDED, 0, count)
+
+
+def _packed(distance: NDArray[np.int64], weight: NDArray[np.int64], gap: int, bits: int) -> NDArray[np.uint32]:
+    """Words of entries of gap + bits bits, the first in the lowest."""
     width = gap + bits
     each = 32 // width
-    distance, weight = _gaps(values, (1 << gap) - 1, each if rows else 1)
-    count = len(distance)
-    short = -count % each
-    distance = np.append(distance, np.full(short, (1 << gap) - 1))
-    weight = np.append(weight, np.zeros(short, np.int64))
-    entry = (distance | ((weight & ((1 << bits) - 1)) << gap)).astype(np.uint64).reshape(-1, each)
-    words = (entry << (np.arange(each, dtype=np.uint64) * np.uint64(width))).sum(1)
-    return Entries(words.astype(np.uint32), gap, bits, WORDS, parts, count)
+    distance, weight = _filled(distance, weight, each, (1 << gap) - 1)
+    entry = (distance | ((weight & ((1 << bits) - 1)) << gap)).astype(np.uint64)
+    return (entry << (np.arange(each, dtype=np.uint64) * np.uint64(width))).sum(1).astype(np.uint32)
 
 
 def _gaps(values: NDArray[np.int64], longest: int, group: int = 1) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -17,7 +17,7 @@ from flatcompress.onnx_export.c import choosing, ir, weights
 from flatcompress.onnx_export.c.layers import Decided, Layer
 
 Work = Counter[str]  # kind of work -> how often
-FORMS = {weights.WIDE: "wide", weights.WORDS: "words", weights.BYTES: "bytes"}
+FORMS = {weights.WIDE: "wide", weights.WORDS: "words", weights.BYTES: "bytes", weights.ENDED: "ended"}
 
 
 def of_step(decided: Decided, index: int) -> Work:
@@ -51,6 +51,7 @@ def _layer(layer: Layer) -> Work:
 def _values(layer: Layer, count: int, calls: int) -> Work:
     """Sums to what is stored; calls: how often a kernel hands some over."""
     result = "real" if layer.result is None else "float" if layer.rule.floats else "code"
+    result = "even" if layer.even is not None else result
     found = Counter({f"{layer.kernel} put": calls, f"{result} value": count})
     if layer.step.add is not None:
         found["added value"] = count
@@ -140,6 +141,7 @@ def _depthwise(layer: Layer) -> Work:
     high = min(source[across], height - window.pads[across])
     quads, channels = -(-length // 4), step.outputs
     kept = int(np.count_nonzero(step.weight))
+    copied = int(np.count_nonzero(step.weight.reshape(channels, -1).any(1)))  # those that have a weight
     stride = window.stride[along]
     found = Counter(
         {
@@ -147,15 +149,16 @@ def _depthwise(layer: Layer) -> Work:
             "channel": channels,
             "digit": step.weight.size,
             "digit bits": step.weight.size * layer.digits.bits,
-            "copied lines": channels * high,
-            "copied pixels": channels * high * wide,
+            "copied lines": copied * high,
+            "copied pixels": copied * high * wide,
             "lines": channels * lines,
             "quads": channels * lines * quads,
             f"quads of stride {min(stride, 3)}": kept * lines * quads,
         }
     )
+    length, lines = (length * lines, 1) if layer.together else (length, lines)
     calls = channels * lines * (int(length > 1) + length % 2)
-    found += _unpacked(layer, channels * high * wide)
+    found += _unpacked(layer, copied * high * wide)
     return found + _values(layer, channels * step.height * step.width, calls)
 
 
@@ -167,12 +170,11 @@ def _sparse(layer: Layer) -> Work:
     assert made is not None
     across, along = (1, 0) if layer.turned else (0, 1)
     lines, columns = (choosing.shape(step)[axis] for axis in (across, along))
-    once = choosing.COLUMNS // 2 if made.form == weights.WIDE else choosing.COLUMNS
-    twos, blocks = -(-lines // 2), -(-columns // once)
+    twos, blocks = -(-lines // 2), -(-columns // layer.at_once)
     high, wide = window.kernel[across], window.kernel[along]
     gathered = twos * high * ((columns - 1) * window.stride[along] + (wide - 1) * window.dilation[along] + 1)
     depth, walks = step.sources[0].channels, twos * blocks * step.outputs
-    parts = max(1, made.parts) * wide
+    parts = 1 if layer.whole else max(1, made.parts) * wide
     form = FORMS[made.form]
     found = Counter(
         {
@@ -182,6 +184,7 @@ def _sparse(layer: Layer) -> Work:
             "walks": walks,
             "parts": walks * parts,
             "split parts": walks * parts if made.parts else 0,
+            "taps together": twos * blocks * step.taps if layer.whole else 0,
             f"{form} entries": twos * blocks * made.count,
         }
     )

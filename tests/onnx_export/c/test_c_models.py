@@ -142,6 +142,36 @@ def test_sparse_weights_are_skipped_and_every_bit_is_equal(name, weight_bits, ac
     assert wrong(exported, samples(shape), STRICT) == []
 
 
+class Ends(nn.Module):
+    """Layers of few taps beside many channels, which are gathered whole, and planes that are handed over at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 12, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(12, 12, 3, padding=1, groups=12), nn.ReLU(),
+            nn.Conv2d(12, 12, (1, 3), padding=(0, 1)), nn.ReLU(), nn.Conv2d(12, 9, 1), nn.ReLU(),
+            nn.Conv2d(9, 9, 3, stride=2, groups=9), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(9, 3),
+        )  # fmt: skip
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(x)
+
+
+@needs_compiler
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("weight_bits", [2, 4])
+def test_rows_of_one_column_small_planes_and_even_ends_are_right_in_every_bit(weight_bits, packed, tmp_path):
+    torch.manual_seed(0)
+    shape = (3, 13, 14)
+    exported = made(Ends(), shape, weight_bits, 4, tmp_path / "m.onnx", sparsity=0.8, pack_activations=packed)
+    layers = list(exported.c.decided.layers.values())
+    assert layers[0].whole and layers[0].entries.form == weights.WIDE
+    assert layers[2].whole and layers[2].entries.form == layers[3].entries.form == weights.ENDED
+    assert [layer.together for layer in layers[1:5:3]] == [True, True]
+    assert [layer.even is not None for layer in layers] == [*[True] * 5, False]
+    assert wrong(exported, samples(shape), STRICT) == []
+
+
 class Tall(nn.Module):
     """An image of few columns, whose first layer, of 8 bits, goes down them."""
 
@@ -191,6 +221,27 @@ def test_sums_that_fit_a_column_alone_are_not_added_through_the_row():
     assert weights.entries(conv, weights.Digits(np.full((1, 48), 13), -8, 4, np.ones(1, np.int64)), 255).parts == 1
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("density", [0.0, 0.02, 0.3, 1.0])
+def test_rows_with_ends_hold_every_weight_and_no_entry_is_taken_for_a_used_up_word(bits, density):
+    generator = np.random.default_rng(bits)
+    low = -(1 << (bits - 1))
+    values = generator.integers(low, -low, (7, 60)) * (generator.random((7, 60)) < density)
+    values[3] = 0
+    conv = SimpleNamespace(weight=values.reshape(7, 1, 1, 60), outputs=7)
+    found = weights.entries(conv, weights.Digits(values - low, low, bits, np.ones(7, np.int64)), 7, ended=True)
+    distance, weight = decoded(found)
+    width = found.gap + found.bits
+    fields = (found.stream.astype(np.int64)[:, None] >> (np.arange(32 // width) * width)) & ((1 << width) - 1)
+    assert found.form == weights.ENDED and found.parts == 0 and fields.all()
+    ends = np.flatnonzero(distance == 0)[:7]
+    assert found.count == ends[-1] - 6
+    back = np.zeros((7, 60), np.int64)
+    for row, (begin, end) in enumerate(zip([0, *(ends[:-1] + 1)], ends)):
+        np.add.at(back[row], np.cumsum(distance[begin:end]) - 1, weight[begin:end])
+    assert np.array_equal(back, values)
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("density", [0.0, 0.03, 0.4])
 def test_no_group_of_entries_belongs_to_two_rows_of_one_vector(bits, density):
@@ -198,16 +249,23 @@ def test_no_group_of_entries_belongs_to_two_rows_of_one_vector(bits, density):
     low, taps = -(1 << (bits - 1)), 50
     values = generator.integers(low, -low, (6, taps)) * (generator.random((6, taps)) < density)
     conv = SimpleNamespace(weight=values.reshape(6, 1, 1, taps), outputs=6)
-    found = weights.entries(
-        conv, weights.Digits(values - low, low, bits, np.ones(6, np.int64)), 255, weights.ROW_GAPS, rows=True
-    )
-    each = {weights.WORDS: 32 // (found.gap + found.bits), weights.WIDE: 4, weights.BYTES: 2}[found.form]
-    distance, weight = decoded(found, each)
+    found = weights.row_entries(conv, weights.Digits(values - low, low, bits, np.ones(6, np.int64)))
+    each = 4 if found.form == weights.WIDE else weights.row_group(found.bits)
+    distance, weight = decoded(found, 4) if found.form == weights.WIDE else row_decoded(found)
     places = (np.cumsum(distance) - 1)[: len(distance) // each * each].reshape(-1, each)
     assert (places // taps == places[:, :1] // taps)[places[:, 0] < values.size].all()
     back = np.zeros(values.size + 300, np.int64)
     np.add.at(back, np.cumsum(distance) - 1, weight)
     assert np.array_equal(back[: values.size].reshape(values.shape), values) and not back[values.size :].any()
+
+
+def row_decoded(found: weights.Entries) -> tuple[np.ndarray, np.ndarray]:
+    """Distances and weights of words whose distances lie below their weights."""
+    each, words = weights.row_group(found.bits), found.stream.astype(np.int64)[:, None]
+    half = 1 << (found.bits - 1)
+    distance = words >> (4 * np.arange(each)) & 15
+    weight = words >> (4 * each + found.bits * np.arange(each)) & (2 * half - 1)
+    return distance.ravel(), ((weight ^ half) - half).ravel()
 
 
 def decoded(found: weights.Entries, group: int = 2) -> tuple[np.ndarray, np.ndarray]:

@@ -55,7 +55,7 @@ def test_work_grows_with_pixels_and_channels_as_the_loops_do(tmp_path):
     decided = made(model, shape, 4, 4, tmp_path / "m.onnx").c.decided
     counts = work.of_step(decided, 1)
     conv = decided.program.steps[1]
-    assert counts["code value"] == conv.outputs * conv.height * conv.width
+    assert counts["code value"] + counts["even value"] == conv.outputs * conv.height * conv.width
     assert counts["copied bytes"] + 4 * counts["copied words"] == conv.taps * conv.height * conv.width
 
 
@@ -70,7 +70,8 @@ def test_the_readme_and_the_figures_have_every_step(tmp_path):
 
 
 def test_a_sparse_layer_that_goes_down_the_columns_is_counted_down_them(tmp_path):
-    """Three pairs of columns, each 25 inputs long and three taps wide; blocks of four of the eleven results."""
+    """Three pairs of columns, each 25 inputs long and three taps wide; four of eleven results at once, for which
+    the 30 taps are gathered together."""
     torch.manual_seed(0)
     first = torch.nn.Conv2d(2, 6, (5, 3), stride=(2, 1), padding=(2, 1))
     model = torch.nn.Sequential(first, torch.nn.ReLU(), torch.nn.Conv2d(6, 4, 3))
@@ -78,4 +79,5 @@ def test_a_sparse_layer_that_goes_down_the_columns_is_counted_down_them(tmp_path
     index, layer = next(iter(decided.layers.items()))
     counts = work.of_step(decided, index)
     assert layer.turned and counts["gathered columns"] == 3 * 3 * 25
-    assert counts["walks"] == 3 * 3 * 6 and counts["parts"] == 5 * counts["walks"]
+    assert counts["walks"] == 3 * 3 * 6 and counts["parts"] == counts["walks"]
+    assert layer.whole and counts["taps together"] == 3 * 3 * 5 * 3 * 2

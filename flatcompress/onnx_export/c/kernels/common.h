@@ -37,6 +37,7 @@ typedef struct {
 /* What compilers seldom form: two words and on, or two words at a distance (LDRD), and a product's upper word plus
  * another (SMMLA). Only optimizations; the other forms are plain C. */
 #if FC_DSP && defined(__GNUC__)
+#define FC_ODD(to, word) __asm__("sxtb16 %0, %1, ror #8" : "=r"(to) : "r"(word)) /* its second and fourth byte */
 #define FC_LOAD2(x, y, from) __asm__ volatile("ldrd %0, %1, [%2], #8" : "=r"(x), "=r"(y), "+r"(from) : : "memory")
 #define FC_AT2(x, y, from, bytes)                                                                                      \
     __asm__ volatile("ldrd %0, %1, [%2, %3]" : "=r"(x), "=r"(y) : "r"(from), "n"(bytes) : "memory")
@@ -47,6 +48,9 @@ typedef struct {
         (x) = ((const uint32_t *)(const void *)(from))[(bytes) / 4];                                                   \
         (y) = ((const uint32_t *)(const void *)(from))[((bytes) / 4) + 1];                                             \
     } while (0)
+#if FC_DSP
+#define FC_ODD(to, word) ((to) = (int32_t)__sxtb16((int8x4_t)(((word) >> 8) | ((word) << 24))))
+#endif
 #define FC_UPPER(to, x, y, plus) ((to) = (int32_t)(((int64_t)(x) * (y)) >> 32) + (plus))
 #define FC_LOAD2(x, y, from)                                                                                           \
     do {                                                                                                               \
@@ -60,7 +64,9 @@ typedef struct {
 #define FC_INLINE static inline __attribute__((always_inline))
 #define FC_APART static __attribute__((noinline))
 #define FC_HIDE(value) __asm__("" : "+r"(value)) /* the compiler would spell the mask out in every instruction */
+#define FC_HERE(value) __asm__ volatile("" : "+r"(value)) /* what is done with it comes after what is above */
 #else
+#define FC_HERE(value) ((void)0)
 #define FC_INLINE static inline
 #define FC_APART static
 #define FC_HIDE(value) ((void)0)

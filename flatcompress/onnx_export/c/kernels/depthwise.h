@@ -1,4 +1,6 @@
 #if FC_DEPTHWISE
+#define FC_TOGETHER 144u /* pixels */
+
 /* The next digits of a stream, the first in the lowest bits of a byte. */
 typedef struct {
     const uint8_t *next;
@@ -123,8 +125,11 @@ static void fc_depthwise(const fc_layer *layer, uint8_t *arena)
     const uint32_t lines = ((layer->out_h - 1u) * layer->stride_h) + ((layer->kernel_h - 1u) * FC_DILATION_H(layer)) + 1u;
     const uint32_t line = (layer->turned != 0u) ? 1u : layer->in_w, pixel = (layer->turned != 0u) ? layer->in_h : 1u;
     const uint32_t packed = FC_PACK(layer->packed, FC_SOURCE), depth = fc_pixel(layer->in_c, packed);
+    /* Sums of a small plane that lies line by line are handed over together, else a line's. */
+    const uint32_t pixels = length * layer->out_h;
+    const uint32_t together = ((layer->turned == 0u) && (pixels <= FC_TOGETHER)) ? 1u : 0u;
     int32_t *const sums = (int32_t *)(void *)&arena[layer->scratch];
-    uint32_t *const taps = (uint32_t *)(void *)&sums[(length + 3u) & ~3u];
+    uint32_t *const taps = (uint32_t *)(void *)&sums[(together != 0u) ? (pixels + 3u) : ((length + 3u) & ~3u)];
     uint8_t *const plane = (uint8_t *)&taps[layer->taps];
     const uint32_t wide = (layer->in_w < (width - layer->pad_l)) ? layer->in_w : (width - layer->pad_l);
     const uint32_t high = (layer->in_h < (lines - layer->pad_t)) ? layer->in_h : (lines - layer->pad_t);
@@ -140,11 +145,11 @@ static void fc_depthwise(const fc_layer *layer, uint8_t *arena)
         const uint32_t *const end = fc_taps(layer, &stream, width, taps);
         const uint32_t source = channel / repeat;
         const uint8_t *from = plane;
-        uint32_t at = 0u;
+        uint32_t at = 0u, held = 0u;
 #if FC_PACKED
         const uint32_t up = 4u * (source & packed), mask = 0xFFu >> (4u * packed);
 #endif
-        for (uint32_t y = 0u; y < high; y++) {
+        for (uint32_t y = (end != taps) ? 0u : high; y < high; y++) { /* without taps no input is wanted */
             const uint8_t *in = &arena[layer->source + (source >> packed) + (y * line * depth)];
             uint8_t *to = &plane[((y + layer->pad_t) * width) + layer->pad_l];
             const uint8_t *const even = &to[wide & ~1u];
@@ -165,20 +170,27 @@ static void fc_depthwise(const fc_layer *layer, uint8_t *arena)
             }
         }
         for (uint32_t y = 0u; y < layer->out_h; y++) {
-            if (layer->stride_w == 1u) {
-                fc_line_1(from, taps, end, sums, length);
+            if ((end == taps) && (y != 0u) && (together == 0u)) {
+                /* a channel without taps: the sums are zero still */
+            } else if (layer->stride_w == 1u) {
+                fc_line_1(from, taps, end, &sums[held], length);
             } else {
-                fc_line_n(from, taps, end, sums, length, layer->stride_w);
-            }
-            if (length > 1u) {
-                fc_put(&result, sums, length / 2u, channel, at);
-            }
-            if ((length & 1u) != 0u) {
-                fc_result one = result;
-                one.row = 0u;
-                fc_put(&one, &sums[length - 1u], 1u, channel, at + ((length - 1u) * result.row));
+                fc_line_n(from, taps, end, &sums[held], length, layer->stride_w);
             }
             from += layer->stride_h * width;
+            held += length;
+            if ((together != 0u) && (held != pixels)) {
+                continue; /* what a line wrote beyond its end is written over */
+            }
+            if (held > 1u) {
+                fc_put(&result, sums, held / 2u, channel, at);
+            }
+            if ((held & 1u) != 0u) {
+                fc_result one = result;
+                one.row = 0u;
+                fc_put(&one, &sums[held - 1u], 1u, channel, at + ((held - 1u) * result.row));
+            }
+            held = 0u;
             at += to_line;
         }
     }

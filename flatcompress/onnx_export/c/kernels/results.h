@@ -64,6 +64,9 @@ typedef struct {
 #if FC_SPARSE || FC_SPARSE_LINE
     uint8_t gap, form, split, absent; /* split: parts of each column of taps; absent: of the last line's pixels */
 #endif
+#if FC_WHOLE
+    uint8_t whole;         /* all taps of a group of pixels are gathered one after the other */
+#endif
 #if FC_DEPTHWISE || FC_TURNED
     uint8_t turned;        /* the image is taken with its sides exchanged */
 #endif
@@ -140,6 +143,22 @@ static fc_result fc_into(const fc_layer *layer, uint8_t *arena, float *real)
     return result;
 }
 
+/* What is left of a product's upper word: a code. Where all layers end alike, shift and clamp are one instruction. */
+FC_INLINE int32_t fc_end(int32_t upper, uint32_t shift, uint32_t trim)
+{
+#if FC_EVEN
+    (void)shift;
+    (void)trim;
+#if FC_DSP
+    return (int32_t)__usat(upper >> FC_EVEN_SHIFT, FC_EVEN_BITS);
+#else
+    return fc_clamp(upper >> FC_EVEN_SHIFT, 0, (1 << FC_EVEN_BITS) - 1);
+#endif
+#else
+    return fc_byte(upper >> shift) >> trim;
+#endif
+}
+
 /* Pairs of sums to codes of a channel, from the pixel at `at` on. `how` is a constant where this is called. */
 FC_INLINE void fc_put_as(const fc_result *result, const int32_t *sums, uint32_t pairs, uint32_t channel, uint32_t at,
                          uint32_t how)
@@ -200,8 +219,8 @@ FC_INLINE void fc_put_as(const fc_result *result, const int32_t *sums, uint32_t 
         second = (second * unit) + bias;
 #if FC_FLOATS
         if (how == FC_FLOAT) {
-            code = (fc_nearest((float)first * factor) + zero) * (int32_t)(1ul << trim);
-            next = (fc_nearest((float)second * factor) + zero) * (int32_t)(1ul << trim);
+            code = fc_byte((fc_nearest((float)first * factor) + zero) * (int32_t)(1ul << trim)) >> trim;
+            next = fc_byte((fc_nearest((float)second * factor) + zero) * (int32_t)(1ul << trim)) >> trim;
         } else
 #endif
         {
@@ -212,11 +231,9 @@ FC_INLINE void fc_put_as(const fc_result *result, const int32_t *sums, uint32_t 
             FC_UPPER(code, first, multiplier, offset);
             FC_UPPER(next, second, multiplier, offset);
 #endif
-            code >>= shift;
-            next >>= shift;
+            code = fc_end(code, shift, trim);
+            next = fc_end(next, shift, trim);
         }
-        code = fc_byte(code) >> trim;
-        next = fc_byte(next) >> trim;
 #if FC_LIMITS
         code = fc_clamp(code, low, high);
         next = fc_clamp(next, low, high);
@@ -299,7 +316,7 @@ FC_INLINE void fc_put_one(const fc_result *result, int32_t sum, uint32_t channel
         int32_t code = (sum * result->unit) + fc_raised_bias(layer, channel);
         const int32_t multiplier = fc_multiplier(layer, channel), offset = layer->offset;
         FC_UPPER(code, code, multiplier, offset);
-        code = fc_byte(code >> layer->shift) >> layer->trim;
+        code = fc_end(code, layer->shift, layer->trim);
 #if FC_LIMITS
         code = fc_clamp(code, (int32_t)layer->low, (int32_t)layer->high);
 #endif
