@@ -33,7 +33,7 @@
 #define FC_ROW_GAP 4u
 #define FC_ROW_GROUP (32u / (FC_ROW_GAP + FC_WORD_DIGIT(layer)))
 #define FC_ROW_WEIGHT(k)                                                                                               \
-    ((int32_t)(word << (32u - (FC_ROW_GAP * group) - (((k) + 1u) * digit))) >> (32u - digit))
+    ((int32_t)(word << ((32u - (FC_ROW_GAP * group) - (((k) + 1u) * digit)) & 31u)) >> (32u - digit))
 #define FC_ROW_ENTRY(k, half)                                                                                          \
     FC_PLUS_BYTE(here, here, half, (k) / 2u);                                                                          \
     sum += FC_ROW_WEIGHT(k) * (int32_t)source[here];
