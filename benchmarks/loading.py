@@ -114,7 +114,7 @@ def augmenting(quick: bool) -> list[dict[str, Any]]:
 
 
 # What a side of --against runs: it must do with what older commits have.
-SIDE = """
+LINES = """
 import sys, time, torch
 from flatcompress.data import augment
 from flatcompress.data.bundle import ImageSet, Part
@@ -144,7 +144,7 @@ for line in sys.stdin:
 def against(options: argparse.Namespace, failures: list[str]) -> dict[str, Any]:
     """Images a second of another commit, with how often this one's time fits into its."""
     given = [str(options.threads)]
-    here, there = _against.seconds(SIDE, options.against, 3 if options.quick else 15, options.threads, given, given)
+    here, there = _against.seconds(LINES, options.against, 3 if options.quick else 15, options.threads, given, given)
     faster = ratio(there, here)
     if faster < LEAST_AUGMENT:
         failures.append(f"augment: domainbed is {faster:.2f} times as fast as there, target {LEAST_AUGMENT}")

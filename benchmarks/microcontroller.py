@@ -29,11 +29,11 @@ is from the figures is printed.
 
 ``packed`` (convolutional networks of 4-bit activations): the same with ``pack_activations``, two codes to a byte.
 
-Targets (the sparse ones for networks of 4-bit activations, whose sums of two pixels fit one word)
+Targets
   1. every output bit equals the integer reference's, every cell.
   2. flash <= true + 6 B a channel + 2.5 kB (ResNet-8, autoencoder) or 5 kB (depthwise); none for vit_tiny.
   3. RAM <= bound, and with packed activations <= 0.65 of it.
-  4. dense, at 4-bit activations: at most 1.7 instructions a product for ResNet-8, 3.0 for the depthwise networks.
+  4. dense: at most 1.7 instructions a product for ResNet-8, 3.0 for the depthwise networks.
   5. at 80 % zeros at most 0.5 of the dense instructions; none for vit_tiny.
 The first three are asked of the trained networks too.
 """
@@ -249,11 +249,10 @@ def _memory(row: dict[str, Any]) -> list[str]:
 def _instructions(row: dict[str, Any], dense: dict[tuple[str, str], int]) -> list[str]:
     """Targets 4 and 5."""
     found = []
-    four = row["bits"].endswith("A4")
-    if four and not row["zeros"] and row["a product"] > PER_PRODUCT.get(row["net"], 99.0):
+    if not row["zeros"] and row["a product"] > PER_PRODUCT.get(row["net"], 99.0):
         found.append(f"{row['a product']} instructions a product, {PER_PRODUCT[row['net']]} allowed.")
     share = row["instructions"] / dense.get((row["net"], row["bits"]), row["instructions"])
-    if four and row["zeros"] and row["net"] != "vit_tiny" and share > 0.5:
+    if row["zeros"] and row["net"] != "vit_tiny" and share > 0.5:
         found.append(f"{share:.3f} of the dense instructions, 0.5 allowed.")
     return found
 

@@ -44,7 +44,7 @@ AXES: dict[str, list[int]] = {
     "side": [16, 24, 32],
     "classes": [4, 16, 64],
 }
-WIDTHS = [32, 64, 128]
+WIDTHS = [128, 256, 512]
 FILES = [1000, 2000, 4000]
 TOGETHER = {"processes": [1, 2], "workers": [1, 2]}
 MOST, MOST_SURVEY = 1.15, 2.15
