@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -85,8 +85,11 @@ class Mixing(nn.Module):
         return self.head((x + y * shares).mean((2, 3)))
 
 
-def a_run(width: int, layers: int, images: int, side: int, classes: int) -> dict[str, Any]:
-    """CPU seconds of every stage, and of what is measured after it; the process's peak in bytes."""
+def a_run(folder: Path, width: int, layers: int, images: int, side: int, classes: int) -> dict[str, Any]:
+    """CPU seconds of every stage, and of what is measured after it; the process's peak in bytes.
+
+    folder: the same for all processes. Nothing is said by others than the first.
+    """
     from flatcompress import Pipeline
 
     torch.set_num_threads(1)
@@ -106,12 +109,13 @@ def a_run(width: int, layers: int, images: int, side: int, classes: int) -> dict
         {"export": {}},
     ]
     clock = time.process_time
-    with tempfile.TemporaryDirectory() as folder:
-        pipeline = Pipeline(Chain(width, layers, classes), bundle, stages, batch_size=32, device="cpu", threads=1)
-        begun, wall = clock(), time.perf_counter()
-        result = pipeline.run(Path(folder) / "run")
-        total, walls = clock() - begun, time.perf_counter() - wall
-        log = (result.folder / "log.jsonl").read_text().splitlines()
+    pipeline = Pipeline(Chain(width, layers, classes), bundle, stages, batch_size=32, device="cpu", threads=1)
+    begun, wall = clock(), time.perf_counter()
+    result = pipeline.run(folder / "run")
+    total, walls = clock() - begun, time.perf_counter() - wall
+    if os.environ.get("RANK", "0") != "0":
+        return {}
+    log = (result.folder / "log.jsonl").read_text().splitlines()
     events = [json.loads(line) for line in log]
     busy = total / max(walls, 1e-9)  # wall seconds of the log as CPU time
     names, seconds = [next(iter(stage)) for stage in stages], {}
@@ -180,7 +184,12 @@ def alone(kind: str, sizes: Mapping[str, int], processes: int = 1) -> dict[str, 
         return json.loads(out.read_text())  # type: ignore[no-any-return]
 
 
-KINDS = {"run": a_run, "survey": a_survey, "listing": a_listing, "sweep": a_sweep}
+KINDS: dict[str, Callable[..., dict[str, Any]]] = {
+    "run": a_run,
+    "survey": a_survey,
+    "listing": a_listing,
+    "sweep": a_sweep,
+}
 
 
 def measured(axis: str, value: int) -> dict[str, Any]:
@@ -274,7 +283,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure what is not measured yet, fit, write the page; returns the exit code."""
     given = list(sys.argv[1:] if argv is None else argv)
     if given[:1] == ["--side"]:
-        found = KINDS[given[1]](**json.loads(given[2]))
+        place = [Path(given[3]).parent] if given[1] == "run" else []
+        found = KINDS[given[1]](*place, **json.loads(given[2]))
         found["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         if os.environ.get("RANK", "0") == "0":
             Path(given[3]).write_text(json.dumps(found))
