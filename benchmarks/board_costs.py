@@ -68,7 +68,7 @@ def fitted(rows: Sequence[tuple[Mapping[str, float], float]], least: float) -> d
     weighed = matrix * weight[:, None]
     size = np.linalg.norm(weighed, axis=0)
     solved = nnls(weighed / size, values * weight)[0] / size
-    return {name: round(float(value), 4) for name, value in zip(names, solved) if value > 0}
+    return {name: round(float(value), 4) for name, value in zip(names, solved)}
 
 
 def table(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -92,8 +92,14 @@ def errors(found: Sequence[dict[str, Any]], made: Mapping[str, Any]) -> list[dic
         flash = row["constants"] + costs.times(row["parts"], made["flash"])
         guess = sum(costs.times(counts, made["instructions"]) for counts, _ in row["steps"])
         rows.append({"flash": row["flash"], "estimated flash": round(flash), "instructions": row["instructions"],
-                     "estimated instructions": round(guess)})  # fmt: skip
+                     "estimated instructions": round(guess), "unknown": _unknown(row, made)})  # fmt: skip
     return rows
+
+
+def _unknown(row: Mapping[str, Any], made: Mapping[str, Any]) -> list[str]:
+    """Kinds of work and parts of the code that the table does not have."""
+    work_of = [name for counts, _ in row["steps"] for name in costs.unknown(counts, made["instructions"])]
+    return sorted({*work_of, *costs.unknown(row["parts"], made["flash"])})
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -107,6 +113,7 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         "median error of flash, bytes": round(float(np.median(flash))),
         "flash: nine in ten within": round(float(np.quantile(flash, 0.9))),
         "flash: largest": max(flash),
+        "kinds that the table does not have": len({name for row in rows for name in row["unknown"]}),
     }
 
 

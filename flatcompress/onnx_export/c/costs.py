@@ -24,32 +24,42 @@ DECODER = 64  # bytes of the table that coded rows are read with
 
 @dataclass(frozen=True)
 class StepCost:
-    """``module``: the path it comes from. ``kind``: its kernel, or what it does. instructions: estimated."""
+    """``module``: the path it comes from. ``kind``: its kernel, or what it does. instructions: estimated, without the
+    kinds of work that the table does not have (``unknown``)."""
 
     module: str
     kind: str
     macs: int
     instructions: int
+    unknown: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """flash: bytes that a linked image grows by. ram: bytes of the arena. instructions: of one inference."""
+    """flash: bytes that a linked image grows by. ram: bytes of the arena. instructions: of one inference. unmeasured:
+    parts of the code that the table does not have."""
 
     flash: int
     ram: int
     steps: tuple[StepCost, ...]
+    unmeasured: tuple[str, ...] = ()
 
     @property
     def instructions(self) -> int:
         """Of all steps."""
         return sum(step.instructions for step in self.steps)
 
+    @property
+    def unknown(self) -> tuple[str, ...]:
+        """What flash and instructions are without: the table was fitted on programs that have nothing of the kind."""
+        return tuple(sorted({*self.unmeasured, *(name for step in self.steps for name in step.unknown)}))
+
     def to_json(self) -> dict[str, Any]:
         """For the certificate."""
         found = table()
         on = {"board": found["board"], "flags": found["flags"], "compiler": found["compiler"]}
-        return {**on, "flash": self.flash, "instructions": self.instructions, "steps": [asdict(s) for s in self.steps]}
+        figures = {"flash": self.flash, "instructions": self.instructions, "unknown": list(self.unknown)}
+        return {**on, **figures, "steps": [asdict(step) for step in self.steps]}
 
 
 @cache
@@ -60,13 +70,14 @@ def table() -> dict[str, Any]:
 
 def estimate(decided: Decided) -> Estimate:
     """What a program costs. Its C is made for that, not written."""
-    return with_code(decided, code_bytes(parts(decided)))
+    return with_code(decided, parts(decided))
 
 
-def with_code(decided: Decided, code_bytes: float) -> Estimate:
-    """What a program costs whose code, beside its constants, takes so many bytes."""
+def with_code(decided: Decided, made_of: Mapping[str, float]) -> Estimate:
+    """What a program costs whose code is made of these `parts`."""
     steps = tuple(step_cost(decided, index) for index in range(len(decided.program.steps)))
-    return Estimate(round(constants(decided) + code_bytes), decided.plan.arena, steps)
+    flash, fitted = constants(decided) + code_bytes(made_of), table()["flash"]
+    return Estimate(round(flash), decided.plan.arena, steps, unknown(made_of, fitted))
 
 
 def step_cost(decided: Decided, index: int) -> StepCost:
@@ -74,7 +85,8 @@ def step_cost(decided: Decided, index: int) -> StepCost:
     step, layer = decided.program.steps[index], decided.layers.get(index)
     kind = layer.kernel if layer is not None else work.kind(step)
     macs = layer.step.macs if layer is not None else _products(step)
-    return StepCost(step.path, kind, macs, round(times(work.of_step(decided, index), table()["instructions"])))
+    counts, fitted = work.of_step(decided, index), table()["instructions"]
+    return StepCost(step.path, kind, macs, round(times(counts, fitted)), unknown(counts, fitted))
 
 
 def _products(step: ir.Step) -> int:
@@ -83,8 +95,13 @@ def _products(step: ir.Step) -> int:
 
 
 def times(counts: Mapping[str, float], fitted: Mapping[str, float]) -> float:
-    """Counts times what each takes; what the table does not know counts nothing."""
+    """Counts times what each takes; what the table does not have (`unknown`) counts nothing."""
     return sum(count * fitted.get(name, 0.0) for name, count in counts.items())
+
+
+def unknown(counts: Mapping[str, float], fitted: Mapping[str, float]) -> tuple[str, ...]:
+    """Names of counts that the table does not have."""
+    return tuple(sorted(name for name, count in counts.items() if count and name not in fitted))
 
 
 def code_bytes(made_of: Mapping[str, float]) -> float:

@@ -267,11 +267,19 @@ def _estimated(estimate: dict[str, Any]) -> str:
             f"Estimated for a Cortex-M4 ({estimate['compiler']}, {' '.join(estimate['flags'])}; fitted on an emulator,",
             f"which counts instructions, not cycles): {estimate['flash']} bytes of flash, {estimate['instructions']}",
             "instructions of one inference.",
+            *_without(estimate["unknown"]),
             "",
             "| module | step | products | instructions |",
             "|---|---|---|---|",
             *rows,
         ]
+    )
+
+
+def _without(unknown: list[str]) -> list[str]:
+    """What an estimate says of the parts that it knows nothing of."""
+    return (
+        [f"Not in these figures, because the table has nothing of the kind: {', '.join(unknown)}."] if unknown else []
     )
 
 

@@ -50,7 +50,7 @@ class Sketch:
         """The estimate where layers have so many output channels (by path). planned: RAM too, which takes longest."""
         made = resized(self.decided, outputs, planned)
         parts = self.parts - _kernels(self.decided) | _kernels(made)
-        return costs.with_code(made, costs.code_bytes(parts))
+        return costs.with_code(made, parts)
 
 
 def _kernels(decided: Decided) -> Counter[str]:

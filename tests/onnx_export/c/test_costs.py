@@ -40,14 +40,26 @@ def test_estimates_are_near_what_the_linker_and_the_emulator_say(name, sparsity,
     assert guess.ram == exported.c.figures["ram_bytes"]
 
 
-@pytest.mark.parametrize("name", NETS)
-def test_every_kind_of_work_and_every_part_of_the_code_is_in_the_table(name, tmp_path):
+@pytest.mark.parametrize("sparsity", [0.0, 0.85])
+@pytest.mark.parametrize("name", [*NETS, *REAL])
+def test_every_kind_of_work_and_every_part_of_the_code_is_in_the_table(name, sparsity, tmp_path):
     model, shape = network(name)
-    decided = made(model, shape, 4, 4, tmp_path / "m.onnx").c.decided
-    steps = [costs.step_cost(decided, i) for i in range(len(decided.program.steps))]
-    assert all(step.instructions > 0 for step in steps)
-    assert sum(step.macs for step in steps) == decided.program.macs
-    assert costs.estimate(decided).flash > costs.constants(decided)
+    decided = made(model, shape, 4, 4, tmp_path / "m.onnx", sparsity=sparsity).c.decided
+    found = costs.estimate(decided)
+    assert all(step.instructions > 0 for step in found.steps) and found.unknown == ()
+    assert sum(step.macs for step in found.steps) == decided.program.macs
+    assert found.flash > costs.constants(decided)
+
+
+def test_what_the_table_does_not_have_is_named_in_the_figures_and_the_readme(tmp_path, monkeypatch):
+    known = costs.table()
+    short = {name: {k: v for k, v in known[name].items() if k != gone} for name, gone in
+             (("instructions", "pair of rows"), ("flash", "part CONV"))}  # fmt: skip
+    monkeypatch.setattr(costs, "table", lambda: {**known, **short})
+    model, shape = network("residual")
+    written = made(model, shape, 4, 4, tmp_path / "m.onnx").c
+    assert written.figures["estimate"]["unknown"] == ["pair of rows", "part CONV"]
+    assert "nothing of the kind: pair of rows, part CONV." in (written.folder / "README.md").read_text()
 
 
 def test_work_grows_with_pixels_and_channels_as_the_loops_do(tmp_path):
