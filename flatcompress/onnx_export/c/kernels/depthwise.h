@@ -116,6 +116,34 @@ FC_INLINE uint32_t *fc_taps(const fc_layer *layer, fc_stream *stream, uint32_t w
     return to;
 }
 
+/* One channel of a line's pixels, `step` bytes apart; up, mask: where a packed code lies in its byte. */
+FC_APART void fc_copied(uint8_t *to, const uint8_t *in, uint32_t step, uint32_t count, uint32_t up, uint32_t mask)
+{
+#if FC_PACKED
+#define FC_FROM(code) (uint8_t)(((uint32_t)(code) >> up) & mask)
+#else
+#define FC_FROM(code) (code)
+    (void)up;
+    (void)mask;
+#endif
+    for (; (count & 3u) != 0u; count--) {
+        *to = FC_FROM(*in);
+        to++;
+        in += step;
+    }
+    for (; count != 0u; count -= 4u) {
+        to[0] = FC_FROM(*in);
+        in += step;
+        to[1] = FC_FROM(*in);
+        in += step;
+        to[2] = FC_FROM(*in);
+        in += step;
+        to[3] = FC_FROM(*in);
+        in += step;
+        to += 4;
+    }
+}
+
 /* Channel by channel: its plane is copied, padded, so that the output may lie where the input was; zeros among the
  * weights are skipped. Sides may be exchanged (`turned`), so that the longer one is gone along. */
 static void fc_depthwise(const fc_layer *layer, uint8_t *arena)
@@ -146,28 +174,10 @@ static void fc_depthwise(const fc_layer *layer, uint8_t *arena)
         const uint32_t source = channel / repeat;
         const uint8_t *from = plane;
         uint32_t at = 0u, held = 0u;
-#if FC_PACKED
         const uint32_t up = 4u * (source & packed), mask = 0xFFu >> (4u * packed);
-#endif
         for (uint32_t y = (end != taps) ? 0u : high; y < high; y++) { /* without taps no input is wanted */
-            const uint8_t *in = &arena[layer->source + (source >> packed) + (y * line * depth)];
-            uint8_t *to = &plane[((y + layer->pad_t) * width) + layer->pad_l];
-            const uint8_t *const even = &to[wide & ~1u];
-            const uint32_t step = pixel * depth;
-#if FC_PACKED
-#define FC_FROM(code) (uint8_t)(((uint32_t)(code) >> up) & mask)
-#else
-#define FC_FROM(code) (code)
-#endif
-            while (to != even) {
-                to[0] = FC_FROM(in[0]);
-                to[1] = FC_FROM(in[step]);
-                to += 2;
-                in += 2u * step;
-            }
-            if ((wide & 1u) != 0u) {
-                *to = FC_FROM(*in);
-            }
+            fc_copied(&plane[((y + layer->pad_t) * width) + layer->pad_l],
+                      &arena[layer->source + (source >> packed) + (y * line * depth)], pixel * depth, wide, up, mask);
         }
         for (uint32_t y = 0u; y < layer->out_h; y++) {
             if ((end == taps) && (y != 0u) && (together == 0u)) {
