@@ -96,12 +96,17 @@ def _products(step: ir.Step) -> int:
 
 def times(counts: Mapping[str, float], fitted: Mapping[str, float]) -> float:
     """Counts times what each takes; what the table does not have (`unknown`) counts nothing."""
-    return sum(count * fitted.get(name, 0.0) for name, count in counts.items())
+    return sum(count * (_of(name, fitted) or 0.0) for name, count in counts.items())
 
 
 def unknown(counts: Mapping[str, float], fitted: Mapping[str, float]) -> tuple[str, ...]:
     """Names of counts that the table does not have."""
-    return tuple(sorted(name for name, count in counts.items() if count and name not in fitted))
+    return tuple(sorted(name for name, count in counts.items() if count and _of(name, fitted) is None))
+
+
+def _of(name: str, fitted: Mapping[str, float]) -> float | None:
+    """What a table has; for a kernel that is called once alone, where it has nothing of that, what one of many takes."""
+    return fitted.get(name, fitted.get(name.removesuffix(work.ALONE)))
 
 
 def code_bytes(made_of: Mapping[str, float]) -> float:

@@ -17,6 +17,7 @@ from flatcompress.onnx_export.c import choosing, ir, weights
 from flatcompress.onnx_export.c.layers import Decided, Layer
 
 Work = Counter[str]  # kind of work -> how often
+ALONE = ", alone"  # ends the name of work of a kernel that is called once
 FORMS = {weights.WIDE: "wide", weights.WORDS: "words", weights.BYTES: "bytes", weights.ENDED: "ended"}
 
 
@@ -26,7 +27,7 @@ def of_step(decided: Decided, index: int) -> Work:
     if isinstance(step, ir.Rows):
         return _rows(step, layer)
     found = _layer(layer) if layer is not None else Counter({kind(step): 1}) + _OTHERS[type(step)](step)
-    return Counter({f"{name}, alone": n for name, n in found.items()}) if _alone(decided, index) else found
+    return Counter({name + ALONE: n for name, n in found.items()}) if _alone(decided, index) else found
 
 
 def kind(step: ir.Step) -> str:
