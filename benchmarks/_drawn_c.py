@@ -28,6 +28,8 @@ class Drawn:
         if seed % 10 == 2:
             kind, self.zeros, self.bits = "coded", 0.0, 2
         self.packed = bool(self.rng.random() < 0.25)
+        self.dilation = (2, 1 + seed % 2) if seed % 20 in (6, 11) else (1, 1)
+        self.late = seed % 10 == 4
         self.program = ir.Program((), ())
         {"image": self._image, "coded": self._coded, "vector": self._vector, "rows": self._rows}[kind]()
 
@@ -67,8 +69,9 @@ class Drawn:
         self, source: ir.Codes, outputs: int, kernel: tuple[int, int] = (1, 1), stride: int = 1, groups: int = 1,
         out: bool = True, bits: int | None = None,
     ) -> ir.Conv:  # fmt: skip
-        pads = kernel[0] // 2, kernel[1] // 2
-        sides = ((source.height, kernel[0], pads[0]), (source.width, kernel[1], pads[1]))
+        pads = self.dilation[0] * (kernel[0] // 2), self.dilation[1] * (kernel[1] // 2)
+        reach = [(size - 1) * apart + 1 for size, apart in zip(kernel, self.dilation)]
+        sides = zip((source.height, source.width), reach, pads)
         height, width = ((side + 2 * pad - size) // stride + 1 for side, size, pad in sides)
         width_of = self.bits if bits is None else bits
         weight = self._weight((outputs, *kernel, source.channels // groups), width_of)
@@ -78,7 +81,7 @@ class Drawn:
         bias = np.round(self.rng.normal(size=outputs) * top / 8).astype(np.int64)
         if not out:
             scale /= 1 << self.codes
-        window = ir.Window(kernel, (stride, stride), (1, 1), pads)
+        window = ir.Window(kernel, (stride, stride), self.dilation, pads)
         return ir.Conv("", [source], result, weight, bias, scale, width_of, 0, window, groups, height, width)
 
     def _image(self) -> None:
@@ -227,6 +230,7 @@ class Drawn:
         if begin == 1:
             made = self._conv(source, self._draw(16, 32, 40), out=False)
             columns = made.outputs
+            made.late = self.rng.normal(size=columns).astype(np.float32) if self.late else None
         elif begin == 2 and columns % 4 == 0:
             strides = (0, columns // 4, columns, 1)
             factor = np.float32(1 / (5000 * math.sqrt(columns)))

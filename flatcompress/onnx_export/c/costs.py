@@ -105,7 +105,7 @@ def unknown(counts: Mapping[str, float], fitted: Mapping[str, float]) -> tuple[s
 
 
 def _of(name: str, fitted: Mapping[str, float]) -> float | None:
-    """What a table has; for a kernel that is called once alone, where it has nothing of that, what one of many takes."""
+    """What a table has; of a kernel that is called once alone, if there is nothing of that, what one of many takes."""
     return fitted.get(name, fitted.get(name.removesuffix(work.ALONE)))
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flatcompress.onnx_export.c import choosing, ir, weights
+from flatcompress.onnx_export.c.ending import end_of
 from flatcompress.onnx_export.c.layers import Decided, Layer
 
 Work = Counter[str]  # kind of work -> how often
@@ -25,14 +26,24 @@ def of_step(decided: Decided, index: int) -> Work:
     """The work of a program's step."""
     step, layer = decided.program.steps[index], decided.layers.get(index)
     if isinstance(step, ir.Rows):
-        return _rows(step, layer)
+        return _beside(decided, _rows(step, layer))
     found = _layer(layer) if layer is not None else Counter({kind(step): 1}) + _OTHERS[type(step)](step)
+    found = _beside(decided, found)
     return Counter({name + ALONE: n for name, n in found.items()}) if _alone(decided, index) else found
 
 
 def kind(step: ir.Step) -> str:
     """What a step is called where it has no kernel's name."""
     return type(step).__name__.lower()
+
+
+def _beside(decided: Decided, found: Work) -> Work:
+    """Codes of integer rules by what the code that all layers share has to look at for the sake of others."""
+    layers = decided.layers.values()
+    beside = " beside floats" if any(layer.rule.floats for layer in layers) else ""
+    if any(end_of(layer).limits for layer in layers):
+        beside += " beside limits"
+    return Counter({name + beside if name in ("code value", "even value") else name: n for name, n in found.items()})
 
 
 def _alone(decided: Decided, index: int) -> bool:

@@ -67,7 +67,10 @@ def test_work_grows_with_pixels_and_channels_as_the_loops_do(tmp_path):
     decided = made(model, shape, 4, 4, tmp_path / "m.onnx").c.decided
     counts = work.of_step(decided, 1)
     conv = decided.program.steps[1]
-    assert counts["code value"] + counts["even value"] == conv.outputs * conv.height * conv.width
+    assert (
+        sum(n for name, n in counts.items() if name.startswith(("code value", "even value")))
+        == conv.outputs * conv.height * conv.width
+    )
     assert counts["copied bytes"] + 4 * counts["copied words"] == conv.taps * conv.height * conv.width
 
 
