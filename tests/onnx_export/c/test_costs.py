@@ -46,7 +46,7 @@ def test_every_kind_of_work_and_every_part_of_the_code_is_in_the_table(name, spa
     model, shape = network(name)
     decided = made(model, shape, 4, 4, tmp_path / "m.onnx", sparsity=sparsity).c.decided
     found = costs.estimate(decided)
-    assert all(step.instructions > 0 for step in found.steps) and set(found.unknown) <= {"part DILATED", "part LATE"}
+    assert all(step.instructions > 0 for step in found.steps) and found.unknown == ()
     assert sum(step.macs for step in found.steps) == decided.program.macs
     assert found.flash > costs.constants(decided)
 
