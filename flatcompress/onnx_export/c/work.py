@@ -40,9 +40,10 @@ def kind(step: ir.Step) -> str:
 def _beside(decided: Decided, found: Work) -> Work:
     """Codes of integer rules by what the code that all layers share has to look at for the sake of others."""
     layers = decided.layers.values()
-    rules = [*(layer.rule for layer in layers), *decided.pools.values(), *decided.adds.values()]
-    rules += [layer.add for layer in layers if layer.add is not None]
-    beside = " beside floats" if any(rule.floats for rule in rules) else ""
+    rules = [*(layer.rule for layer in layers), *decided.pools.values()]
+    added = [*(layer.add for layer in layers if layer.add is not None), *decided.adds.values()]
+    floats = any(rule.floats for rule in rules) or any(rule.floats for rule in added)
+    beside = " beside floats" if floats else ""
     if any(end_of(layer).limits for layer in layers):
         beside += " beside limits"
     return Counter({name + beside if name in ("code value", "even value") else name: n for name, n in found.items()})
