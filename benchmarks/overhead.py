@@ -66,7 +66,14 @@ def the_run(count: int) -> dict[str, Any]:
             for name, value in event["seconds"].items():
                 parts[name] = parts.get(name, 0.0) + value
     parts["the stages beside their epochs"] = parts.pop("the stage") - training
-    return {"total": total, "training": training, "parts": parts, "passes": result.ledger[-2]["passes"]}
+    within = [item for e in seen if e["event"] == "spent" for item in e.get("within", {}).items()]
+    return {
+        "total": total,
+        "training": training,
+        "parts": parts,
+        "within": within,
+        "passes": result.ledger[-2]["passes"],
+    }
 
 
 def the_plain_loop(count: int) -> dict[str, Any]:
@@ -148,6 +155,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     told = {**run["parts"], "not told": beside - sum(run["parts"].values())}
     for name, seconds in sorted(told.items(), key=lambda item: -item[1]):
         rows.append({"part": f"  {name}", "seconds": seconds, "of_training": seconds / run["training"]})
+        for inner, took in run["within"] if name == "the stages beside their epochs" else ():
+            rows.append({"part": f"    {inner}", "seconds": took, "of_training": took / run["training"]})
     failures = [
         f"{what} is {shares[key]:.2f} {of}, target {most}"
         for key, most, what, of in (

@@ -243,7 +243,7 @@ class Pipeline:
         seed_everything(run.seed)
         session.enter(run, index)
         started = time.monotonic()
-        passes, run.spent = run.passes, {}
+        passes, run.spent, run.parts = run.passes, {}, {}
         run_stage(entry.kind, run, entry.config)
         seconds = session.elapsed + time.monotonic() - started
         own = seconds

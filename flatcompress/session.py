@@ -239,9 +239,10 @@ class Session:
         )
 
     def spent(self, run: RunContext, seconds: float) -> None:
-        """Log where a stage's time went (``seconds`` for itself, the rest for measuring) and the most memory by now."""
+        """Log where a stage's time went (``seconds`` for itself, the rest for measuring; ``within``: what of the first
+        was no step of its training) and the most memory by now."""
         parts = {"the stage": max(0.0, seconds), **run.spent}
-        self.emit("spent", seconds=parts, peak_bytes=memory.peak_bytes(run.device))
+        self.emit("spent", seconds=parts, within=run.parts, peak_bytes=memory.peak_bytes(run.device))
 
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:

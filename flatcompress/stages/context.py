@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ class RunContext:
     have as many samples of each training domain. ``measuring``: how much
     is measured (see `budget`), ``planned``: of what training; ``corrupted``: the corrupted parts as they are measured,
     once they were; ``statistics``: see `shipped`. ``spent``: where the running stage's time went, beside its training,
-    in seconds.
+    in seconds; ``parts``: what of its own work is no step of the training.
     """
 
     model: nn.Module
@@ -75,6 +75,7 @@ class RunContext:
     corrupted: dict[str, Any] | None = None
     statistics: tuple[bytes, dict[str, Any]] | None = None
     spent: dict[str, float] = field(default_factory=dict)
+    parts: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:
@@ -91,9 +92,19 @@ class RunContext:
         """Show what the block does, in a few words, while it does it."""
         self.show("doing", what=what, measuring=measuring)
         try:
-            yield
+            with nullcontext() if measuring else self.part(what):
+                yield
         finally:
             self.show("doing", what=None, measuring=measuring)
+
+    @contextmanager
+    def part(self, what: str) -> Iterator[None]:
+        """Add the seconds of the block, a part of the stage's own work beside its steps, to ``parts[what]``."""
+        begun = time.monotonic()
+        try:
+            yield
+        finally:
+            self.parts[what] = self.parts.get(what, 0.0) + time.monotonic() - begun
 
     @property
     def task(self) -> Task:

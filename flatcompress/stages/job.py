@@ -128,7 +128,7 @@ def _heartbeat(run: RunContext, config: TrainingKeys) -> Heartbeat:
 
 def _score(run: RunContext, model: nn.Module, as_shipped: Callable[[], AbstractContextManager[None]]) -> float:
     """The metric that selects, on the validation split."""
-    with as_shipped():
+    with as_shipped(), run.part("validation"):
         return evaluate(model, run.data.val, run.task, run.device, run.together, run.workers)[run.task.selects]
 
 

@@ -76,7 +76,8 @@ def _train_quantized(run: RunContext, config: QuantizeConfig, teacher: nn.Module
         with run.doing("post-training quantization"):
             post_training.start(run, given, config.weight_bits, settings)
     else:
-        run.plan = run.plan + insert(run.model, run.example(), config, facts["bits"])
+        with run.part("placing the quantizers"):
+            run.plan = run.plan + insert(run.model, run.example(), config, facts["bits"])
         with run.doing("calibration"), layout.lying(run.model, run.layout):
             quant.calibrate(run.model, given)
     if config.freeze_bn == "estimated" and run.resume is None:

@@ -95,7 +95,8 @@ def as_shipped(run: RunContext, keep_statistics: bool) -> Iterator[None]:
     norms = batchnorms(run.model)
     before = _statistics(norms)
     try:
-        _estimate(run, batches)
+        with run.part("BatchNorm statistics"):
+            _estimate(run, batches)
         yield
     finally:
         for name, norm in norms.items():

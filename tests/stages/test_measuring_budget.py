@@ -169,3 +169,15 @@ def test_off_measures_no_sharpness_and_nothing_under_corruption() -> None:
     assert row["sharpness"] is None and row["corruptions"] == {} and row["accuracy"]["test"] is not None
     run.measuring = "quick"
     assert set(measure(run, "train", "none", 0.0, 4)["corruptions"]) == {"noise"}
+
+
+def test_what_a_stage_does_beside_its_steps_is_told_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("flatcompress.stages.context.time.monotonic", lambda: now[0])
+    run = context()
+    for what, seconds in (("calibration", 2.0), ("validation", 1.0), ("calibration", 4.0)):
+        with run.doing(what) if what == "calibration" else run.part(what):
+            now[0] += seconds
+    with run.timed("sharpness"):
+        now[0] += 8.0
+    assert run.parts == {"calibration": 6.0, "validation": 1.0} and run.spent == {"sharpness": 8.0}
