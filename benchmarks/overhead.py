@@ -61,7 +61,7 @@ however long that trains. Longer training has a validation and an estimate of th
 samples for the measuring until that is a quarter of it (`measure: quick`).
 
 Targets: {missed}. The peak is in the training: it begins with the modules of the pipeline in memory, where the plain
-loop has those of the quantized layers, and grows over the first steps by what the C library does not join of freed pieces.
+loop has those of the quantized layers, and grows over the first steps by freed pieces that the C library does not join.
 """
 SIDE, BATCH = 96, 32
 
