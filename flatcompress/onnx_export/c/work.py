@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flatcompress.onnx_export.c import choosing, ir, weights
-from flatcompress.onnx_export.c.ending import end_of
 from flatcompress.onnx_export.c.layers import Decided, Layer
 
 Work = Counter[str]  # kind of work -> how often
@@ -44,8 +43,6 @@ def _beside(decided: Decided, found: Work) -> Work:
     added = [*(layer.add for layer in layers if layer.add is not None), *decided.adds.values()]
     floats = any(rule.floats for rule in rules) or any(rule.floats for rule in added)
     beside = " beside floats" if floats else ""
-    if any(end_of(layer).limits for layer in layers):
-        beside += " beside limits"
     return Counter({name + beside if name in ("code value", "even value") else name: n for name, n in found.items()})
 
 
