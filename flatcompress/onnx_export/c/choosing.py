@@ -16,6 +16,7 @@ FEW = 0.02  # of all products: a layer of so few takes the kernel that is there 
 COLUMNS = 8  # that the sparse kernel makes at once, of two lines; four of wide sums
 WHOLE = 1280  # bytes of all taps of a group of pixels, at most, for them to be gathered one after the other
 SHARE = 0.05  # of all products: less is not worth the code of another way to gather inputs
+CODE = {SPARSE: 1200, LINE: 400}  # bytes of flash that a kernel takes
 DEPTH = 4  # channels of which pixel by pixel is the shorter way
 PART, COPY = 20, 7  # instructions to begin a column of taps in a row of weights; to copy a tap of a group
 
@@ -47,6 +48,7 @@ def choose(convs: Sequence[tuple[ir.Conv, weights.Digits]]) -> list[Choice]:
     """A kernel for every layer, and its stream where that is sparse; sets how many pixels a layer makes at once."""
     chosen = [_alone(step, found) for step, found in convs]
     total = sum(step.macs for step, _ in convs)
+    chosen = _without_lone(convs, chosen, total)
     kernels = {kernel for kernel, _ in chosen}
     last = SPARSE if SPARSE in kernels else LINE
     if last in kernels:  # the last dense layers, so that no dense kernel is needed
@@ -65,6 +67,19 @@ def choose(convs: Sequence[tuple[ir.Conv, weights.Digits]]) -> list[Choice]:
         step.pixels = {CONV: 2, SPARSE: at_once}.get(kernel, 1)
         if entries is not None and entries.turned:
             step.pixels = 1  # columns first: the source is needed until the end
+    return chosen
+
+
+def _without_lone(convs: Sequence[tuple[ir.Conv, weights.Digits]], chosen: list[Choice], total: int) -> list[Choice]:
+    """Dense layers for sparse ones of so few products that they save neither time nor the bytes of their kernel."""
+    for kernel, code in CODE.items():
+        mine = [i for i, (name, _) in enumerate(chosen) if name == kernel]
+        saved = sum(weights.rows(convs[i][1]).nbytes - made.stream.nbytes for i in mine if (made := chosen[i][1]))
+        if sum(convs[i][0].macs for i in mine) <= SHARE * total and saved < code:
+            chosen = [
+                (_dense(convs[i][0], convs[i][1].bits), None) if i in mine else choice
+                for i, choice in enumerate(chosen)
+            ]
     return chosen
 
 

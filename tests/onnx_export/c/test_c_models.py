@@ -196,6 +196,21 @@ def test_a_sparse_layer_goes_down_the_columns_where_these_are_longer(packed, tmp
     assert wrong(exported, samples((2, 21, 5)), STRICT) == []
 
 
+@needs_compiler
+@pytest.mark.parametrize(("zeroed", "sparse"), [((4,), 0), ((2, 4), 1)])
+def test_a_lone_small_layer_of_zeros_does_not_bring_the_sparse_kernel(zeroed, sparse, tmp_path):
+    torch.manual_seed(0)
+    body = nn.Sequential(
+        nn.Conv2d(2, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 4, 1),
+        nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3),
+    )  # fmt: skip
+    for i in zeroed:
+        body[i].weight.data *= torch.rand(body[i].weight.shape) >= 0.85
+    exported = made(body, (2, 8, 8), 4, 4, tmp_path / "m.onnx")
+    assert f"#define FC_SPARSE {sparse}\n" in (exported.c.folder / "m.c").read_text()
+    assert wrong(exported, samples((2, 8, 8)), STRICT) == []
+
+
 @pytest.mark.parametrize(("bits", "most"), [(4, 15), (4, 255), (2, 3), (8, 255), (3, 7)])
 @pytest.mark.parametrize("density", [0.0, 0.02, 0.3])
 def test_a_sparse_stream_holds_every_weight(bits, most, density):
