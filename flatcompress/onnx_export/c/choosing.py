@@ -75,7 +75,7 @@ def _without_lone(convs: Sequence[tuple[ir.Conv, weights.Digits]], chosen: list[
     for kernel, code in CODE.items():
         mine = [i for i, (name, _) in enumerate(chosen) if name == kernel]
         saved = sum(weights.rows(convs[i][1]).nbytes - made.stream.nbytes for i in mine if (made := chosen[i][1]))
-        if sum(convs[i][0].macs for i in mine) <= SHARE * total and saved < code:
+        if sum(convs[i][0].macs for i in mine) <= FEW * total and saved < code:
             chosen = [
                 (_dense(convs[i][0], convs[i][1].bits), None) if i in mine else choice
                 for i, choice in enumerate(chosen)

@@ -201,8 +201,8 @@ def test_a_sparse_layer_goes_down_the_columns_where_these_are_longer(packed, tmp
 def test_a_lone_small_layer_of_zeros_does_not_bring_the_sparse_kernel(zeroed, sparse, tmp_path):
     torch.manual_seed(0)
     body = nn.Sequential(
-        nn.Conv2d(2, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 4, 1),
-        nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3),
+        nn.Conv2d(2, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 2, 1),
+        nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 3),
     )  # fmt: skip
     for i in zeroed:
         body[i].weight.data *= torch.rand(body[i].weight.shape) >= 0.85
