@@ -99,11 +99,8 @@ def keep_freed_memory() -> bool:
     glibc gives every large block back to the system, so each activation is faulted in page by page: on EfficientNet at
     224 pixels that took two thirds of the processor time of a forward pass.
     """
-    import ctypes
-
-    try:
-        settings = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):  # no glibc
+    settings = _glibc("mallopt")
+    if settings is None:
         return False
     most, trim, pad = -3, -1, -2  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD of malloc.h
     return all(settings(name, value) for name, value in ((most, 1 << 30), (trim, (1 << 31) - 1), (pad, 64 << 20)))
@@ -114,14 +111,21 @@ def give_back_memory() -> bool:
 
     For between two kinds of work: what one has left in pieces the other would not fit into, and take more beside it.
     """
-    import ctypes
-
-    try:
-        trim = ctypes.CDLL(None).malloc_trim
-    except (OSError, AttributeError, TypeError):  # no glibc
+    trim = _glibc("malloc_trim")
+    if trim is None:
         return False
     trim(0)
     return True
+
+
+def _glibc(name: str) -> Any:
+    """The C library's function, None where that is not glibc."""
+    import ctypes
+
+    try:
+        return getattr(ctypes.CDLL(None), name)
+    except (OSError, AttributeError, TypeError):
+        return None
 
 
 @contextmanager

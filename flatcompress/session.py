@@ -24,6 +24,7 @@ from flatcompress.plan import apply_plan, load_weights
 from flatcompress.recipe import Recipe
 from flatcompress.recipe.resuming import first_changed_stage
 from flatcompress.stages import RunContext, pictures
+from flatcompress.stages.context import added
 from flatcompress.stages.reported import reported
 from flatcompress.storage import write_bytes_atomic, write_error
 from flatcompress.store import checkpoint
@@ -247,11 +248,8 @@ class Session:
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:
         """Add the seconds of the block, which is part of no stage, to ``beside[what]``."""
-        begun = time.monotonic()
-        try:
+        with added(self.beside, what):
             yield
-        finally:
-            self.beside[what] = self.beside.get(what, 0.0) + time.monotonic() - begun
 
     def leave(self, run: RunContext, index: int) -> None:
         """Stage ``index`` is done: keep it."""

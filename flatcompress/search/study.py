@@ -18,6 +18,7 @@ import uuid
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -221,9 +222,15 @@ class Study:
         """What makes a point a new one. Of many choices those alone: a sampler that has settled on all of them would go
         on with the same network at other numbers, which cheap fidelities cannot tell apart.
         """
-        chosen = {p.name: values[p.name] for p in self.space.parameters if p.choices}
-        ways = math.prod(len(p.choices) for p in self.space.parameters if p.choices)
-        return json.dumps(chosen if ways >= MANY * self.search.n_trials else dict(values), sort_keys=True)
+        return json.dumps({name: values[name] for name in self._telling}, sort_keys=True)
+
+    @cached_property
+    def _telling(self) -> list[str]:
+        """The parameters that make a point a new one."""
+        parameters = self.space.parameters
+        choices = [p for p in parameters if p.choices]
+        many = math.prod(len(p.choices) for p in choices) >= MANY * self.search.n_trials
+        return [p.name for p in (choices if many else parameters)]
 
     def _seen(self, record: Record, rung: int, distributions: dict[str, Any]) -> Any:
         measures = record.results[rung]

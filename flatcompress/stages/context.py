@@ -29,6 +29,16 @@ def _silent(event: str, **fields: Any) -> None:
     """Nobody listens."""
 
 
+@contextmanager
+def added(seconds: dict[str, float], what: str) -> Iterator[None]:
+    """Add the seconds of the block to ``seconds[what]``."""
+    begun = time.monotonic()
+    try:
+        yield
+    finally:
+        seconds[what] = seconds.get(what, 0.0) + time.monotonic() - begun
+
+
 @dataclass
 class RunContext:
     """One model on its way through the stages, and what the stages may use.
@@ -80,12 +90,8 @@ class RunContext:
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:
         """Add the seconds of the block, which measures, to ``spent[what]``; of this stage alone."""
-        begun = time.monotonic()
-        try:
-            with self.doing(what, measuring=True):
-                yield
-        finally:
-            self.spent[what] = self.spent.get(what, 0.0) + time.monotonic() - begun
+        with added(self.spent, what), self.doing(what, measuring=True):
+            yield
 
     @contextmanager
     def doing(self, what: str, *, measuring: bool = False) -> Iterator[None]:
@@ -100,11 +106,8 @@ class RunContext:
     @contextmanager
     def part(self, what: str) -> Iterator[None]:
         """Add the seconds of the block, a part of the stage's own work beside its steps, to ``parts[what]``."""
-        begun = time.monotonic()
-        try:
+        with added(self.parts, what):
             yield
-        finally:
-            self.parts[what] = self.parts.get(what, 0.0) + time.monotonic() - begun
 
     @property
     def task(self) -> Task:

@@ -161,8 +161,7 @@ class IntegerLayer(Rounded):
 
     def value(self, *codes: Tensor) -> Tensor:
         (x,) = codes
-        shape = [-1] + [1] * (0 if self.kind == "linear" else self.weight.dim() - 2)
-        step = scale32(self.in_grid.scale) * self.scale.reshape(shape)
+        step = scale32(self.in_grid.scale) * self._by_channel(self.scale)
         if self.bias is not None and self.out_grid is None and self.kind == "linear" and x.dim() > 2:
             # The runtime has no kernel that adds the bias to the integers here: it comes after.
             return rescale(self._sums(x, None), step, None) + self.bias.to(torch.float32) * step
@@ -199,8 +198,11 @@ class IntegerLayer(Rounded):
             return self._products(x, self.weight.to(torch.float32).mul_(factor), whole)
         kind = torch.float32 if products < EXACT else torch.float64
         total = self._products(x, self.weight.to(kind), None).to(torch.float64).mul_(factor)
-        shape = [-1] + [1] * (0 if self.kind == "linear" else self.weight.dim() - 2)
-        return total if bias is None else total.add_(bias.to(torch.float64).reshape(shape))
+        return total if bias is None else total.add_(self._by_channel(bias.to(torch.float64)))
+
+    def _by_channel(self, values: Tensor) -> Tensor:
+        """[channels] so that it meets the results' channels: of images [channels, 1, ...]."""
+        return values.reshape([-1] + [1] * (self.weight.dim() - 2))
 
     def _products(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         x = x.to(weight.dtype)
