@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 import math
 
@@ -228,6 +229,20 @@ def test_passes_per_step(name, passes):
     model, optimizer = make(name)
     train(model, optimizer, range(3))
     assert optimizer.passes == 3 * passes
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_step_leaves_nothing_to_the_garbage_collector(name):
+    """Else its batch and its gradients stay in memory until that comes by, among what the next steps allocate."""
+    model, optimizer = make(name)
+    train(model, optimizer, range(3))
+    gc.collect()
+    gc.disable()
+    try:
+        train(model, optimizer, range(3, 6))
+        assert gc.collect() == 0
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("name", NAMES)

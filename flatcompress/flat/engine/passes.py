@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -133,7 +134,7 @@ class Passes:
         """Send every gradient to the program until it returns the combined one."""
         self.step.losses, self.step.present, self.step.parts = [], self.present, len(closures)
         self.step.selective = lambda: all(takes_keep(closure) for closure in closures)
-        self.step.agreed = self._agreed
+        self.step.agreed = partial(_agreed, self.replicas, self.settings.perturb)
         # The last gradient and the next probe are handed on without a name here: where the program drops them too,
         # their memory is free during the next pass.
         hand: list[Any] = [None]
@@ -252,15 +253,19 @@ class Passes:
             self.probes.append(total)
         return total
 
-    def _agreed(self, values: Tensor) -> Tensor:
-        """The mean over processes where they climb together, so that all decide alike."""
-        if self.settings.perturb == "synced":
-            values = values.clone()
-            self.replicas.mean_([values], [False])
-        return values
-
     def _devices(self) -> set[torch.device]:
         return {p.device for p in self.step.params}
+
+
+def _agreed(replicas: Replicas, perturb: str, values: Tensor) -> Tensor:
+    """The mean over processes where they climb together, so that all decide alike.
+
+    Not a method: a step that held its passes, which hold the step, would keep its gradients until garbage is collected.
+    """
+    if perturb == "synced":
+        values = values.clone()
+        replicas.mean_([values], [False])
+    return values
 
 
 def _moved(probe: Probe) -> bool:
