@@ -62,7 +62,7 @@ class ModelConfig(BaseModel):
         return dict(self.__pydantic_extra__ or {})
 
 
-SCHEMA = 5  # of what a recipe means: raised when a default or what it does changes, so no older run counts as the same
+SCHEMA = 6  # of what a recipe means: raised when a default or what it does changes, so no older run counts as the same
 
 
 @dataclass(frozen=True)

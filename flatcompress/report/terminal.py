@@ -207,6 +207,10 @@ class Progress:
         if event.get("what") == "proof" and None not in counts[2:]:
             told = f"proof on {counts[2]:.0f} of {counts[3]:.0f} test samples (measure: full takes all)"
             self._say(told, "dim", mark="  ")
+        if event.get("what") in ("calibration", "statistics") and None not in counts[2:]:
+            name = "activation scales" if event.get("what") == "calibration" else "BatchNorm's statistics"
+            told = f"{name} from {counts[2]:.0f} of {counts[3]:.0f} samples: an eighth of so short a training"
+            self._say(told, "dim", mark="  ")
         layers, of, samples = (number(event.get(key)) for key in ("layers", "of", "samples"))
         if layers is not None and of is not None and samples is not None:
             told = f"sharpness of {layers:.0f} of {of:.0f} layers, on {samples:.0f} samples (measure: full takes all)"

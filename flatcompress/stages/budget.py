@@ -18,6 +18,7 @@ PROBES = 4  # such products for each sample of the map
 PROOF_FORWARDS = 6  # what the trained model, its reference and the file, twice, cost for a sample
 PROOF_BYTES = 2 << 30
 PROVED = 64  # samples that a proof is on at least
+DECIDING = 1 / 8  # of the stage's training: what decides its scales, or its statistics, is not cut by `measure`
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,18 @@ def proof(measuring: str, planned: Planned, samples: int, bytes_each: int) -> in
     fit = max(32, PROOF_BYTES // max(1, bytes_each))
     bought = samples if not planned.samples else _between(PROVED, planned.forwards() / PROOF_FORWARDS, samples)
     return min(samples, fit, bought)
+
+
+def deciding(most: int, trained: int, least: int) -> int:
+    """How many samples a trained stage's scales, or its BatchNorm statistics, come from: one forward pass each.
+
+    ``most`` of them, as far as they cost no more than `DECIDING` of the training, ``least`` at least. trained: samples
+    that the stage takes a gradient of, each as often as it does.
+
+    >>> deciding(512, 5 * 6295, 64), deciding(512, 320, 32)
+    (512, 120)
+    """
+    return _between(min(least, most), DECIDING * GRADIENT * trained, most)
 
 
 def _between(least: int, wanted: float, most: int) -> int:

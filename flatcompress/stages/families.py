@@ -128,12 +128,12 @@ def _mean(family: elastic.Family, score: Callable[[], float]) -> float:
     return statistics.fmean(values)
 
 
-def estimate_statistics(run: RunContext) -> None:
-    """BatchNorm's running statistics of every width, estimated on training data."""
+def estimate_statistics(run: RunContext, trained: int | None = None) -> None:
+    """BatchNorm's running statistics of every width, estimated on training data; trained: as `shipped` takes it."""
     family = members.family_of(run)
     assert family is not None
     with run.doing("BatchNorm statistics"):
-        batches = shipped.statistics_batches(run)
+        batches = shipped.statistics_batches(run, trained)
         for index in range(len(family.widths)):
             network = family.network(index)
             quant.reestimate_batchnorm(network, batches)
@@ -153,19 +153,19 @@ def quantize(run: RunContext, config: Any, insert: Callable[[nn.Module], Plan], 
     networks = [*family.narrower, family.full]
     scales = [p for network in networks for p in quant.scale_parameters(network).values()]
     own = {id(p) for p in scales}
-    first = config.epochs - config.bias_rounding_epochs
+    first, trained = config.epochs - config.bias_rounding_epochs, config.epochs * len(run.data.train)
     callbacks: list[Callback] = [BiasRounding(network, first) for network in networks]
     if config.freeze_bn == "estimated" and run.resume is None:
-        estimate_statistics(run)
+        estimate_statistics(run, trained)
     if config.freeze_bn:
         callbacks.append(FrozenBatchNorm(family))
     fit(
         run, config, "one", callbacks, scales=scales, scale_lr=config.optimizer.lr * config.scale_lr,
-        as_shipped=partial(shipped.as_shipped, run, bool(config.freeze_bn)),
+        as_shipped=partial(shipped.as_shipped, run, bool(config.freeze_bn), trained),
         perturbed=lambda name, parameter: config.perturb_scales or id(parameter) not in own,
     )  # fmt: skip
     if not config.freeze_bn:
-        estimate_statistics(run)
+        estimate_statistics(run, trained)
     shipped.settle(run, config.tie_free, *networks)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,7 @@ from flatcompress import quant
 from flatcompress.latency.device import bits_price
 from flatcompress.modules import evaluating
 from flatcompress.plan import Plan
-from flatcompress.stages import families, members, on_device, post_training, shipped
+from flatcompress.stages import budget, families, members, on_device, post_training, shipped
 from flatcompress.stages.averaging import Averaging
 from flatcompress.stages.callbacks import BiasRounding, Distillation, FrozenBatchNorm, MaskedWeights
 from flatcompress.stages.context import RunContext
@@ -65,7 +66,8 @@ def _train_float(run: RunContext, config: QuantizeConfig, facts: Facts) -> None:
 
 
 def _train_quantized(run: RunContext, config: QuantizeConfig, teacher: nn.Module | None, facts: Facts) -> None:
-    given = post_training.calibration(run, config.calibration_samples)
+    trained = config.epochs * len(run.data.train)
+    given = post_training.calibration(run, calibration_samples(run, config))
     if members.family_of(run) is not None:
         families.quantize(run, config, partial(insert, example=run.example(), config=config, bits=facts["bits"]), given)
         return
@@ -81,14 +83,30 @@ def _train_quantized(run: RunContext, config: QuantizeConfig, teacher: nn.Module
         with run.doing("calibration"), layout.lying(run.model, run.layout):
             quant.calibrate(run.model, given)
     if config.freeze_bn == "estimated" and run.resume is None:
-        shipped.estimate(run)
+        shipped.estimate(run, trained)
     if before is not None:
         log_map(run, before, config.epochs)
     del given, before  # as large as a batch's activations, and training is where memory is short
     train(run, qat_job(run, config, teacher))
     if not config.freeze_bn:
-        shipped.estimate(run)
+        shipped.estimate(run, trained)
     shipped.settle(run, config.tie_free)
+
+
+def calibration_samples(run: RunContext, config: QuantizeConfig) -> int:
+    """How many samples activation scales start from: fewer than wanted where little is trained; events say so, of
+    BatchNorm's statistics too. A post-training start fits weights to them as well and takes all.
+    """
+    wanted, there = config.calibration_samples, len(run.data.train)
+    count = wanted if config.from_post_training else budget.deciding(wanted, config.epochs * there, run.batch_size)
+    taken = {"calibration": (count, wanted)}
+    if config.freeze_bn is not True:
+        fewer, all_of_them = (shipped.statistics_samples(run, n) for n in (config.epochs * there, None))
+        taken["statistics"] = fewer, all_of_them
+    for what, (samples, most) in taken.items():
+        if samples < min(most, there):
+            run.emit("sampled", what=what, samples=samples, of_samples=min(most, there))
+    return count
 
 
 def qat_job(run: RunContext, config: QuantizeConfig, teacher: nn.Module | None) -> Job:
@@ -106,7 +124,7 @@ def qat_job(run: RunContext, config: QuantizeConfig, teacher: nn.Module | None) 
         scales=quant.scale_parameters(run.model).values(),
         scale_lr=config.optimizer.lr * config.scale_lr,
         extra=point.offsets if point is not None else (),
-        as_shipped=partial(shipped.as_shipped, run, bool(config.freeze_bn)),
+        as_shipped=_as_shipped(run, config),
         compose=in_turn(transforms),
         perturbed=point.perturbed if point is not None else not_scales(run.model, config),
     )
@@ -144,8 +162,11 @@ def callbacks(run: RunContext, config: QuantizeConfig, teacher: nn.Module | None
 
 def average(run: RunContext, config: QuantizeConfig) -> Averaging:
     """The average of weights and scales that takes the place of the best epoch."""
-    judged = partial(shipped.as_shipped, run, bool(config.freeze_bn))
-    return Averaging(run, config.averaging, config.epochs, bool(config.freeze_bn), judged)
+    return Averaging(run, config.averaging, config.epochs, bool(config.freeze_bn), _as_shipped(run, config))
+
+
+def _as_shipped(run: RunContext, config: QuantizeConfig) -> Callable[[], AbstractContextManager[None]]:
+    return partial(shipped.as_shipped, run, bool(config.freeze_bn), config.epochs * len(run.data.train))
 
 
 def scale_course(run: RunContext, config: QuantizeConfig, steps: int) -> list[Transform]:

@@ -122,7 +122,9 @@ class QuantizeConfig(TrainingKeys):
         None, description="where scales and weights begin: LSQ's start, or post-training (default: with epochs 0)"
     )
     calibration_samples: Annotated[int, Field(ge=1)] = Field(
-        post_training.CALIBRATION_SAMPLES, description="training samples that scales and ranges are taken from"
+        post_training.CALIBRATION_SAMPLES,
+        description="training samples that scales and ranges are taken from, at most; "
+        "of a training so short that these would cost more than an eighth of it, fewer",
     )
     scaling: str = Field("none", description="post-training: what moves between layers; `flatcompress list scalings`")
     weight_scale: str = Field("mse", description="post-training: weight scales; `flatcompress list weight-scales`")

@@ -18,21 +18,32 @@ from torch import Tensor, nn
 from flatcompress import onnx_export, quant
 from flatcompress.errors import UserError
 from flatcompress.modules import batchnorms
+from flatcompress.stages import budget
 from flatcompress.stages.context import RunContext
 from flatcompress.stages.measure import train_batches
 
-STATISTICS_BATCHES = 10
+STATISTICS_BATCHES, FEWEST = 10, 2
 
 
-def statistics_batches(run: RunContext) -> list[Tensor]:
-    """The inputs that BatchNorm's statistics are estimated on after QAT, on the model's device."""
-    return [x for x, _ in train_batches(run, STATISTICS_BATCHES * run.batch_size)]
+def statistics_batches(run: RunContext, trained: int | None = None) -> list[Tensor]:
+    """The inputs that BatchNorm's statistics are estimated on after QAT, on the model's device.
+
+    trained: samples that the stage takes a gradient of, each as often as it does; of a short training there are fewer
+    (`budget.deciding`). None: `STATISTICS_BATCHES` whatever was trained.
+    """
+    return [x for x, _ in train_batches(run, statistics_samples(run, trained))]
 
 
-def estimate(run: RunContext) -> None:
+def statistics_samples(run: RunContext, trained: int | None) -> int:
+    """How many samples those are."""
+    most = STATISTICS_BATCHES * run.batch_size
+    return most if trained is None else budget.deciding(most, trained, FEWEST * run.batch_size)
+
+
+def estimate(run: RunContext, trained: int | None = None) -> None:
     """The quantized network's own BatchNorm statistics: the float network's no longer fit its activations."""
     with run.doing("BatchNorm statistics"):
-        _estimate(run, statistics_batches(run))
+        _estimate(run, statistics_batches(run, trained))
 
 
 def _estimate(run: RunContext, batches: list[Tensor]) -> None:
@@ -82,8 +93,10 @@ def _untied(network: nn.Module, example: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def as_shipped(run: RunContext, keep_statistics: bool) -> Iterator[None]:
+def as_shipped(run: RunContext, keep_statistics: bool, trained: int | None = None) -> Iterator[None]:
     """Inside, the model has the statistics that it ships with; ``keep_statistics``: those are the running ones.
+
+    trained: as `statistics_batches` takes it.
 
     Nothing else changes, the random state included: training goes on as if nobody had looked.
     """
@@ -91,7 +104,7 @@ def as_shipped(run: RunContext, keep_statistics: bool) -> Iterator[None]:
         yield
         return
     with torch.random.fork_rng(devices=[]):  # reading batches draws from it
-        batches = statistics_batches(run)
+        batches = statistics_batches(run, trained)
     norms = batchnorms(run.model)
     before = _statistics(norms)
     try:

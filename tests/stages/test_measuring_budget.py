@@ -36,6 +36,21 @@ def test_a_long_training_has_everything_measured_and_a_short_one_the_least() -> 
     assert budget.sizes("full", 0, 50, FULL) == FULL
 
 
+@pytest.mark.parametrize("trained", [0, 32, 320, 1200, 5000, 10**6])
+@pytest.mark.parametrize("most", [16, 320, 512])
+def test_scales_and_statistics_take_an_eighth_of_the_training_or_the_least_or_all(trained: int, most: int) -> None:
+    found = budget.deciding(most, trained, 32)
+    within = found <= budget.DECIDING * budget.GRADIENT * trained
+    assert found <= most and (within or found == min(32, most))
+    assert found == most or found + 1 > budget.DECIDING * budget.GRADIENT * trained
+
+
+def test_recipes_that_train_on_enough_keep_their_calibration_and_statistics() -> None:
+    for epochs, images, batch in ((5, 6295, 64), (6, 420, 64), (3, 800, 64), (6, 500, 32)):  # of configs/
+        assert budget.deciding(512, epochs * images, batch) == 512
+        assert budget.deciding(10 * batch, epochs * images, 2 * batch) == 10 * batch
+
+
 @pytest.mark.parametrize("count", [2, 3, 8, 9, 40])
 def test_layers_are_taken_from_the_first_to_the_last(count: int) -> None:
     names = [str(i) for i in range(9)]

@@ -34,7 +34,7 @@ def test_the_number_that_selects_is_that_of_the_model_as_shipped(averaging):
 def test_judging_an_epoch_changes_nothing(keys, monkeypatch):
     work, judged, _ = quantized(**keys)
     state = torch.random.get_rng_state()
-    monkeypatch.setattr(shipped, "as_shipped", lambda run, keep_statistics: nullcontext())
+    monkeypatch.setattr(shipped, "as_shipped", lambda *given: nullcontext())
     other, running, _ = quantized(**keys)
     assert judged != running  # the running statistics tell another story
     assert torch.equal(torch.random.get_rng_state(), state)
@@ -71,6 +71,19 @@ def test_statistics_of_the_epoch_that_was_judged_last_are_not_estimated_again(mo
     assert len(counted) == 3 + 4
     ours, theirs = work.model.state_dict(), other.model.state_dict()
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+def test_a_short_training_takes_fewer_samples_for_scales_and_statistics_and_says_so():
+    work, said = context(batch_size=16), []
+    work.emit = lambda event, **fields: said.append(fields) if event == "sampled" and "what" in fields else None
+    n = len(work.data.train)
+    run_stage("quantize", work, config("quantize", **{**KEYS, "epochs": 1}))
+    assert [(f["what"], f["of_samples"]) for f in said[:2]] == [("calibration", n), ("statistics", min(160, n))]
+    assert [f["samples"] for f in said[:2]] == [max(16, 3 * n // 8), max(32, 3 * n // 8)]
+    assert len(torch.cat(shipped.statistics_batches(work, n))) == said[1]["samples"]
+    said.clear()
+    run_stage("quantize", context(emit=work.emit), config("quantize", **KEYS, freeze_bn=True, start="post_training"))
+    assert not any(f["what"] in ("calibration", "statistics") for f in said)
 
 
 @pytest.mark.parametrize("change", ["weight", "scale", "rounding", "data"])
