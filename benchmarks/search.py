@@ -3,17 +3,24 @@
     python -m benchmarks.search [--quick] [--check] [--restart] [--kept] [--jobs N] [--seeds 0 1 2]
 
 Styled shapes and the network of `benchmarks.peers`. By hand: that benchmark's six recipes of flatcompress's, with the
-style *sketch* held out. Found: `flatcompress search` over bits of every layer, channels of every group, pruning and
-float methods, their radii and averages, on the other three styles with *cartoon* held out, so that nothing was chosen
-on sketch; then the recipes of its front are run with sketch held out, like those by hand. The float stage is trained
-in full at every fidelity and shared by the points that agree in it (`full_stages`): after one epoch from initial
-weights every point is at chance, and a ranking is noise. A point counts only with at most as many forward and backward
-passes as the dearest recipe by hand. Hypervolume is `benchmarks.peers`': the area under the front of robust accuracy
-(mean of corrupted and held out) against bytes, and against milliseconds (interleaved medians, packed files), as a share
-of the box from nothing to chance and the float file's bytes, or twice its milliseconds.
+style *sketch* held out. Found: `flatcompress search` over bits of every layer, channels of every group, low-bit
+methods, radii and learning rates of all stages, on the other three styles with *cartoon* held out, so that nothing was
+chosen on sketch; it starts from the dearest recipe by hand. Then the recipes of its front are run with sketch held out,
+like those by hand. The float stage is trained once for the points that agree in it (`full_stages`). A point counts only
+with at most as many forward and backward passes as the dearest recipe by hand. Hypervolume is `benchmarks.peers`': the
+area under the front of robust accuracy (mean of corrupted and held out) against bytes, and against milliseconds
+(interleaved medians, packed files), as a share of the box from nothing to chance and the float file's bytes, or twice
+its milliseconds. The control, in neither, is the dearest recipe by hand at the learning rates of the most robust point
+found: what of the difference is learning rates, and what is left for shapes and methods.
 
-Goes on row by row where it was stopped (also within a search); `--kept` prints what is there. Some hours on one core:
-3 seeds x (60 points, 20 of them in full, + 7 recipes + the front).
+How the search was chosen: an earlier one (60 points, post-training estimates first, other methods and no learning
+rates) was run on these seeds, 8 % by bytes and 6 % by milliseconds. From its kept rows come three decisions: points are
+trained in full (between points of like bytes the estimates ranked by 0.08 to 0.5, Spearman, and cost a third), 8-bit
+activations alone (4-bit ones take 5 to 10 % more milliseconds here, which the search's own `ms` does not see), flat
+low-bit methods in the space. Learning rates, and which ones, were found on seed 10 with cartoon held out.
+
+Goes on row by row where it was stopped (also within a search); `--kept` prints what is there. About an hour on one
+core: 3 seeds x (30 points + 7 recipes + the front).
 
 Targets
   1. hypervolume of the search above that by hand by more than 10 %, against bytes, mean over seeds.
@@ -23,6 +30,7 @@ Targets
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import shutil
 import statistics
@@ -34,7 +42,7 @@ from typing import Any
 
 from benchmarks import _common, _pareto
 from benchmarks._peer_rows import START_EPOCHS, own
-from benchmarks.domain_generalization import MODEL, RHO, quantize, train
+from benchmarks.domain_generalization import MODEL, QAT_RHO, RHO, K, quantize, train
 from benchmarks.robust_pruning import DATA, prune
 from flatcompress import Pipeline
 from flatcompress.onnx_export.runtime import latency
@@ -48,6 +56,7 @@ from flatcompress.sweep.spec import slug
 NAME = "search"
 UNSEEN, INNER = "sketch", "cartoon"
 SOURCES = ["photo", "art"]
+CONTROL = "control: the dearest by hand, found learning rates"
 CHANCE = 1 / 12
 MORE = 1.10
 EXPORT = {"export": {"profile": "packed", "latency": False}}
@@ -75,7 +84,7 @@ def by_hand(epochs: int, quick: bool) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def space(quick: bool) -> dict[str, Any]:
+def space(epochs: int, quick: bool) -> dict[str, Any]:
     """What the search may choose."""
     few = {
         "stages.1.prune.ratios": {"per_group": [0.0, 0.5]},
@@ -84,32 +93,45 @@ def space(quick: bool) -> dict[str, Any]:
     if quick:
         return few
     return {
-        "stages.0.train.method": {"choice": ["sagm", "sam"]},
-        "stages.0.train.rho": {"choice": [RHO / 2, RHO, 2 * RHO]},
-        "stages.0.train.averaging": {"choice": ["none", "swad", "ema"]},
-        "stages.1.prune.method": {"choice": ["taylor", "adasap"]},
+        "stages.0.train.rho": {"choice": [RHO, 2 * RHO]},
+        "stages.0.train.optimizer.lr": {"choice": [3e-3, 6e-3, 1.2e-2, 2.4e-2]},
         "stages.1.prune.ratios": {"per_group": [0.0, 0.25, 0.5, 0.75]},
-        "stages.2.quantize.distill": {"choice": [0.0, 1.0]},
+        "stages.1.prune.rho_max": {"choice": [1.0, 2.0, 4.0]},
+        "stages.1.prune.optimizer.lr": {"choice": [1.5e-3, 3e-3, 6e-3, 1.2e-2]},
         "stages.2.quantize.bits": {"per_layer": [2, 3, 4, 6, 8]},
-        "stages.2.quantize.activation_bits": {"choice": [4, 6, 8]},
+        "quantizer": {"together": quantizers(epochs)},
+        "stages.2.quantize.optimizer.lr": {"choice": [1e-3, 2e-3, 4e-3, 8e-3]},
     }
+
+
+def quantizers(epochs: int) -> list[dict[str, Any]]:
+    """Low-bit methods, each with the epochs that make as many passes."""
+    at, last = "stages.2.quantize", epochs // 3
+    flat = {f"{at}.epochs": last, f"{at}.rho": QAT_RHO}
+    return [{f"{at}.method": "gaqat", **flat, f"{at}.K": K}, {f"{at}.method": "lsq_sagm", **flat},
+            {f"{at}.method": "lsq", f"{at}.epochs": 2 * last}]  # fmt: skip
+
+
+def starts(epochs: int, quick: bool) -> list[dict[str, Any]]:
+    """Where a user would begin: the dearest recipe by hand, and it with LSQ+SAGM (channels by group, not MACs)."""
+    shape = {"stages.1.prune.ratios": 0.5 if quick else 0.25, "stages.2.quantize.bits": 4}
+    return [shape] if quick else [{**shape, "quantizer": setting} for setting in quantizers(epochs)[:2]]
 
 
 def searched(seed: int, epochs: int, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Search on the styles but the unseen one; the recipes of the front, and what was spent."""
     quick = options.quick
-    third = max(1, epochs // 3)
-    cut = prune("taylor", 0.5, third)
+    cut = prune("adasap", 0.5, epochs - epochs // 3)
     del cut["prune"]["macs"]
     cut["prune"] |= {"ratio": 0.5, "round_to": None}
-    stages = [train("sagm", START_EPOCHS + third, rho=RHO, averaging="none"), cut,
-              quantize("lsq", 4, 2 * third, start="post_training", distill=1.0)]  # fmt: skip
+    stages = [train("none", 1) if quick else train("sagm", START_EPOCHS, rho=RHO), cut,
+              quantize("lsq", 4, 2 * (epochs // 3), activation_bits=8)]  # fmt: skip
+    sizes: dict[str, Any] = {"n_trials": 30, "warm_start": 12, "fidelities": ["full"]}
     if quick:
-        stages[0]["train"]["epochs"] = 1
-    sizes = {"n_trials": 6, "warm_start": 3} if quick else {"n_trials": 60, "warm_start": 12, "reduction_factor": 3}
-    sizes |= {"full_stages": 1, "fidelities": ["post_training", "full"]}
+        sizes = {"n_trials": 6, "warm_start": 3, "fidelities": ["post_training", "full"]}
     found = parse_search({
-        "name": f"seed-{seed}", "output_dir": str(folder), "seed": seed, "jobs": options.jobs, "space": space(quick),
+        "name": f"seed-{seed}", "output_dir": str(folder), "seed": seed, "jobs": options.jobs,
+        "space": space(epochs, quick), "starts": starts(epochs, quick), "full_stages": 1,
         "recipe": recipe(stages, seed, quick, held_out=INNER, domains=SOURCES), **sizes,
     })  # fmt: skip
     front = run_search(found, stderr, lambda: LocalPool(found.folder, options.jobs, stderr))
@@ -138,6 +160,16 @@ def on_unseen(path: str, seed: int, quick: bool) -> dict[str, Any]:
     return {**raw, "seed": seed, "stages": [*raw["stages"], EXPORT]}
 
 
+def control(path: str, seed: int, epochs: int, quick: bool) -> dict[str, Any]:
+    """The dearest recipe by hand at the learning rates of a found one."""
+    stages = copy.deepcopy(list(by_hand(epochs, quick).values())[-1])
+    rates = {next(iter(s)): next(iter(s.values()))["optimizer"]["lr"] for s in load_recipe(path).to_dict()["stages"]}
+    for kind, keys in (next(iter(stage.items())) for stage in stages):
+        if kind in rates:
+            keys["optimizer"] = {**keys["optimizer"], "lr": rates[kind]}
+    return recipe(stages, seed, quick)
+
+
 def measured(store: _common.Kept, seed: int, epochs: int, options: argparse.Namespace, root: Path) -> dict[str, Any]:
     """Every point of one seed by name; whatever was not run is left out."""
     points: dict[str, Any] = {}
@@ -145,10 +177,13 @@ def measured(store: _common.Kept, seed: int, epochs: int, options: argparse.Name
         raw, folder = recipe(stages, seed, options.quick), root / f"hand-{seed}" / slug(name)
         points[name] = store.get(f"{name}, seed {seed}", lambda raw=raw, folder=folder: trained(raw, folder))
     found = store.get(f"search, seed {seed}", lambda: searched(seed, epochs, options, root))
-    for path in (found or {}).get("recipes", []):
-        name, folder = Path(path).stem, root / f"found-{seed}" / Path(path).stem
-        raw = on_unseen(path, seed, options.quick) if options.kept is False else None
-        points[name] = store.get(f"{name}, seed {seed}", lambda raw=raw, folder=folder: trained(raw, folder))
+    paths = (found or {}).get("recipes", [])
+    recipes = {Path(path).stem: lambda path=path: on_unseen(path, seed, options.quick) for path in paths}
+    if paths:  # the front is by robust accuracy, from the best down
+        recipes[CONTROL] = lambda: control(paths[0], seed, epochs, options.quick)
+    for name, made in recipes.items():
+        folder = root / f"found-{seed}" / slug(name)
+        points[name] = store.get(f"{name}, seed {seed}", lambda made=made, folder=folder: trained(made(), folder))
     points = {name: point for name, point in points.items() if point is not None}
     files = {name: Path(point["file"]) for name, point in points.items()}
     times = store.get(f"milliseconds, seed {seed}", lambda: timed(files, 11 if options.quick else 51))
@@ -162,16 +197,15 @@ def timed(files: dict[str, Path], rounds: int) -> dict[str, float]:
 
 
 def volumes(points: dict[str, Any]) -> dict[str, float]:
-    """Hypervolumes by hand and of the search, against bytes and milliseconds, of one seed."""
+    """Hypervolumes by hand, of the search, and by hand with the control, against bytes and ms, of one seed."""
     start = points["float ERM"]
     most = max(p["passes"] for n, p in points.items() if not n.startswith("trial-"))
     limits, found = {"bytes": start["bytes"], "ms": 2 * start["ms"]}, {}
+    search = {n for n in points if n.startswith("trial-")}
+    groups = {"hand": points.keys() - search - {CONTROL}, "search": search, "control": points.keys() - search}
     for cost, limit in limits.items():
-        for who in ("hand", "search"):
-            mine = [
-                (p[cost] / limit, p["robust"]) for n, p in points.items()
-                if n.startswith("trial-") == (who == "search") and p["passes"] <= most
-            ]  # fmt: skip
+        for who, names in groups.items():
+            mine = [(points[n][cost] / limit, points[n]["robust"]) for n in names if points[n]["passes"] <= most]
             found[f"{who}, {cost}"] = _pareto.hypervolume(mine, (1.0, CHANCE)) / (1 - CHANCE)
     return found
 

@@ -10,7 +10,7 @@ from typing import Any
 from flatcompress.errors import RunError, UserError
 from flatcompress.pipeline import Pipeline
 from flatcompress.recipe import Recipe
-from flatcompress.search import warm
+from flatcompress.search import given, warm
 from flatcompress.search.front import Front
 from flatcompress.search.halving import promotion
 from flatcompress.search.measures import Measuring
@@ -51,7 +51,8 @@ def run_search(search: Search, show: Show, executor: Callable[[], Executor]) -> 
 
 
 def _check_ends(space: Space) -> None:
-    """The first and the last choice of everything at once, at every fidelity. UserError for what does not fit."""
+    """The usual point at every fidelity, and the user's own. UserError for what does not fit."""
+    given.points(space)
     usual = warm.usual(space)
     for fidelity in space.search.fidelities:
         space.recipe(usual, fidelity, f"space, at fidelity {fidelity}")
@@ -68,6 +69,7 @@ class _Driver:
     show: Show
     started: float = field(default_factory=time.monotonic)
     running: dict[str, tuple[Record, int, Recipe]] = field(default_factory=dict)
+    own: list[dict[str, Any]] = field(default_factory=list)
     first: list[dict[str, Any]] = field(default_factory=list)
     exhausted: bool = False
 
@@ -83,7 +85,8 @@ class _Driver:
             trained, run = self._trained(beginning, base)
             kept = warm.points(self.space, run, trained, self.show)
             self.study.study.set_user_attr("warm_start", kept)
-        self.first = kept
+        self.own = given.points(self.space)
+        self.first = [*self.own, *kept]
 
     def _trained(self, beginning: Recipe | None, base: str | None) -> tuple[bool, RunContext]:
         """The run with the weights of the base recipe's start, where there are any."""
@@ -152,11 +155,12 @@ class _Driver:
             self.exhausted = True
             self.show("search: every point that the sampler proposes was tried before; no more are begun")
             return False
-        record = self.study.add(*suggested)
+        rung = self.search.top if suggested[0] in self.own else 0
+        record = self.study.add(*suggested, rung)
         if record.number >= self.search.n_trials:  # another machine began the last one at the same moment
             self.study.fail(record, "one more than n_trials")
             return False
-        return self._submit(record, 0)
+        return self._submit(record, rung)
 
     def _free(self, record: Record) -> bool:
         claim = record.claim or {}

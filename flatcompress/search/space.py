@@ -26,7 +26,8 @@ Values = Mapping[str, Any]  # parameter -> value, as it is stored in the study
 class Parameter:
     """One thing that varies: ``key`` of the recipe, for ``part`` (a layer's or group's name) of it, or for all of it.
 
-    ``choices``: texts (JSON) in their order; a number has ``low`` and ``high`` instead.
+    Of settings that go together ``key`` is a name, and a value is {recipe key: value}. ``choices``: texts (JSON) in
+    their order; a number has ``low`` and ``high`` instead.
     """
 
     name: str
@@ -69,8 +70,8 @@ class Space:
         if not self.shared:
             return None
         raw = copy.deepcopy(self.base)
-        mine = [p for p in self.parameters if _stage_index(p.key, self.base) < self.shared]
-        self._set(raw, self._by_key(values, mine))
+        by_key = self._by_key(values, self.parameters)
+        self._set(raw, {k: v for k, v in by_key.items() if _stage_index(k, self.base) < self.shared})
         raw["stages"] = _kept_stages(raw["stages"][: self.shared], self.shared, "full")
         raw["name"] = "start"
         return parse_recipe(raw, "recipe") if raw["stages"] else None
@@ -85,7 +86,9 @@ class Space:
         found: dict[str, Any] = {}
         for parameter in parameters:
             value = parameter.value(values[parameter.name])
-            if parameter.part is None:
+            if parameter.range.together is not None:
+                found |= value
+            elif parameter.part is None:
                 found[parameter.key] = value
             else:
                 found.setdefault(parameter.key, {})[parameter.part] = value
@@ -131,7 +134,7 @@ def expand(search: Search) -> tuple[Space, RunContext]:
         raise UserError("search: the recipe has no stages.")
     base["stages"] = [s if isinstance(s, dict) else {s: {}} for s in stages]
     parse_recipe(base, "recipe")
-    touched = [_stage_index(key, base) for key in search.space]
+    touched = [_stage_index(key, base) for key in _keys_of(search)]
     shared = (0 if -1 in touched else min(touched)) if search.full_stages is None else search.full_stages
     if shared >= len(base["stages"]):
         raise UserError(
@@ -144,6 +147,18 @@ def expand(search: Search) -> tuple[Space, RunContext]:
     for key, found in search.space.items():
         space.parameters += _parameters(key, found, run, base)
     return space, run
+
+
+def _keys_of(search: Search) -> list[str]:
+    """Every key of the recipe that varies. UserError for one that varies twice."""
+    found: list[str] = []
+    for name, range_ in search.space.items():
+        together = dict.fromkeys(key for setting in range_.together or () for key in setting)
+        for key in [name] if range_.together is None else together:
+            if key in found:
+                raise UserError(f"space: {key}: it is varied twice, once by {name!r}. Leave it in one place.")
+            found.append(key)
+    return found
 
 
 def _stage_index(key: str, base: dict[str, Any]) -> int:
@@ -169,22 +184,28 @@ def _check_keys(search: Search, base: dict[str, Any]) -> None:
         if found.per_layer is not None or found.per_group is not None:
             _check_parts(key, found, base)
             continue
-        for value in found.choice or (found.low, found.high):
-            raw = copy.deepcopy(base)
-            override(raw, f"{key}={json.dumps(value)}")
-            for other, range_ in search.space.items():  # a method's radius is a key only with that method
-                if other != key and range_.choice and len(search.space) > 1:
-                    override(raw, f"{other}={json.dumps(range_.choice[0])}")
-            _parsed(raw, base, key, value)
+        for value in found.together or found.choice or (found.low, found.high):
+            setting = value if isinstance(value, dict) and found.together else {key: value}
+            others: dict[str, Any] = {}  # a method's radius is a key only with that method
+            for other, range_ in search.space.items():
+                if other != key and range_.choice:
+                    others[other] = range_.choice[0]
+                elif other != key and range_.together:
+                    others |= range_.together[0]
+            _parsed(base, setting, others, f"space: {key} {value!r}")
 
 
-def _parsed(raw: dict[str, Any], base: dict[str, Any], key: str, value: Any) -> None:
+def _parsed(base: dict[str, Any], setting: dict[str, Any], others: dict[str, Any], where: str) -> None:
+    raw = copy.deepcopy(base)
+    for key, value in (setting | others).items():
+        override(raw, f"{key}={json.dumps(value)}")
     try:
-        parse_recipe(raw, f"space: {key} {value!r}")
+        parse_recipe(raw, where)
     except UserError:
         plain = copy.deepcopy(base)
-        override(plain, f"{key}={json.dumps(value)}")
-        parse_recipe(plain, f"space: {key} {value!r}")
+        for key, value in setting.items():
+            override(plain, f"{key}={json.dumps(value)}")
+        parse_recipe(plain, where)
 
 
 def _check_parts(key: str, found: Range, base: dict[str, Any]) -> None:
@@ -209,8 +230,9 @@ def _parameters(key: str, found: Range, run: RunContext, base: dict[str, Any]) -
         texts = tuple(json.dumps(v) for v in sorted(found.per_group))
         names = [name for name, _ in groups(key, run, base)]
         return [Parameter(f"{key}:{name}", key, found, name, texts) for name in names]
-    if found.choice is not None:
-        return [Parameter(key, key, found, None, tuple(json.dumps(v) for v in found.choice))]
+    choices = found.together or found.choice
+    if choices is not None:
+        return [Parameter(key, key, found, None, tuple(json.dumps(v) for v in choices))]
     return [Parameter(key, key, found)]
 
 

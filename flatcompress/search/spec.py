@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from flatcompress.errors import UserError, nearest
 from flatcompress.recipe.schema import NAME
 from flatcompress.stages.keys import Bits, Size, Strict
-from flatcompress.sweep.spec import Resources, load_file
+from flatcompress.sweep.spec import Resources, base_recipe, load_file
 
 OBJECTIVES = {  # what a trial can be judged by -> what it is
     "robust": "mean of the accuracies on the held-out domain and under corruption, those that there are",
@@ -45,9 +45,12 @@ Seconds = Annotated[float, BeforeValidator(_seconds), Field(gt=0)]
 
 
 class Range(Strict):
-    """What one key of the recipe may be. One of: ``choice``; ``low`` and ``high``; ``per_layer``; ``per_group``."""
+    """What one key may be. One of: ``choice``; ``together``; ``low`` and ``high``; ``per_layer``; ``per_group``."""
 
     choice: Annotated[list[Any], Field(min_length=1)] | None = Field(None, description="one of these values")
+    together: Annotated[list[dict[str, Any]], Field(min_length=1)] | None = Field(
+        None, description="one of these settings, each {recipe key: value}; the name of this key is free"
+    )
     low: float | int | None = Field(None, description="smallest number")
     high: float | int | None = Field(None, description="largest number, included")
     step: Annotated[float | int, Field(gt=0)] | None = Field(None, description="distance of the numbers tried")
@@ -62,14 +65,13 @@ class Range(Strict):
     @model_validator(mode="after")
     def _one_kind(self) -> Range:
         numbers = self.low is not None or self.high is not None
-        given = [self.choice is not None, numbers, self.per_layer is not None, self.per_group is not None]
-        if sum(given) != 1:
-            raise ValueError("give one of choice, low with high, per_layer, per_group")
+        every: tuple[list[Any] | None, ...] = (self.choice, self.together, self.per_layer, self.per_group)
+        if numbers + sum(values is not None for values in every) != 1:
+            raise ValueError("give one of choice, together, low with high, per_layer, per_group")
         if numbers:
             self._check_numbers()
         elif self.log or self.step is not None:
             raise ValueError("log and step go with low and high")
-        every: tuple[list[Any] | None, ...] = (self.choice, self.per_layer, self.per_group)
         for values in every:
             if values is not None and any(values.count(v) > 1 for v in values):
                 raise ValueError("a value is given twice")
@@ -126,6 +128,10 @@ class Search(Strict):
     warm_start: Annotated[int, Field(ge=0, le=1000)] = Field(
         8, description="first points by sensitivities of layers and importances of groups"
     )
+    starts: list[dict[str, Any] | str] = Field(
+        default_factory=list,
+        description="points of your own, trained in full first: {key of the space: value}, or a recipe or its file",
+    )
     storage: str | None = Field(None, description="Optuna storage: a URL (default: SQLite in the search's folder)")
     jobs: Annotated[int, Field(ge=1, le=256)] = Field(1, description="runs at the same time in the local pool")
     storage_path: str | None = Field(None, description="on Ray: folder or fsspec URL that all machines reach")
@@ -164,7 +170,9 @@ def _known(name: str, known: Any, kind: str) -> None:
 
 def load_search(path: str | Path) -> Search:
     """Read and check a search file. UserError for everything that is wrong with it."""
-    return load_file(path, "search", parse_search)
+    found = load_file(path, "search", parse_search)
+    found.starts = [base_recipe(Path(path), start) if isinstance(start, str) else start for start in found.starts]
+    return found
 
 
 def parse_search(raw: Any, where: str = "search") -> Search:

@@ -113,10 +113,10 @@ class Study:
         return Record(trial.number, trial._trial_id, dict(trial.params), results, attrs.get("claim"), running,
                       attrs.get("failed"), attrs.get("sampler") or {}, ended)  # fmt: skip
 
-    def add(self, values: Mapping[str, Any], sampler: Mapping[str, Any] | None = None) -> Record:
-        """A new trial, claimed for the first fidelity by this process."""
+    def add(self, values: Mapping[str, Any], sampler: Mapping[str, Any] | None = None, rung: int = 0) -> Record:
+        """A new trial, claimed for the first fidelity (or another ``rung``) by this process."""
         token = uuid.uuid4().hex
-        attrs = {"claim": self._claim(0), "sampler": dict(sampler or {}), "token": token}
+        attrs = {"claim": self._claim(rung), "sampler": dict(sampler or {}), "token": token}
         self.study.add_trial(
             self.optuna.trial.create_trial(
                 state=self.optuna.trial.TrialState.RUNNING, params=dict(values), distributions=self.distributions(),

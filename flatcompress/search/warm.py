@@ -2,12 +2,15 @@
 
 Bits come from the allocation that costs the least sensitivity within so many bits a weight, ratios from the one that
 costs the least importance within so many channels' parameters, both exact (`flatcompress.knapsack`); a ladder of such
-budgets, crossed, gives the points. Everything else is as the base recipe has it.
+budgets, crossed, gives the points. Everything else is, in every other point, as the user's own points (`given`) have
+it, in turn, or, where there are none, as the base recipe does; in the points between it is spread evenly over the space
+(a Latin hypercube), or the sampler would have nothing to learn of it from.
 """
 
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,10 +18,10 @@ from flatcompress import prune
 from flatcompress.knapsack import allocate
 from flatcompress.modules import evaluating
 from flatcompress.quant.sensitivity import float_layers, sensitivities
+from flatcompress.search import given
 from flatcompress.search.space import Parameter, Space, groups
 from flatcompress.stages.context import RunContext
 from flatcompress.stages.measure import train_batches
-from flatcompress.yaml_source import parse_yaml
 
 SAMPLES = 256
 Show = Callable[[str], None]
@@ -32,12 +35,32 @@ def points(space: Space, run: RunContext, trained: bool, show: Show) -> list[dic
     if not trained:
         show("warm start: no weights are trained before what varies: the same bits and ratios everywhere, in steps")
     bits, ratios = _ladder(space, run, trained, "bits", count), _ladder(space, run, trained, "ratios", count)
-    plain = _as_in_recipe(space)
+    plain, spread = _settings(space), _spread(space, count // 2)
     found = []
     for i in range(count):
         j = _scattered(i, len(ratios))
-        found.append({**plain, **(bits[i % len(bits)] if bits else {}), **(ratios[j] if ratios else {})})
+        setting = spread[i // 2] if i % 2 else plain[i // 2 % len(plain)]
+        found.append({**setting, **(bits[i % len(bits)] if bits else {}), **(ratios[j] if ratios else {})})
     return list({json.dumps(p, sort_keys=True): p for p in found}.values())
+
+
+def _settings(space: Space) -> list[dict[str, Any]]:
+    """Everything that is of no layer or group: as in the user's own points, each once, else as in the base recipe."""
+    names = [p.name for p in space.parameters if p.part is None]
+    own = [{name: point[name] for name in names} for point in given.points(space)]
+    return list({json.dumps(s, sort_keys=True): s for s in own}.values()) or [_as_in_recipe(space)]
+
+
+def _spread(space: Space, count: int) -> list[dict[str, Any]]:
+    """``count`` settings of what is of no layer or group: of each parameter every choice as often, shuffled."""
+    draw, found = random.Random(space.search.seed), [dict[str, Any]() for _ in range(count)]
+    for p in space.parameters:
+        if p.part is None:
+            first = draw.randrange(len(p.choices) or 1)
+            at = draw.sample(range(count), count)
+            for point, i in zip(found, at, strict=True):
+                point[p.name] = p.choices[(first + i) % len(p.choices)] if p.choices else _between(p, (i + 0.5) / count)
+    return found
 
 
 def usual(space: Space) -> dict[str, Any]:
@@ -108,37 +131,19 @@ def _sensitivities(run: RunContext, names: list[str], choices: list[int]) -> Map
 
 
 def _as_in_recipe(space: Space) -> dict[str, Any]:
-    """Every other parameter as the base recipe has it; the middle of what it may be where that is not in the range."""
-    found = {}
-    for p in space.parameters:
-        if p.part is None:
-            value = _looked_up(space.base, p.key)
-            if p.choices:
-                text = p.stored(value)
-                found[p.name] = text if text in p.choices else p.choices[0]
-            else:
-                found[p.name] = _number(p, value)
-    return found
+    """Every other parameter as the base recipe has it; the first or the middle value where the space has not that."""
+    known = given.as_in(space, space.base)
+    others = [p for p in space.parameters if p.part is None]
+    return {
+        p.name: known[p.name] if p.name in known else p.choices[0] if p.choices else _between(p, 0.5) for p in others
+    }
 
 
-def _number(p: Parameter, value: Any) -> float | int:
+def _between(p: Parameter, share: float) -> float | int:
+    """The number that is so far into the range."""
     low, high = p.range.low, p.range.high
     assert low is not None and high is not None
-    if isinstance(value, str):
-        value, _ = parse_yaml(value, p.key)
-    if not isinstance(value, int | float) or not low <= value <= high:
-        value = (low * high) ** 0.5 if p.range.log else (low + high) / 2
+    value = low ** (1 - share) * high**share if p.range.log else low + share * (high - low)
     if p.range.step is not None:
-        value = low + round((value - low) / p.range.step) * p.range.step
+        value = low + min(round((value - low) / p.range.step), (high - low) // p.range.step) * p.range.step
     return min(high, round(value)) if p.range.whole else float(value)
-
-
-def _looked_up(raw: Any, key: str) -> Any:
-    for part in key.split("."):
-        if isinstance(raw, list):
-            raw = raw[int(part)]
-        elif isinstance(raw, dict):
-            raw = raw.get(part)
-        else:
-            return None
-    return raw
