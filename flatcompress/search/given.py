@@ -86,11 +86,11 @@ class _Source:
         """What the study holds for ``p``. UserError where the space has no such value."""
         if p.range.together is not None:
             return self._together(p)
+        head, _, last = p.key.rpartition(".")
+        if head.startswith("stages.") and head.split(".")[1] not in self.stages and p.key.split(".")[2] == "prune":
+            return self._uncut(p, last)
         if p.part is None:
             return _stored(p, self._value(p.key), self.where)
-        head, _, last = p.key.rpartition(".")
-        if last == "ratios" and head.split(".")[1] not in self.stages:
-            return _stored(p, 0.0, self.where)  # no prune stage
         of_all, of_each = self._value(f"{head}.{_OF_ALL[last]}"), self._value(p.key)
         if of_all is None and isinstance(of_each, dict) and last == "ratios":
             of_all = 0.0
@@ -98,6 +98,15 @@ class _Source:
         if value is None:
             raise UserError(f"{self.where}: {p.key}: the recipe does not say it of {p.part!r}. Give it here.")
         return _stored(p, value, self.where)
+
+    def _uncut(self, p: Parameter, last: str) -> Any:
+        """Of a prune stage that the recipe does not have: nothing goes, and the other keys do not matter."""
+        if last == "ratios":
+            return _stored(p, 0.0, self.where)
+        try:
+            return _stored(p, self._value(p.key), self.where)
+        except UserError:
+            return p.choices[0] if p.choices else p.range.low
 
     def _together(self, p: Parameter) -> str:
         for text in p.choices:
@@ -110,7 +119,8 @@ class _Source:
         if parts[0] == "stages" and parts[1] not in self.stages:
             if parts[2] != "prune":
                 raise UserError(f"{self.where}: {key}: the recipe has no such stage.")
-            return _looked_up(self.space.base, parts)  # nothing is cut: the rest of the stage does not matter
+            base = parse_recipe({**self.space.base, "name": "base"}, "recipe").to_dict()
+            return _looked_up(base, parts)
         return _looked_up(self.stages[parts[1]], parts[2:]) if parts[0] == "stages" else _looked_up(self.whole, parts)
 
 

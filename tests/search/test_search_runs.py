@@ -91,6 +91,16 @@ def test_points_with_other_starts_train_each_of_them_once(tmp_path):
         assert any(mine["accuracy"] == row["accuracy"] and mine["passes"] == row["passes"] for row in rows)
 
 
+def test_own_points_are_trained_in_full_and_first(tmp_path):
+    mine = [{"stages.1.prune.ratios": 0.0, "stages.2.quantize.bits": bits} for bits in (8, 4)]
+    wanted = search(tmp_path, **SMALL, starts=mine, fidelities=["post_training", "full"], n_trials=4, warm_start=2)
+    run_search(wanted, print, lambda: LocalPool(wanted.folder, 1, print))
+    space, _ = expand(wanted)
+    records = Study(wanted, space).records()
+    assert [set(r.results) for r in records[:2]] == [{1}, {1}] and all(0 in r.results for r in records[2:])
+    assert [set(r.values.values()) for r in records[:2]] == [{"0.0", "8"}, {"0.0", "4"}]
+
+
 @pytest.fixture
 def postgresql():
     """A PostgreSQL server of this test's own; its URL."""
