@@ -8,7 +8,7 @@ from typing import Any
 
 from flatcompress.errors import UserError
 from flatcompress.latency import device
-from flatcompress.latency.table import LatencyTable
+from flatcompress.latency.table import BELOW, LatencyTable
 from flatcompress.plan import Plan, apply_plan
 from flatcompress.prune import CostModel
 from flatcompress.recipe import Recipe
@@ -19,9 +19,9 @@ from flatcompress.store.runfolder import RunFolder
 from flatcompress.sweep.pool import val_accuracy
 
 
-def _table(run: RunContext) -> LatencyTable:
+def _table(run: RunContext, activation_bits: int = 8) -> LatencyTable:
     try:
-        return LatencyTable(run.model.cpu(), run.example().cpu())
+        return LatencyTable(run.model.cpu(), run.example().cpu(), activation_bits=activation_bits)
     except UserError as error:
         raise UserError(f"objective 'ms': {error} Leave it out, or take latency_ms with an export stage.") from None
 
@@ -33,7 +33,7 @@ class Measuring:
         self.run = run
         wanted = {*search.objectives, *search.budgets}
         self._check(wanted, search)
-        self.table = _table(run) if "ms" in wanted else None
+        self.tables = {8: _table(run)} if "ms" in wanted else {}
         self.on_device = not wanted.isdisjoint(device.UNITS)
 
     def _check(self, wanted: set[str], search: Search) -> None:
@@ -78,10 +78,18 @@ class Measuring:
             "seconds": sum(row["seconds"] or 0 for row in rows),
         }
         found["sharpness"] = next((r["sharpness"] for r in reversed(rows) if r.get("sharpness") is not None), None)
-        found["ms"] = None if self.table is None else self.table(self._widths(there, recipe))
+        found["ms"] = self._ms(there, recipe) if self.tables else None
         if self.on_device:
             found |= self._device(there)
         return found
+
+    def _ms(self, there: RunFolder, recipe: Recipe) -> float:
+        """Milliseconds at the run's widths and activation bits; float activations count as 8 bits."""
+        given = [entry.config.activation_bits for entry in recipe.stages if entry.kind == "quantize"]
+        narrow = BELOW if given and (given[-1] or 8) < 8 else 8
+        if narrow not in self.tables:
+            self.tables[narrow] = _table(self.run, narrow)
+        return self.tables[narrow](self._widths(there, recipe))
 
     def _device(self, there: RunFolder) -> dict[str, float]:
         """Flash, RAM and instructions of the trained network that the run left."""

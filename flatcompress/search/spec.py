@@ -22,7 +22,7 @@ OBJECTIVES = {  # what a trial can be judged by -> what it is
     "bytes": "of the weights at their bits; of the file where the recipe exports",
     "macs": "multiply-accumulates of one sample",
     "params": "parameters",
-    "ms": "milliseconds in onnxruntime here, int8, by a table of measured layers (same widths, same figure)",
+    "ms": "milliseconds in onnxruntime here, int8, by a table of measured layers (same widths and bits, same figure)",
     "flash": "bytes of flash of the C on a Cortex-M4, estimated (needs a quantize stage)",
     "ram": "bytes of the C's arena (needs a quantize stage)",
     "instructions": "instructions of one inference of the C on a Cortex-M4, estimated (needs a quantize stage)",

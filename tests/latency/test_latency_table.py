@@ -36,10 +36,11 @@ def steady(tmp_path, monkeypatch):
     monkeypatch.setenv("FLATCOMPRESS_CACHE", str(tmp_path))
     monkeypatch.setattr(latency_table, "kernel_ms", work_ms)
 
-    def networks_ms(models, example, threads=1):
+    def networks_ms(models, example, threads=1, activation_bits=8):
         shapes = [latency_table.layer_shapes(m, example) for m in models]
         sums = [sum(work_ms(s, [(s["inputs"], s["outputs"])]).popitem()[1] for s in own.values()) for own in shapes]
-        return [(CostModel(m, example).dense, 0.1 + 2 * total) for m, total in zip(models, sums, strict=True)]
+        clip = 0.05 if activation_bits < 8 else 0.0
+        return [(CostModel(m, example).dense, 0.1 + clip + 2 * total) for m, total in zip(models, sums, strict=True)]
 
     monkeypatch.setattr(latency_table, "networks_ms", networks_ms)
 
@@ -139,6 +140,17 @@ def test_what_is_measured_once_is_kept(steady, monkeypatch):
     monkeypatch.setattr(latency_table, "networks_ms", None)
     again = LatencyTable(work.model, work.example())
     assert again(again.dense) == first(first.dense)
+
+
+def test_activations_below_8_bits_have_times_of_their_own_and_the_same_kernels(steady, monkeypatch):
+    work = context()
+    eight = LatencyTable(work.model, work.example())
+    monkeypatch.setattr(latency_table, "kernel_ms", None)
+    four = LatencyTable(work.model, work.example(), activation_bits=4)
+    assert four(four.dense) - eight(eight.dense) == pytest.approx(0.05)
+    monkeypatch.setattr(latency_table, "networks_ms", None)
+    assert LatencyTable(work.model, work.example(), activation_bits=2)(four.dense) == four(four.dense)
+    assert LatencyTable(work.model, work.example())(eight.dense) == eight(eight.dense)
 
 
 def test_another_network_of_the_same_layers_is_measured_as_a_whole(steady, tmp_path):

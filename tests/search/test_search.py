@@ -10,6 +10,7 @@ from searches import RECIPE, SPACE, search
 
 from flatcompress.cli import app as cli
 from flatcompress.errors import UserError
+from flatcompress.search import measures
 from flatcompress.search import study as studies
 from flatcompress.search.driver import _check_ends, run_search
 from flatcompress.search.front import Front
@@ -91,6 +92,21 @@ def test_objectives_that_the_data_cannot_answer_are_refused(tmp_path):
     for objectives, message in (({"robust": "maximize"}, "no held-out domain"), ({"latency_ms": "minimize"}, "export")):
         with pytest.raises(UserError, match=message):
             run_search(search(tmp_path, recipe=recipe, objectives=objectives), print, None)
+
+
+@pytest.mark.parametrize(("bits", "table"), [(8, 8), (None, 8), (7, 4), (2, 4)])
+def test_milliseconds_are_those_of_the_activation_bits(tmp_path, monkeypatch, bits, table):
+    made = []
+    monkeypatch.setattr(measures, "_table", lambda run, bits=8: made.append(bits) or (lambda widths: 10.0 * bits))
+    monkeypatch.setattr(measures.Measuring, "_widths", lambda self, there, recipe: {})
+    wanted = search(tmp_path, objectives={"robust": "maximize", "ms": "minimize"})
+    space, run = expand(wanted)
+    values = {p.name: p.choices[-1] if p.choices else 0.1 for p in space.parameters}
+    recipe = space.recipe(values)
+    recipe.stages[-1].config.activation_bits = bits
+    measuring = measures.Measuring(wanted, run)
+    assert [measuring._ms(None, recipe) for _ in range(2)] == [10.0 * table] * 2
+    assert made == ([8] if table == 8 else [8, 4])
 
 
 def test_every_layer_and_group_is_a_parameter_and_values_make_a_recipe(space):
