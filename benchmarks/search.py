@@ -19,6 +19,8 @@ trained in full (between points of like bytes the estimates ranked by 0.08 to 0.
 activations alone (4-bit ones take 5 to 10 % more milliseconds here, which the search's own `ms` does not see), flat
 low-bit methods in the space. Learning rates, and which ones, were found on seed 10 with cartoon held out.
 
+Writes docs/results/search.md.
+
 Goes on row by row where it was stopped (also within a search); `--kept` prints what is there. About an hour on one
 core: 3 seeds x (30 points + 7 recipes + the front).
 
@@ -40,7 +42,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import _common, _pareto
+from benchmarks import _common, _pareto, _search_page
 from benchmarks._peer_rows import START_EPOCHS, own
 from benchmarks.domain_generalization import MODEL, QAT_RHO, RHO, K, quantize, train
 from benchmarks.robust_pruning import DATA, prune
@@ -58,6 +60,7 @@ UNSEEN, INNER = "sketch", "cartoon"
 SOURCES = ["photo", "art"]
 CONTROL = "control: the dearest by hand, found learning rates"
 CHANCE = 1 / 12
+PAGE = Path(__file__).parent.parent / "docs" / "results" / "search.md"
 MORE = 1.10
 EXPORT = {"export": {"profile": "packed", "latency": False}}
 
@@ -245,6 +248,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             by_seed[seed] = volumes(points)
     failures = verdict(by_seed) if by_seed else ["nothing to compare yet: no seed has its recipes, front and times"]
     spent = {seed: store.values.get(f"search, seed {seed}") for seed in seeds}
+    if len(by_seed) > 1 and not options.quick:
+        PAGE.write_text(_search_page.page(rows, by_seed, spent, failures))
+        PAGE.with_suffix(".svg").write_text(_search_page.plot(rows))
     return _common.finish(NAME, rows, failures, options, hypervolume=by_seed, searches=spent)
 
 
