@@ -13,11 +13,12 @@ from dataclasses import dataclass
 SHARE = 0.25  # of the training, at most
 PARTS = 4
 GRADIENT = 3  # forward passes that a gradient costs
-HESSIAN = 6  # and a product with the Hessian
+HESSIAN = 12  # and a product with the Hessian, which takes depthwise convolutions channel by channel
 PROBES = 4  # such products for each sample of the map
 PROOF_FORWARDS = 6  # what the trained model, its reference and the file, twice, cost for a sample
 PROOF_BYTES = 2 << 30
-PROVED = 64  # samples that a proof is on at least
+PROVED = 32  # samples that a proof is on at least
+CORRUPTED, FEWEST = 32, 16  # samples of a corruption; where even these are too many of every kind, as few as the second
 DECIDING = 1 / 8  # of the stage's training: what decides its scales, or its statistics, is not cut by `measure`
 
 
@@ -35,15 +36,15 @@ def sizes(measuring: str, trained: int, layers: int, full: Sizes) -> Sizes:
     """`full` where ``measuring`` is "full" or costs at most `SHARE` of the stage's training, else as much as that buys.
 
     trained: samples that the stage took a gradient of, each as often as it did. layers: how many the model has.
-    At least 32 samples, 8 layers and 16 samples of each are measured, 8 for the map, whatever was trained.
+    At least 16 samples, 4 layers and 8 samples of each are measured, 4 for the map, whatever was trained.
     """
     if measuring == "full":
         return full
     part = SHARE * GRADIENT * trained / PARTS  # in forward passes of one sample
-    whole = _between(32, part / (GRADIENT + 2), full.whole)
-    each = _between(16, part / (GRADIENT + layers), full.each)
-    some = _between(8, part / each - GRADIENT, layers)
-    return Sizes(whole, each, min(layers, some), _between(8, part / (PROBES * HESSIAN), full.map))
+    whole = _between(16, part / (GRADIENT + 2), full.whole)
+    each = _between(8, part / (GRADIENT + layers), full.each)
+    some = _between(4, part / each - GRADIENT, layers)
+    return Sizes(whole, each, min(layers, some), _between(4, part / (PROBES * HESSIAN), full.map))
 
 
 def probes(measuring: str, trained: int, samples: int) -> int:
@@ -70,14 +71,16 @@ def corrupted(measuring: str, planned: Planned, parts: Mapping[str, int]) -> tup
     """Which of ``parts``, samples by "kind/severity", are measured after every stage, and on how many samples each.
 
     All of them where ``measuring`` is "full", nothing is trained, or they cost no more than their share; else fewer
-    samples, 32 at least, and then fewer severities, one of every kind at least.
+    samples, `CORRUPTED` at least, and then fewer severities, one of every kind at least; where that is still more, of
+    these fewer samples, `FEWEST` at least.
     """
     most = max(parts.values(), default=0)
     allowed = planned.forwards()
     if measuring == "full" or not planned.samples or sum(parts.values()) <= allowed:
         return list(parts), most
-    each = _between(min(32, most), allowed / len(parts), most)
     kinds = {name.split("/")[0] for name in parts}
+    least = _between(FEWEST, allowed / len(kinds), CORRUPTED)
+    each = _between(min(least, most), allowed / len(parts), most)
     chosen = set(_by_kinds(list(parts))[: _between(len(kinds), allowed / each, len(parts))])
     return [name for name in parts if name in chosen], each
 

@@ -32,7 +32,7 @@ def test_a_quarter_of_the_training_is_not_exceeded(trained: int, layers: int) ->
 
 def test_a_long_training_has_everything_measured_and_a_short_one_the_least() -> None:
     assert budget.sizes("quick", 10**7, 50, FULL) == budget.Sizes(FULL.whole, FULL.each, 50, FULL.map)
-    assert budget.sizes("quick", 0, 50, FULL) == budget.Sizes(32, 16, 8, 8)
+    assert budget.sizes("quick", 0, 50, FULL) == budget.Sizes(16, 8, 4, 4)
     assert budget.sizes("full", 0, 50, FULL) == FULL
 
 
@@ -65,12 +65,12 @@ def test_what_is_left_out_is_said_and_the_rest_is_what_full_measures() -> None:
     everything = {r["name"]: r["sharpness"] for event, f in events if event == "layers" for r in f["layers"]}
     events.clear()
     run.measuring = "quick"
-    run.batch_size, passes = 64, 11  # 16 samples of 8 layers
+    run.batch_size, passes = 64, 5  # 8 samples of 4 layers
     quick = measure(run, "train", "none", 0.0, passes)
     (said,) = (fields for event, fields in events if event == "sampled")
     rows = {r["name"]: r["sharpness"] for event, f in events if event == "layers" for r in f["layers"]}
     measured = [name for name, value in rows.items() if value is not None]
-    assert said == {"layers": 8, "of": len(everything), "samples": 16} and len(measured) == 8
+    assert said == {"layers": 4, "of": len(everything), "samples": 8} and len(measured) == 4
     assert None not in everything.values() and quick["accuracy"] == full["accuracy"]
     assert quick["sharpness"] is not None
 
@@ -105,12 +105,14 @@ PARTS = {f"{kind}/{severity}": 80 for kind in ("noise", "blur", "fog") for sever
 def test_corrupted_images_take_their_share_of_the_whole_training(samples: int, rows: int) -> None:
     parts = dict.fromkeys(PARTS, 5000)
     names, each = budget.corrupted("quick", budget.Planned(samples, rows), parts)
-    assert len(names) * each * rows <= max(budget.SHARE * budget.GRADIENT * samples / budget.PARTS, rows * 32 * 3)
+    assert len(names) * each * rows <= max(budget.SHARE * budget.GRADIENT * samples / budget.PARTS, rows * budget.FEWEST * 3)
     assert {name.split("/")[0] for name in names} == {"noise", "blur", "fog"}
 
 
 def test_of_a_short_training_one_severity_of_each_kind_is_left_and_of_a_long_one_all() -> None:
-    assert budget.corrupted("quick", budget.Planned(10, 2), PARTS) == (["noise/3", "blur/3", "fog/3"], 32)
+    assert budget.corrupted("quick", budget.Planned(10, 2), PARTS) == (["noise/3", "blur/3", "fog/3"], budget.FEWEST)
+    paid = 24 * 3 * 2 * 16 // 3  # of 24 samples of each kind, in two rows: fewer samples, and no kind less
+    assert budget.corrupted("quick", budget.Planned(paid, 2), PARTS) == (["noise/3", "blur/3", "fog/3"], 24)
     names, each = budget.corrupted("quick", budget.Planned(32 * 6 * 2 * 16 // 3, 2), PARTS)
     assert (names, each) == ([n for n in PARTS if not n.endswith("/1")], 32)
     for planned, measuring in ((10**7, "quick"), (0, "quick"), (10, "full")):
@@ -118,18 +120,18 @@ def test_of_a_short_training_one_severity_of_each_kind_is_left_and_of_a_long_one
 
 
 def test_names_that_are_no_kind_and_severity_are_kinds() -> None:
-    assert budget.corrupted("quick", budget.Planned(10), {"rain": 40, "night": 8}) == (["rain", "night"], 32)
+    assert budget.corrupted("quick", budget.Planned(10), {"rain": 40, "night": 8}) == (["rain", "night"], budget.FEWEST)
 
 
 def test_the_map_takes_fewer_products_of_a_short_training() -> None:
-    assert [budget.probes("quick", trained, 8) for trained in (0, 10**3, 10**6)] == [1, 3, budget.PROBES]
+    assert [budget.probes("quick", trained, 8) for trained in (0, 2 * 10**3, 10**6)] == [1, 3, budget.PROBES]
     assert budget.probes("full", 0, 8) == budget.PROBES
 
 
 def test_the_proof_is_on_all_that_the_training_pays_for_and_memory_holds() -> None:
     assert budget.proof("quick", budget.Planned(10**8, 3), 10_000, 4 * 3 * 32 * 32) == 10_000
     assert budget.proof("quick", budget.Planned(100, 3), 10_000, 4 * 3 * 32 * 32) == budget.PROVED
-    assert budget.proof("quick", budget.Planned(100, 3), 40, 4 * 3 * 32 * 32) == 40
+    assert budget.proof("quick", budget.Planned(100, 3), 20, 4 * 3 * 32 * 32) == 20
     images = 4 * 3 * 224 * 224
     assert budget.proof("quick", budget.Planned(10**8, 3), 50_000, images) * images <= budget.PROOF_BYTES
     assert budget.proof("full", budget.Planned(100, 3), 50_000, images) == 50_000
@@ -141,7 +143,7 @@ def test_every_row_is_of_the_same_corrupted_images_and_says_how_many() -> None:
     run.data = replace(run.data, corrupted={f"noise/{s}": Twice(run.data.test) for s in (1, 3, 5)})
     run.planned = budget.Planned(8, 2)
     rows = [measure(run, "train", "none", 0.0, 4) for _ in range(2)]
-    said = {"parts": 1, "of_parts": 3, "samples": 32, "of_samples": 64}
+    said = {"parts": 1, "of_parts": 3, "samples": budget.FEWEST, "of_samples": 64}
     assert [row["corruptions_sampled"] for row in rows] == [said, said]
     assert list(rows[0]["corruptions"]) == ["noise/3"] and rows[0]["corruptions"] == rows[1]["corruptions"]
     assert [fields for event, fields in events if fields.get("what") == "corruption"] == 2 * [
