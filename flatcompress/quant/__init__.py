@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from flatcompress.quant.batchnorm import reestimate_batchnorm, reestimated
 from flatcompress.quant.bits import Price, allocate, auto_bits
+from flatcompress.quant.held import held
 from flatcompress.quant.layers import (
     activation_quantizers,
     apply,
@@ -57,6 +58,7 @@ __all__ = [
     "distillation_loss",
     "explain",
     "flatness_map",
+    "held",
     "hessian_traces",
     "is_quantized",
     "post_training",

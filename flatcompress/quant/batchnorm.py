@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from flatcompress.modules import batchnorms, estimate_batchnorm, evaluating
+from flatcompress.quant.held import held
 
 
 def reestimate_batchnorm(model: nn.Module, batches: Iterable[Any]) -> None:
@@ -18,7 +19,7 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[Any]) -> None:
     off; modes and momenta are restored. A model without BatchNorm is left as it is. UserError for no batch and for
     statistics that are not finite, naming the layer; the old statistics are then kept.
     """
-    with evaluating(model):
+    with evaluating(model), held(model, biases=False):
         estimate_batchnorm(model, batches)
 
 

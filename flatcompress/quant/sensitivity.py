@@ -99,13 +99,16 @@ def _finite(value: Tensor) -> float:
 
 
 @torch.no_grad()
-def rounding_error(weight: Tensor, bits: int) -> Tensor:
-    """Q_b(w) - w on the per-channel symmetric grid of least squared error (the scale that training is heading for)."""
+def rounding_error(weight: Tensor, bits: int, tried: int = _SHARES) -> Tensor:
+    """Q_b(w) - w on the per-channel symmetric grid of least squared error (the scale that training is heading for).
+
+    tried: how many grids.
+    """
     qn, qp = grid(bits, signed=True)
     rows = weight.detach().flatten(1)
     largest = rows.abs().amax(1, keepdim=True) / qp
     best, error = torch.zeros_like(rows), torch.full_like(largest, math.inf)
-    for share in torch.linspace(1 / _SHARES, 1, _SHARES).tolist():
+    for share in torch.linspace(1 / tried, 1, tried).tolist():
         step = (largest * share).clamp_min(torch.finfo(rows.dtype).tiny)
         difference = (rows / step).round_().clamp_(-qn, qp).mul_(step).sub_(rows)
         found = difference.square().sum(1, keepdim=True)
@@ -188,14 +191,20 @@ def _falling(costs: Mapping[int, float]) -> dict[int, float]:
 
 
 def flatness_map(
-    model: nn.Module, loss: Loss, bits: dict[str, int], rise: float = 0.01, samples: int = 16, seed: int = 0
+    model: nn.Module,
+    loss: Loss,
+    bits: dict[str, int],
+    rise: float = 0.01,
+    samples: int = 16,
+    seed: int = 0,
+    tried: int = _SHARES,
 ) -> list[dict[str, Any]]:
     """How far a layer may move against how far its grid moves it, one row per layer of a *float* model.
 
-    ``bits``: by layer; ``samples``: probes of the trace. ``curvature`` = tr(H)/n; ``reach`` = the l2 length of a random
-    move that raises the loss by ``rise``, sqrt(2 * rise / curvature) (None where the curvature is not positive);
-    ``grid_move`` = ||Q_b(w) - w||_2; ``strain`` = (grid_move / reach)^2: above 1 the grid alone is expected to cost
-    more than ``rise``.
+    ``bits``: by layer; ``samples``: probes of the trace; ``tried``: grids that are tried for a layer. ``curvature`` =
+    tr(H)/n; ``reach`` = the l2 length of a random move that raises the loss by ``rise``, sqrt(2 * rise / curvature)
+    (None where the curvature is not positive); ``grid_move`` = ||Q_b(w) - w||_2; ``strain`` = (grid_move / reach)^2:
+    above 1 the grid alone is expected to cost more than ``rise``.
     """
     layers = float_layers(model, bits)
     traces = hessian_traces(model, loss, layers, samples, seed)
@@ -203,7 +212,7 @@ def flatness_map(
     for name, layer in layers.items():
         weight: Tensor = layer.weight  # type: ignore[assignment]
         curvature = traces[name] / weight.numel()
-        move = float(rounding_error(weight, bits[name]).norm())
+        move = float(rounding_error(weight, bits[name], tried).norm())
         reach = math.sqrt(2 * rise / curvature) if curvature > 0 else None
         strain = None if reach is None else (move / reach) ** 2
         rows.append({"name": name, "bits": bits[name], "curvature": curvature, "reach": reach, "grid_move": move,

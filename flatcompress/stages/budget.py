@@ -15,6 +15,7 @@ PARTS = 4
 GRADIENT = 3  # forward passes that a gradient costs
 HESSIAN = 12  # and a product with the Hessian, which takes depthwise convolutions channel by channel
 PROBES = 4  # such products for each sample of the map
+GRIDS = 60  # steps of a layer's grid that the map tries
 PROOF_FORWARDS = 6  # what the trained model, its reference and the file, twice, cost for a sample
 PROOF_BYTES = 2 << 30
 PROVED = 32  # samples that a proof is on at least
@@ -51,6 +52,11 @@ def probes(measuring: str, trained: int, samples: int) -> int:
     """Products with the Hessian for each of the map's ``samples``: as many as their share buys, `PROBES` at most."""
     part = SHARE * GRADIENT * trained / PARTS
     return PROBES if measuring == "full" else _between(1, part / (samples * HESSIAN), PROBES)
+
+
+def grids(probes: int) -> int:
+    """Grids tried for each layer of the map: all, or a third where the training does not buy all the ``probes``."""
+    return GRIDS if probes == PROBES else GRIDS // 3
 
 
 @dataclass(frozen=True)

@@ -178,7 +178,7 @@ def write(run: RunContext, config: ExportConfig, path: Path) -> tuple[dict[str, 
             pack_activations=config.pack_activations,
         )
     batches = proved_on(run)
-    with run.timed("proof"), layout.lying(model, run.layout):
+    with run.timed("proof"), layout.lying(model, run.layout), quant.held(model):
         certificate = onnx_export.certify(
             exported,
             [x for x, _ in batches],

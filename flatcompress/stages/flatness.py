@@ -31,7 +31,9 @@ def log_map(run: RunContext, before: nn.Module, epochs: int) -> None:
 
     def measured() -> list[dict[str, Any]]:
         with layout.lying(before, run.layout):
-            return quant.flatness_map(before, lambda: run.task.loss(before(x), y), bits, RISE, probes, seed=run.seed)
+            return quant.flatness_map(
+                before, lambda: run.task.loss(before(x), y), bits, RISE, probes, run.seed, budget.grids(probes)
+            )
 
     with run.doing("how far each layer may move"):
         rows = reported(

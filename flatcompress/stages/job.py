@@ -12,7 +12,7 @@ import torch
 from accelerate.utils import broadcast
 from torch import Tensor, nn
 
-from flatcompress import flat
+from flatcompress import flat, quant
 from flatcompress.environment import give_back_memory
 from flatcompress.errors import UserError
 from flatcompress.stages.averaging import Averaging
@@ -128,7 +128,7 @@ def _heartbeat(run: RunContext, config: TrainingKeys) -> Heartbeat:
 
 def _score(run: RunContext, model: nn.Module, as_shipped: Callable[[], AbstractContextManager[None]]) -> float:
     """The metric that selects, on the validation split."""
-    with as_shipped(), run.part("validation"):
+    with as_shipped(), run.part("validation"), quant.held(model):
         return evaluate(model, run.data.val, run.task, run.device, run.together, run.workers)[run.task.selects]
 
 

@@ -43,10 +43,15 @@ def _row(run: RunContext, stage: str, method: str, seconds: float, passes: int, 
     costs: dict[str, int] = reported(
         "the cost in MACs could not be counted", lambda: graph.macs(twin, run.example().cpu()), {}
     )
+    with quant.held(run.model):
+        scored = scores(
+            run,
+            lambda dataset, task: evaluate(run.model, dataset, task, run.device, run.together, run.workers),  # type: ignore[arg-type]
+        )
     row = {
         "stage": stage,
         "method": method,
-        **scores(run, lambda dataset, task: evaluate(run.model, dataset, task, run.device, run.together, run.workers)),  # type: ignore[arg-type]
+        **scored,
         "sharpness": _measured_sharpness(run, sizes.whole) if flatness else None,
         "params": sum(p.numel() for p in twin.parameters()),
         "nonzero": nonzero(run.model),

@@ -105,7 +105,9 @@ PARTS = {f"{kind}/{severity}": 80 for kind in ("noise", "blur", "fog") for sever
 def test_corrupted_images_take_their_share_of_the_whole_training(samples: int, rows: int) -> None:
     parts = dict.fromkeys(PARTS, 5000)
     names, each = budget.corrupted("quick", budget.Planned(samples, rows), parts)
-    assert len(names) * each * rows <= max(budget.SHARE * budget.GRADIENT * samples / budget.PARTS, rows * budget.FEWEST * 3)
+    assert len(names) * each * rows <= max(
+        budget.SHARE * budget.GRADIENT * samples / budget.PARTS, rows * budget.FEWEST * 3
+    )
     assert {name.split("/")[0] for name in names} == {"noise", "blur", "fog"}
 
 
