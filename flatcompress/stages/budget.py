@@ -20,6 +20,7 @@ PROOF_FORWARDS = 6  # what the trained model, its reference and the file, twice,
 PROOF_BYTES = 2 << 30
 PROVED = 32  # samples that a proof is on at least
 CORRUPTED, FEWEST = 32, 16  # samples of a corruption; where even these are too many of every kind, as few as the second
+EVALUATED = 48  # runs of a reference that show what roundoff does, at least
 DECIDING = 1 / 8  # of the stage's training: what decides its scales, or its statistics, is not cut by `measure`
 
 
@@ -114,6 +115,13 @@ def proof(measuring: str, planned: Planned, samples: int, bytes_each: int) -> in
     fit = max(32, PROOF_BYTES // max(1, bytes_each))
     bought = samples if not planned.samples else _between(PROVED, planned.forwards() / PROOF_FORWARDS, samples)
     return min(samples, fit, bought)
+
+
+def evaluations(measuring: str, planned: Planned, most: int) -> int:
+    """How often the proof runs the reference on moved values to see what roundoff does: ``most``, or what is bought."""
+    if measuring == "full" or not planned.samples:
+        return most
+    return _between(EVALUATED, planned.forwards() / PROOF_FORWARDS, most)
 
 
 def deciding(most: int, trained: int, least: int) -> int:

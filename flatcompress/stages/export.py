@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from flatcompress import onnx_export, quant
 from flatcompress.errors import UserError, unknown
 from flatcompress.onnx_export import targets
+from flatcompress.onnx_export.proof.roundoff import EVALUATIONS
 from flatcompress.onnx_export.runtime import latency, sessions
 from flatcompress.stages import budget, families, features_inside, predictions
 from flatcompress.stages.context import RunContext
@@ -32,6 +33,7 @@ from flatcompress.training import layout
 from flatcompress.training.batches import in_order
 
 BATCH, NUMBERS = 256, 1 << 20  # samples, and numbers of the input, at a time: large activations cost page faults
+QUICK_SECONDS = 0.1  # of loading, and of timing, the files that latencies are of, unless `measure` is full
 
 
 class ExportConfig(StageKeys):
@@ -124,6 +126,7 @@ def _export(run: RunContext, config: ExportConfig, facts: Facts) -> None:
             main = run.accelerator.is_main_process
             target = folder / name if main else Path(stack.enter_context(tempfile.TemporaryDirectory()))
             target.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(sessions.shared())
             if part is not run:
                 part.ledger = [*ledger, _row_of(part, ledger)] if name else ledger
             row, certificate = write(part, config, target / "model.onnx")
@@ -188,6 +191,7 @@ def write(run: RunContext, config: ExportConfig, path: Path) -> tuple[dict[str, 
             latency_runs=0,
             require_integer=config.require_integer,
             integer_time=config.latency,
+            evaluations=budget.evaluations(run.measuring, run.planned, EVALUATIONS),
         )
     if config.target is not None:
         with run.timed("target"):
@@ -270,13 +274,15 @@ def beside_float(run: RunContext, config: ExportConfig, path: Path) -> dict[str,
             candidates["pruned"] = Path(folder) / "pruned.onnx"
             onnx_export.export(float_twin(run).eval(), run.example().cpu(), candidates["pruned"], profile="float32")
             found["float"]["pruned"] = {"bytes": candidates["pruned"].stat().st_size}
-        timed = latency.measure(candidates, threads=config.threads, runs=30)
+        most = None if run.measuring == "full" else QUICK_SECONDS
+        timed = latency.measure(candidates, threads=config.threads, runs=30, seconds=most)
     found["float"]["latency"] = timed["float"]
     if "pruned" in timed:
         found["float"]["pruned"]["latency"] = timed["pruned"]
     found["float"]["faster"] = timed["float"]["median_ms"] / timed["file"]["median_ms"]
     figures = {str(config.threads): timed["file"]}
-    return {**found, "latency": {"method": latency.METHOD, "runs": 30, "batch": 1, "threads": figures}}
+    runs = int(timed["file"].pop("runs", 30))
+    return {**found, "latency": {"method": latency.METHOD, "runs": runs, "batch": 1, "threads": figures}}
 
 
 def _float_predictions(run: RunContext, dense: Path) -> None:

@@ -128,6 +128,15 @@ def test_names_that_are_no_kind_and_severity_are_kinds() -> None:
 def test_the_map_takes_fewer_products_of_a_short_training() -> None:
     assert [budget.probes("quick", trained, 8) for trained in (0, 2 * 10**3, 10**6)] == [1, 3, budget.PROBES]
     assert budget.probes("full", 0, 8) == budget.PROBES
+    assert [budget.grids(probes) for probes in (1, budget.PROBES)] == [20, 60]
+
+
+@pytest.mark.parametrize(
+    ("measuring", "samples", "most"), [("full", 10, 256), ("quick", 0, 256), ("quick", 10**8, 256)]
+)
+def test_roundoff_is_looked_for_as_often_as_the_training_buys(measuring: str, samples: int, most: int) -> None:
+    assert budget.evaluations(measuring, budget.Planned(samples, 2), 256) == most
+    assert budget.evaluations("quick", budget.Planned(10, 2), 256) == budget.EVALUATED
 
 
 def test_the_proof_is_on_all_that_the_training_pays_for_and_memory_holds() -> None:

@@ -18,12 +18,12 @@ def compared(exported: Exported, inputs: Samples, output: int) -> dict[str, Any]
     """{name: largest error in steps of that output, or for whole numbers and masks the share that is equal}."""
     returned = next(node for node in reversed(exported.reference.graph.nodes) if node.op == "output").args[0]
     names = output_names(exported.reference, len(flat(returned)))
-    handle = session(exported.path, fused=PROFILES[exported.profile]().fused)
     rows: dict[str, Any] = {}
     for index, name in enumerate(names):
         if index == output:
             continue
         expected = parity.reference_outputs(exported.reference, inputs.batches, index)
+        handle = session(exported.path, fused=PROFILES[exported.profile]().fused)
         found = run(handle, inputs.arrays(), index)
         if expected.dtype.kind != "f":
             rows[name] = {"equal": float((expected == found).mean())}

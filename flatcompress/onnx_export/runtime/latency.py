@@ -30,6 +30,7 @@ METHOD = (
 )
 TIMING_SECONDS = 2e-3
 MOST_CALLS = 200
+FEWEST_ROUNDS = 10
 MOST_VALUES = 1 << 28  # of an input; a file that asks for more is not a model to time
 
 
@@ -41,35 +42,49 @@ def measure(
     batch: int = 1,
     size: Sequence[int] | None = None,
     clock: Callable[[], float] = time.perf_counter,
+    seconds: float | None = None,
 ) -> dict[str, dict[str, float]]:
     """{name: {"median_ms", "p10_ms", "p90_ms", "load_ms"}} for every model, measured against one another.
 
     runs: rounds. size: [C, H, W] where the models leave them open. clock: wall time; `time.process_time` does for
-    one thread on a machine with other users. UserError for files that do not load.
+    one thread on a machine with other users. seconds: what loading and the rounds may take each; there are fewer then,
+    `FEWEST_ROUNDS` and one loading at least, and a row says how many with "runs". UserError for files that do not load.
     """
     if runs < 1 or threads < 1 or batch < 1:
         raise UserError(f"runs, threads and batch must be at least 1, found {runs}, {threads}, {batch}.")
-    loads = {name: load_ms(model, threads, clock=clock) for name, model in models.items()}
-    sessions = {name: session(model, threads=threads, idle=True) for name, model in models.items()}
-    timers = {name: _Timer(handle, batch, size, clock) for name, handle in sessions.items()}
-    names = list(models)
-    for round_number in range(runs):
+    each = None if seconds is None else seconds / len(models)
+    loads, timers, names = dict[str, float](), dict[str, _Timer](), list(models)
+    for name, model in models.items():
+        loads[name], handle = _load(model, threads, 3, clock, each)
+        timers[name] = _Timer(handle, batch, size, clock)
+    rounds = runs
+    if seconds is not None:
+        rounds = min(runs, max(FEWEST_ROUNDS, int(seconds / sum(timer.each for timer in timers.values()))))
+    for round_number in range(rounds):
         turn = round_number % len(names)
         for name in names[turn:] + names[:turn]:
             timers[name].time()
-    return {name: {**timers[name].summary(), "load_ms": round(loads[name], 3)} for name in names}
+    told = {} if seconds is None else {"runs": rounds}
+    return {name: {**timers[name].summary(), "load_ms": round(loads[name], 3), **told} for name in names}
 
 
 def load_ms(
     model: str | Path | bytes, threads: int = 1, repeats: int = 3, clock: Callable[[], float] = time.perf_counter
 ) -> float:
     """Milliseconds from file to ready session, median."""
-    times = []
-    for _ in range(repeats):
+    return _load(model, threads, repeats, clock)[0]
+
+
+def _load(
+    model: str | Path | bytes, threads: int, repeats: int, clock: Callable[[], float], seconds: float | None = None
+) -> tuple[float, ort.InferenceSession]:
+    """`load_ms`, of fewer loadings where they take more than ``seconds``, and the last session."""
+    times: list[float] = []
+    while len(times) < repeats and (not times or seconds is None or sum(times) < seconds):
         start = clock()
-        session(model, threads=threads)
+        handle = session(model, threads=threads, idle=True)
         times.append(clock() - start)
-    return 1e3 * statistics.median(times)
+    return 1e3 * statistics.median(times), handle
 
 
 def bench(
@@ -121,6 +136,7 @@ class _Timer:
         self.seconds: list[float] = []
         once = max(min(self._call(3), self._call(3)), 1e-6)
         self.calls = max(1, min(MOST_CALLS, round(TIMING_SECONDS / once)))
+        self.each = once * self.calls
 
     def _call(self, times: int) -> float:
         start = self.clock()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,24 @@ INTEGER_KERNELS = frozenset(
 )
 
 
+_Key = tuple[str, int, int, bool, bool, int]
+_shared: ContextVar[dict[_Key, ort.InferenceSession] | None] = ContextVar("shared", default=None)
+
+
+@contextmanager
+def shared() -> Iterator[None]:
+    """Inside, a file is loaded once for each set of options; the sessions go at the end.
+
+    What is timed or profiled (``idle``, ``profile_to``) has sessions of its own.
+    """
+    before = _shared.set({}) if _shared.get() is None else None
+    try:
+        yield
+    finally:
+        if before is not None:
+            _shared.reset(before)
+
+
 def session(
     model: str | Path | bytes,
     *,
@@ -46,6 +66,36 @@ def session(
     default session makes integer kernels of them. idle: its threads sleep between two calls instead of spinning, for
     several sessions that take turns. profile_to: what the names of onnxruntime's profiles begin with.
     """
+    known = _shared.get()
+    if known is None or isinstance(model, bytes) or idle or profile_to is not None:
+        return _loaded(model, optimized, fused, threads, save_to, idle, profile_to)
+    key = _key(Path(model), optimized, fused, threads)
+    if key is None or save_to is not None or key not in known:
+        found = _loaded(model, optimized, fused, threads, save_to, idle, profile_to)
+        if key is not None:
+            known[key] = found
+        return found
+    return known[key]
+
+
+def _key(path: Path, optimized: bool, fused: bool, threads: int) -> _Key | None:
+    """What a session depends on; None for what cannot be read."""
+    try:
+        there = path.stat()
+    except OSError:
+        return None
+    return str(path.absolute()), there.st_mtime_ns, there.st_size, optimized, fused, threads
+
+
+def _loaded(
+    model: str | Path | bytes,
+    optimized: bool,
+    fused: bool,
+    threads: int,
+    save_to: Path | None,
+    idle: bool,
+    profile_to: Path | None,
+) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
