@@ -24,6 +24,7 @@ from flatcompress.quant.quantizers.lsq import Observer
 from flatcompress.quant.quantizers.modules import ActivationQuantizer, QuantizedLayer, quantize_layer
 from flatcompress.quant.quantizers.protocol import learns_step
 from flatcompress.quant.quantizers.table import QUANTIZERS, Quantizer, float_dtype
+from flatcompress.quant.rectifiers import into_quantizers
 from flatcompress.stale import accompany
 
 HOLDER = "quantizers"
@@ -171,7 +172,9 @@ def _put(
     model.add_module(HOLDER, holder)
     gm.add_module(HOLDER, holder)
     operators.insert(gm, tensors, HOLDER)
-    install(model, with_rounding(model, gm.graph), shown=gm.graph)
+    running = with_rounding(model, gm.graph)
+    into_quantizers(model, running.graph)
+    install(model, running, shown=gm.graph)
     for quantized in quantized_layers(model).values():
         accompany(quantized.weight, list(quantized.weight_quant.parameters()))
 

@@ -128,15 +128,17 @@ class _Following:
             for hook in hooks:
                 hook.remove()
 
-    def _hook(self, target: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor | None]:
+    def _hook(self, target: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]:
         name, grid = self.where[target]
 
-        def replace(module: nn.Module, args: tuple[Tensor, ...], own: Tensor) -> Tensor | None:
+        def replace(module: nn.Module, args: tuple[Any, ...], own: Tensor) -> Tensor | None:
             if name not in self.codes:
                 return None
             scale = scale32(grid.scale)
             theirs = ((self.codes[name] - grid.zero_point) * scale).reshape(own.shape).to(own)
-            steps, value = ((own - theirs) / scale).round().abs(), (args[0] / scale).double()
+            # a second argument is the end of the rectifier that the quantizer has taken in
+            given = args[0] if len(args) == 1 else args[0].clamp(0.0, args[1])
+            steps, value = ((own - theirs) / scale).round().abs(), (given / scale).double()
             allowed = (steps <= 1) & ((value - value.floor() - 0.5).abs() <= TIE)
             count = int(((steps > 0) & ~allowed).sum())
             self.count, self.moved = self.count + own.numel(), self.moved + int((steps > 0).sum())

@@ -1,4 +1,4 @@
-"""Learned step size quantization, LSQ (arXiv 1902.08153), as one autograd function and one module.
+"""Learned step size quantization, LSQ (arXiv 1902.08153), as one module; its autograd functions are in `function`.
 
     Q(v; s) = s * clip(round(v / s), -Qn, Qp)                                                       (eq. 1, 2)
     dQ/ds   = round(v/s) - v/s inside the range, -Qn below it, Qp above it                           (eq. 3)
@@ -22,11 +22,11 @@ from torch import nn
 
 from flatcompress.errors import RunError, UserError
 from flatcompress.graph import ActivationSpec
+from flatcompress.quant.quantizers.function import Quantize, QuantizeWhole, flat, rectified
 
 MIN_BITS, MAX_BITS = 2, 8
 FLOOR = 1e-6  # a scale never acts below this share of where it started (positive-scale guard)
-_SAMPLE = 2048
-_LARGE, _PART = 1 << 20, 1 << 18  # numbers: above the first, tensors are worked through in parts of the second
+_SAMPLE, _PART = 2048, 1 << 18
 _GUARD_INTERVAL = 100  # on an accelerator the guard's answer costs a synchronisation, so it is asked for rarely
 
 
@@ -51,104 +51,6 @@ def initial_scale(mean_abs: torch.Tensor, bits: int, signed: bool) -> torch.Tens
     tensor(1.1403)
     """
     return 2.0 * mean_abs / math.sqrt(grid(bits, signed)[1])
-
-
-class _Quantize(torch.autograd.Function):
-    """Eq. 1-5 above, lean: only v and Q(v) are kept, which the operators on both sides keep anyway.
-
-    v/s and the range mask are computed again in backward, from v against the range's ends and without a division:
-    dQ/ds = (Q(v) - v * [inside]) / s. Keeping v/s and the integers instead doubles the memory of an activation.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, v: torch.Tensor, scale: torch.Tensor, step: torch.Tensor, qn: int, qp: int, g: float) -> Any:
-        quantized = _rounded(v, step, qn, qp)
-        ctx.save_for_backward(v, quantized, step)
-        ctx.range = qn, qp, g
-        return quantized
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        v, quantized, step = ctx.saved_tensors
-        qn, qp, g = ctx.range
-        low, high = step * -qn, step * qp
-        parts = _in_parts(v, grad, quantized) if all(ctx.needs_input_grad[:2]) and step.numel() == 1 else None
-        if parts is not None:
-            gradient, total = _backward_in_parts(v, parts, float(low), float(high))
-            return gradient, total.view(step.shape).div_(step).mul_(g), None, None, None, None
-        grad_v = _inside(grad, v, low, high) if ctx.needs_input_grad[0] else None
-        grad_scale = None
-        if ctx.needs_input_grad[1]:
-            residual = _inside(v, v, low, high)
-            torch.sub(quantized, residual, out=residual)
-            grad_scale = _sum_per_scale(grad, residual, step).div_(step).mul_(g)
-        return grad_v, grad_scale, None, None, None, None
-
-
-def _rounded(v: torch.Tensor, step: torch.Tensor, qn: int, qp: int) -> torch.Tensor:
-    """Q(v), a new tensor."""
-    parts = _in_parts(v) if step.numel() == 1 else None
-    if parts is None:
-        return (v / step).round_().clamp_(-qn, qp).mul_(step)
-    quantized = torch.empty_like(v)
-    for (part,), target in zip(parts, _flat(quantized).split(_PART), strict=True):  # type: ignore[union-attr]
-        torch.div(part, step, out=target).round_().clamp_(-qn, qp).mul_(step)
-    return quantized
-
-
-def _flat(t: torch.Tensor) -> torch.Tensor | None:
-    """All values in the order of memory, as a view; None where they do not lie densely."""
-    if t.is_contiguous():
-        return t.view(-1)
-    if t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last):
-        return t.permute(0, 2, 3, 1).view(-1)
-    return None
-
-
-def _in_parts(*tensors: torch.Tensor) -> list[tuple[torch.Tensor, ...]] | None:
-    """Large tensors that lie alike, in parts that fit a cache (a third of the time was memory's); else None."""
-    first = tensors[0]
-    if first.is_cuda or first.numel() <= _LARGE or any(t.stride() != first.stride() for t in tensors):
-        return None
-    views = [f for t in tensors if (f := _flat(t)) is not None]
-    return list(zip(*(f.split(_PART) for f in views), strict=True)) if len(views) == len(tensors) else None
-
-
-def _backward_in_parts(
-    v: torch.Tensor, parts: list[tuple[torch.Tensor, ...]], low: float, high: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradient of v, and the sum of grad * residual, of (v, gradient, Q(v)) in parts."""
-    inside = torch.ops.aten.hardtanh_backward.grad_input
-    grad_v, sums, scratch = torch.empty_like(v), [], v.new_empty(_PART)
-    for (value, grad, quantized), out in zip(parts, _flat(grad_v).split(_PART), strict=True):  # type: ignore[union-attr]
-        inside(grad, value, low, high, grad_input=out)
-        residual = scratch[: len(value)]
-        inside(value, value, low, high, grad_input=residual)
-        sums.append(torch.dot(grad, torch.sub(quantized, residual, out=residual)))
-    return grad_v, torch.stack(sums).sum()
-
-
-def _inside(t: torch.Tensor, v: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
-    """t where low < v < high, else 0 (a new tensor)."""
-    if low.numel() == 1 and not v.is_cuda:  # hardtanh's backward is this very mask in one pass over memory
-        return torch.ops.aten.hardtanh_backward(t, v, float(low), float(high))
-    return torch.where((v > low) & (v < high), t, torch.zeros((), dtype=t.dtype, device=t.device))
-
-
-def _sum_per_scale(grad: torch.Tensor, residual: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
-    """sum of grad * residual over the elements of each scale; overwrites residual."""
-    if step.numel() == 1:
-        one, other = _flat(grad), _flat(residual)
-        if one is None or other is None or grad.stride() != residual.stride():
-            return torch.dot(grad.flatten(), residual.flatten()).view(step.shape)
-        return torch.dot(one, other).view(step.shape)
-    if step.shape[0] == 1:  # scales along another dimension: transposed convolutions
-        return residual.mul_(grad).sum_to_size(step.shape)
-    product = residual.mul_(grad)
-    if product.is_contiguous():
-        return product.flatten(1).sum(1).view(step.shape)
-    return product.sum(tuple(range(1, product.dim()))).view(step.shape)  # channels_last: flatten would copy
 
 
 class StepQuantizer(nn.Module):
@@ -227,7 +129,10 @@ class StepQuantizer(nn.Module):
             self._calls += 1
             if self._calls % _GUARD_INTERVAL:
                 return torch.maximum(scale, self._floor())
-        if bool((scale > self.initial * FLOOR).all()):
+        if scale.numel() == 1 and scale.device.type == "cpu":  # two reads are a fifth of four operators' time
+            if scale.item() > self.initial.item() * FLOOR:
+                return scale
+        elif bool((scale > self.initial * FLOOR).all()):
             return scale
         if not bool(torch.isfinite(scale).all()):
             raise RunError(f"quantizer {self.name!r}: its scale is not finite any more. Lower the learning rate.")
@@ -249,18 +154,27 @@ class StepQuantizer(nn.Module):
         n = v.numel() // max(v.shape[0], 1) if self.per_sample else v.numel() // self.scale.numel()
         return 1.0 / math.sqrt(max(n, 1) * self.qp)
 
-    def quantize(self, v: torch.Tensor) -> torch.Tensor:
-        """Q(v), same shape. The first tensor an activation quantizer ever sees sets its scale."""
+    def quantize(self, v: torch.Tensor, most: float | None = None) -> torch.Tensor:
+        """Q(v), same shape; with ``most`` Q(min(max(v, 0), most)), which may be infinite.
+
+        The first tensor an activation quantizer ever sees sets its scale.
+        """
         if self.observer is not None:
-            return self.observer.see(v)
+            return self.observer.see(rectified(v, most))
         if v.dtype in (torch.float16, torch.bfloat16):  # 8-bit integers times a scale do not fit in half precision
             v = v.float()
         if not self._ready and not self.ready:
-            self.start_from(v.detach().abs().mean())
-        return self._apply_grid(v)
+            self.start_from(rectified(v.detach(), most).abs().mean())
+        return self._apply_grid(v) if most is None else self._apply_rectified(v, most)
 
     def _apply_grid(self, v: torch.Tensor) -> torch.Tensor:
-        return _Quantize.apply(v, self.scale, self.step(), self.qn, self.qp, self.gradient_scale(v))
+        given = v, self.scale, self.step(), self.qn, self.qp, self.gradient_scale(v)
+        return (QuantizeWhole if self.scale.numel() == 1 and not v.is_cuda else Quantize).apply(*given)
+
+    def _apply_rectified(self, v: torch.Tensor, most: float) -> torch.Tensor:
+        if v.is_cuda:  # the rectifier's end on the grid would be read from the device
+            return self._apply_grid(rectified(v, most))
+        return QuantizeWhole.apply(v, self.scale, self.step(), self.qn, self.qp, self.gradient_scale(v), most)
 
     def forward(self, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Brevitas's interface: value, scale, zero point, bit width."""
@@ -286,7 +200,7 @@ class StepQuantizer(nn.Module):
 
 def _sum_of_magnitudes(v: torch.Tensor) -> float:
     """sum|v| in double precision, in parts that fit a cache: a fifth of the time of a sum that converts as it goes."""
-    values = _flat(v)
+    values = flat(v)
     values = v.reshape(-1) if values is None else values
     if values.dtype != torch.float32:
         return float(values.abs().sum(dtype=torch.float64))

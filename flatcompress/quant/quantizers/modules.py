@@ -31,6 +31,8 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from flatcompress.errors import UserError
 from flatcompress.graph import ActivationSpec, WeightSpec
+from flatcompress.quant.quantizers.function import rectified
+from flatcompress.quant.quantizers.lsq import StepQuantizer
 from flatcompress.quant.quantizers.protocol import LearnedStep, learns_step
 
 
@@ -195,8 +197,12 @@ class ActivationQuantizer(QuantIdentity):
         """The module that does the quantizing."""
         return self.act_quant.fused_activation_quant_proxy.tensor_quant
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def forward(self, x: torch.Tensor, most: float | None = None) -> torch.Tensor:  # type: ignore[override]
+        """Q(x), or Q(min(max(x, 0), most)): with the rectifier before it (see `flatcompress.quant.rectifiers`)."""
         quantizer = self.tensor_quant
+        if type(quantizer) is StepQuantizer:
+            return quantizer.quantize(x, most)
+        x = rectified(x, most)
         if learns_step(quantizer):
             return quantizer.quantize(x)
         return super().forward(x)
