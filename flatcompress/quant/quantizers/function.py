@@ -5,8 +5,8 @@ in backward, from v against the range's ends and without a division: dQ/ds = (Q(
 the integers instead doubles the memory of an activation.
 
 A rectifier in front (ReLU, ReLU6) is one function with the quantizer, `QuantizeWhole`: clipping and rounding both grow
-with v, so clip(round(min(max(v, 0), h) / s)) = min(max(round(v / s), 0), round(h / s), Qp), and both masks are one. What
-a ReLU6 takes in passes over memory, forward and backward, is saved, and its output is not kept.
+with v, so clip(round(min(max(v, 0), h) / s)) = min(max(round(v / s), 0), round(h / s), Qp), and both masks are one.
+What a ReLU6 takes in passes over memory, forward and backward, is saved, and its output is not kept.
 """
 
 from __future__ import annotations
