@@ -42,6 +42,6 @@ def _most(node: fx.Node) -> float | None:
     if node.target is aten.relu6.default:
         return 6.0
     if node.target is aten.hardtanh.default:
-        low, most = (*node.args[1:], *(-1.0, 1.0)[len(node.args) - 1 :])
+        low, most = [*node.args[1:], *[-1.0, 1.0][len(node.args) - 1 :]]
         return float(most) if low == 0 and not node.kwargs else None  # type: ignore[arg-type]
     return None

@@ -165,16 +165,13 @@ class StepQuantizer(nn.Module):
             v = v.float()
         if not self._ready and not self.ready:
             self.start_from(rectified(v.detach(), most).abs().mean())
-        return self._apply_grid(v) if most is None else self._apply_rectified(v, most)
+        return self._apply_grid(v, most)
 
-    def _apply_grid(self, v: torch.Tensor) -> torch.Tensor:
+    def _apply_grid(self, v: torch.Tensor, most: float | None = None) -> torch.Tensor:
+        whole = self.scale.numel() == 1 and not v.is_cuda  # a rectifier's end on the grid is read from the device
+        v = v if whole else rectified(v, most)
         given = v, self.scale, self.step(), self.qn, self.qp, self.gradient_scale(v)
-        return (QuantizeWhole if self.scale.numel() == 1 and not v.is_cuda else Quantize).apply(*given)
-
-    def _apply_rectified(self, v: torch.Tensor, most: float) -> torch.Tensor:
-        if v.is_cuda:  # the rectifier's end on the grid would be read from the device
-            return self._apply_grid(rectified(v, most))
-        return QuantizeWhole.apply(v, self.scale, self.step(), self.qn, self.qp, self.gradient_scale(v), most)
+        return QuantizeWhole.apply(*given, most) if whole else Quantize.apply(*given)
 
     def forward(self, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Brevitas's interface: value, scale, zero point, bit width."""

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from flatcompress.graph import ActivationSpec
+from flatcompress.quant.quantizers.function import rectified
 from flatcompress.quant.quantizers.lsq import Observer, StepQuantizer, grid
 
 
@@ -79,15 +80,16 @@ class OffsetQuantizer(StepQuantizer):
         """The integer that stands for zero."""
         return (-self.beta.detach() / step).round_().clamp_(0, self.qp)
 
-    def quantize(self, v: torch.Tensor) -> torch.Tensor:
+    def quantize(self, v: torch.Tensor, most: float | None = None) -> torch.Tensor:
+        v = rectified(v, most)
         if self.observer is None and not self.ready:
             first = Observer(self.name)
             first.see(v.detach())
             self.start_from_observer(first)
         return super().quantize(v)
 
-    def _apply_grid(self, v: torch.Tensor) -> torch.Tensor:
-        step = self.step()
+    def _apply_grid(self, v: torch.Tensor, most: float | None = None) -> torch.Tensor:
+        step, v = self.step(), rectified(v, most)
         g = self.gradient_scale(v)
         return _OffsetQuantize.apply(v, self.scale, self.beta, step, self.zero_point(step), self.qp, g)
 
@@ -133,8 +135,8 @@ class ClipQuantizer(StepQuantizer):
     def __init__(self, bits: int, signed: bool) -> None:
         super().__init__(bits, signed, per_sample=True)
 
-    def _apply_grid(self, v: torch.Tensor) -> torch.Tensor:
-        return _Clip.apply(v, self.scale, self.step(), self.qn, self.qp)
+    def _apply_grid(self, v: torch.Tensor, most: float | None = None) -> torch.Tensor:
+        return _Clip.apply(rectified(v, most), self.scale, self.step(), self.qn, self.qp)
 
     @property
     def alpha(self) -> torch.Tensor:
