@@ -8,6 +8,7 @@ graph that `trace` shows still has both operators.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -42,6 +43,6 @@ def _most(node: fx.Node) -> float | None:
     if node.target is aten.relu6.default:
         return 6.0
     if node.target is aten.hardtanh.default:
-        low, most = [*node.args[1:], *[-1.0, 1.0][len(node.args) - 1 :]]
-        return float(most) if low == 0 and not node.kwargs else None  # type: ignore[arg-type]
+        given: list[Any] = [*node.args[1:], None, None]  # what is left out is no rectifier's
+        return None if given[0] != 0 or given[1] is None else float(given[1])
     return None
