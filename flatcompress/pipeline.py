@@ -176,7 +176,7 @@ class Pipeline:
         session = Session(path, recipe, restart, display)
         what = "reading the data, trying every stage on a copy"
         session.show("doing", what=what, measuring=False)
-        with session.timed(what):
+        with session.timed(what), settled():
             run = self.prepare()
         session.show("doing", what=None, measuring=False)
         with session, settled():

@@ -36,7 +36,7 @@ def png(bundle: DataBundle) -> bytes:
     if len(bundle.input_shape) != 3:
         return b""
     picture = io.BytesIO()
-    sheet(bundle).save(picture, format="PNG")
+    sheet(bundle).save(picture, format="PNG", compress_level=1)  # a tenth larger, in a third of the time
     return picture.getvalue()
 
 

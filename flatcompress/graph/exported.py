@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx import config as fx_config
 from torch.utils import _pytree as pytree
 
 from flatcompress.errors import UserError
@@ -70,13 +71,19 @@ def _dynamic(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[s
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    log = logging.getLogger("torch._subclasses.fake_tensor")  # it prints a traceback of what is raised anyway
-    level = log.level
+    """Without what nobody reads: printed tracebacks of what is raised anyway, and a stack trace for every node."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    level, known = log.level, hasattr(fx_config, "do_not_emit_stack_traces")  # from torch 2.9 on
+    traces = known and fx_config.do_not_emit_stack_traces
     log.setLevel(logging.CRITICAL)
     try:
+        if known:
+            fx_config.do_not_emit_stack_traces = True
         yield
     finally:
         log.setLevel(level)
+        if known:
+            fx_config.do_not_emit_stack_traces = traces
 
 
 @contextmanager

@@ -61,11 +61,10 @@ def fraction(values: Tensor, nudge: float = NUDGE) -> Tensor:
     [500.0, 1.0]
     """
     values, found = values.double(), torch.full_like(values, float("nan"), dtype=torch.float64)
-    for first in range(1, LARGEST, 512):
-        open_ = found.isnan()
-        if not bool(open_.any()):
-            break
-        q = torch.arange(first, min(first + 512, LARGEST), 2, dtype=torch.float64)
+    first = 1
+    while first < LARGEST and bool((open_ := found.isnan()).any()):
+        last = min(2 * first + 63, first + 512, LARGEST)  # few at first: most are found there
+        q, first = torch.arange(first, last, 2, dtype=torch.float64), last
         wanted = values[open_].unsqueeze(1)
         p = torch.round(wanted * q)
         near = ((p / q - wanted).abs() <= nudge * wanted) & (p > 0)
