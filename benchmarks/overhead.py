@@ -31,6 +31,7 @@ from benchmarks._common import arguments, finish
 from flatcompress.environment import processor
 
 MOST_TIME, MOST_MEMORY = 0.5, 1.3
+LONG = 10  # epochs
 PAGE = Path(__file__).parent.parent / "docs" / "results" / "overhead.md"
 WHY = {
     "import": "the package, without torch",
@@ -74,8 +75,8 @@ def the_data(count: int) -> Any:
     return data.load("drawn-figures", size=SIDE, **sizes)
 
 
-def the_run(count: int) -> dict[str, Any]:
-    """Train one epoch at W4A8, export, and say where the seconds went."""
+def the_run(count: int, epochs: int = 1) -> dict[str, Any]:
+    """Train at W4A8, export, and say where the seconds went."""
     time.monotonic = time.process_time  # the clock of the ledger, before anybody imports it
     from benchmarks._lite0 import Lite0
     from flatcompress import Pipeline
@@ -85,7 +86,7 @@ def the_run(count: int) -> dict[str, Any]:
     seen: list[dict[str, Any]] = []
     bundle = the_data(count)
     model = Lite0(len(bundle.classes))
-    stages = [{"quantize": {"weight_bits": 4, "activation_bits": 8, "epochs": 1}}, {"export": {}}]
+    stages = [{"quantize": {"weight_bits": 4, "activation_bits": 8, "epochs": epochs}}, {"export": {}}]
     with tempfile.TemporaryDirectory() as folder:
         pipeline = Pipeline(model, bundle, stages, batch_size=BATCH, device="cpu", threads=1)
         begun = time.process_time()
@@ -108,6 +109,11 @@ def the_run(count: int) -> dict[str, Any]:
         "within": within,
         "passes": result.ledger[-2]["passes"],
     }
+
+
+def the_long_run(count: int) -> dict[str, Any]:
+    """The same for `LONG` epochs."""
+    return the_run(count, LONG)
 
 
 def the_plain_loop(count: int) -> dict[str, Any]:
@@ -145,7 +151,7 @@ def the_import(count: int) -> dict[str, Any]:
     return {"total": time.process_time() - begun}
 
 
-SIDES = {"run": the_run, "plain": the_plain_loop, "import": the_import}
+SIDES = {"run": the_run, "long run": the_long_run, "plain": the_plain_loop, "import": the_import}
 
 
 def alone(side: str, count: int, bytecode: str) -> dict[str, Any]:

@@ -44,15 +44,16 @@ def sizes(measuring: str, trained: int, layers: int, full: Sizes) -> Sizes:
         return full
     part = SHARE * GRADIENT * trained / PARTS  # in forward passes of one sample
     whole = _between(16, part / (GRADIENT + 2), full.whole)
-    each = _between(8, part / (GRADIENT + layers), full.each)
-    some = _between(4, part / each - GRADIENT, layers)
-    return Sizes(whole, each, min(layers, some), _between(4, part / (PROBES * HESSIAN), full.map))
+    half = part / 2
+    each = _between(8, half / (GRADIENT + layers), full.each)
+    some = _between(4, half / each - GRADIENT, layers)
+    return Sizes(whole, each, min(layers, some), _between(4, half / (PROBES * HESSIAN), full.map))
 
 
 def probes(measuring: str, trained: int, samples: int) -> int:
     """Products with the Hessian for each of the map's ``samples``: as many as their share buys, `PROBES` at most."""
-    part = SHARE * GRADIENT * trained / PARTS
-    return PROBES if measuring == "full" else _between(1, part / (samples * HESSIAN), PROBES)
+    half = SHARE * GRADIENT * trained / PARTS / 2
+    return PROBES if measuring == "full" else _between(1, half / (samples * HESSIAN), PROBES)
 
 
 def grids(probes: int) -> int:

@@ -78,3 +78,22 @@ def test_roundoff_is_the_same_from_what_is_known_and_kept_as_from_the_start(dept
     found = roundoff.roundoff(reference, inputs, floats=floats, known=known)
     monkeypatch.setattr(roundoff, "KEPT", 0)
     assert found == roundoff.roundoff(reference, inputs, floats=floats) > 0
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "permuted"])
+def test_every_value_is_moved_up_or_down_by_its_error_and_otherwise_each_time(layout: str) -> None:
+    moved = roundoff._Moved(torch.fx.symbolic_trace(torch.nn.ReLU()), True, roundoff.SINGLE, 0)
+    moved.env, value = {}, torch.randn(4, 6, 50, 40, generator=torch.Generator().manual_seed(1))
+    if layout == "channels_last":
+        value = value.contiguous(memory_format=torch.channels_last)
+    value = value.permute(0, 2, 3, 1) if layout == "permuted" else value
+    node = next(iter(moved.module.graph.nodes))
+    turns = [moved._move(node, value, 1) - value for _ in range(8)]
+    error = (roundoff._SAFETY + 1) * roundoff.SINGLE * value.abs().amax((1, 2, 3), keepdim=True)
+    signs = torch.stack([(turn / error).double() for turn in turns])
+    assert torch.allclose(signs.abs(), torch.ones(()).double(), atol=0.2)  # the sum is rounded to a float32
+    signs = signs.sign()
+    assert signs.mean((1, 2, 3, 4)).abs().max() < 0.03
+    together = (signs.flatten(1) @ signs.flatten(1).T) / signs[0].numel()
+    assert (together - torch.eye(8)).abs().max() < 0.03  # no two turns agree more than by chance
+    assert moved._move(node, value, 1).stride() == value.stride()

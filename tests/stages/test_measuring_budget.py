@@ -126,7 +126,7 @@ def test_names_that_are_no_kind_and_severity_are_kinds() -> None:
 
 
 def test_the_map_takes_fewer_products_of_a_short_training() -> None:
-    assert [budget.probes("quick", trained, 8) for trained in (0, 2 * 10**3, 10**6)] == [1, 3, budget.PROBES]
+    assert [budget.probes("quick", trained, 8) for trained in (0, 4 * 10**3, 10**6)] == [1, 3, budget.PROBES]
     assert budget.probes("full", 0, 8) == budget.PROBES
     assert [budget.grids(probes) for probes in (1, budget.PROBES)] == [20, 60]
 

@@ -35,6 +35,7 @@ EVALUATIONS = 256  # of one sample each; few samples are repeated more often
 FEWEST, MACS = 48, 5e9  # a large network is evaluated less often: the largest of 48 changes is near that of 256
 KEPT = 256 << 20  # bytes of what nothing moves that are kept
 _SAFETY = 8.0
+_PLACES = 1 << 16
 
 
 def roundoff(
@@ -120,6 +121,7 @@ class _Moved(fx.Interpreter):
         super().__init__(reference)
         self.floats, self.unit = floats, unit
         self.generator = torch.Generator().manual_seed(seed)
+        self.signs = torch.empty(0)  # drawn once, for drawing takes longer than all that is computed with it
         self.codes: set[fx.Node] = set()
         self.touched: set[fx.Node] = set()
         self.moving = True
@@ -167,8 +169,18 @@ class _Moved(fx.Interpreter):
         if not self.moving:
             return result
         error = (_SAFETY + math.sqrt(terms)) * self.unit * _largest(result)
-        signs = torch.empty_like(result).random_(0, 2, generator=self.generator).mul_(2).sub_(1)
-        return signs.mul_(error).add_(result)
+        return torch.addcmul(result, self._signs(result), error.to(result.dtype))
+
+    def _signs(self, result: Tensor) -> Tensor:
+        """1 or -1 by chance for every value: of what was drawn a part that begins at a place drawn anew."""
+        size = result.numel()
+        if len(self.signs) < size + _PLACES:
+            drawn = torch.empty(size + _PLACES).random_(0, 2, generator=self.generator)
+            self.signs = drawn.mul_(2).sub_(1)
+        first = int(torch.randint(_PLACES, (), generator=self.generator))
+        part = self.signs[first : first + size].to(result.dtype)
+        dense = result.dim() == 4 and result.is_contiguous(memory_format=torch.channels_last)
+        return part.as_strided(result.shape, result.stride()) if dense else part.view(result.shape)
 
 
 class _Kept(fx.Interpreter):
