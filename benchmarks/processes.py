@@ -51,6 +51,15 @@ ROWS: dict[str, list[dict[str, Any]]] = {
         {"quantize": {**TRAIN, "method": "gaqat", "K": 5, **SYNCED, "optimizer": {"name": "sgd", "lr": 1e-3}}},
     ],
     "train none, batchnorm": [FIRST],
+    "fsdp: train none": [FIRST],
+    "fsdp: train sam": [{"train": {**TRAIN, "method": "sam", **SYNCED}}],
+    "fsdp: train sagm": [{"train": {**TRAIN, "method": "sagm", **SYNCED}}],
+    "fsdp: train ema": [{"train": {**TRAIN, "method": "none", "averaging": "ema"}}],
+    "fsdp: quantize lsq": [FIRST, {"quantize": {**TRAIN, "method": "lsq", "optimizer": {"name": "sgd", "lr": 1e-3}}}],
+    "fsdp: quantize gaqat": [
+        FIRST,
+        {"quantize": {**TRAIN, "method": "gaqat", "K": 5, **SYNCED, "optimizer": {"name": "sgd", "lr": 1e-3}}},
+    ],
 }
 APART = ("per_replica", "batchnorm")
 MOST = 0.01
@@ -78,6 +87,7 @@ def trained(name: str, batch: int, folder: Path) -> dict[str, Tensor]:
     torch.manual_seed(0)
     bundle = data.load("rotated-digits", domains=["0"], size=8, corruptions="none")
     options = {"batch_size": batch, "device": "cpu", "measure": "off", "memory_format": "contiguous"}
+    options["strategy"] = "fsdp" if name.startswith("fsdp") else "ddp"
     pipeline = Pipeline(model=Net("batchnorm" in name), data=bundle, stages=ROWS[name], **options)
     model = pipeline.run(folder, restart=True).model
     return {key: value.detach().clone() for key, value in model.state_dict().items() if value.is_floating_point()}

@@ -227,6 +227,7 @@ class Pipeline:
             balanced=self._balanced(bundle),
             memory_format=recipe.memory_format,
             measuring=recipe.measure,
+            strategy=recipe.strategy,
             planned=_planned(recipe, len(bundle.train)),
             recipe_hash=identity.digest(recipe),
             callbacks=self._callbacks,

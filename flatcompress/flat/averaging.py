@@ -21,6 +21,7 @@ from flatcompress.flat.engine import vectors
 from flatcompress.flat.engine.hyper import share
 from flatcompress.flat.engine.vectors import Vector
 from flatcompress.modules import estimate_batchnorm
+from flatcompress.sharded import divided, local
 
 
 class Average:
@@ -38,7 +39,7 @@ class Average:
         if self.count == 0:
             vectors.copy_(self.mean, now)
         else:
-            torch._foreach_lerp_(self.mean, now, self._share(self.count))
+            vectors.lerp_(self.mean, now, self._share(self.count))
         self.count += 1
 
     def weights(self) -> dict[str, Tensor]:
@@ -76,7 +77,7 @@ class Average:
         if set(names) != set(state["mean"]):
             raise UserError("this average belongs to a model with other parameters")
         self.count = int(state["count"])
-        vectors.copy_(self.mean, [state["mean"][name].to(m) for name, m in zip(names, self.mean)])
+        vectors.copy_(self.mean, [divided(state["mean"][name].to(local(m)), m) for name, m in zip(names, self.mean)])
 
 
 def SWA(model: nn.Module) -> Average:
@@ -114,7 +115,7 @@ class _Segment:
         if self.count == 0:
             vectors.copy_(self.mean, weights)
         else:
-            torch._foreach_lerp_(self.mean, weights, 1.0 / (self.count + 1))
+            vectors.lerp_(self.mean, weights, 1.0 / (self.count + 1))
         self.count += 1
         self.end_step = step
 
@@ -254,7 +255,7 @@ class SWAD:
             vectors.copy_(self._average.mean, segment.mean)
             self._average.start_step = segment.start_step
         else:
-            torch._foreach_lerp_(self._average.mean, segment.mean, 1.0 / (self._joined + 1))
+            vectors.lerp_(self._average.mean, segment.mean, 1.0 / (self._joined + 1))
         self._average.end_step = segment.end_step
         self._joined += 1
 

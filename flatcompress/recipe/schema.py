@@ -144,6 +144,11 @@ class Recipe(Strict):
     memory_format: Literal["auto", "channels_last", "contiguous"] = Field(
         "auto", description="how images and weights lie while training; auto: channels last for depthwise nets on a CPU"
     )
+    strategy: Literal["ddp", "fsdp"] = Field(
+        "ddp",
+        description="several processes: each has all weights, or train and quantize divide weights, gradients and the "
+        "optimizer's state over them (FSDP2)",
+    )
     measure: Literal["quick", "full", "off"] = Field(
         "quick",
         description="sharpness, also by layer, the flatness map, accuracy under corruption and the proof: of samples, "
@@ -163,6 +168,7 @@ class Recipe(Strict):
     def _sensible(self) -> Recipe:
         check_names(self)
         check_order(self)
+        check_strategy(self)
         return self
 
     def to_dict(self) -> dict[str, Any]:
@@ -207,6 +213,22 @@ def check_order(recipe: Recipe) -> None:
         if reason:
             raise KeyProblem(f"stages.{i}.{entry.kind}", reason)
         earlier.append((entry.kind, entry.config))
+
+
+def check_strategy(recipe: Recipe) -> None:
+    """Refuse what divided weights do not allow, before anything runs."""
+    if recipe.strategy != "fsdp":
+        return
+    if recipe.precision == "fp16":
+        raise KeyProblem("precision", "fp16 scales losses, which does not go with strategy: fsdp. Take bf16 or no.")
+    if recipe.memory_format == "channels_last":
+        raise KeyProblem("memory_format", "strategy: fsdp divides contiguous weights. Take contiguous or auto.")
+    for i, entry in enumerate(recipe.stages):
+        if entry.config.needs_whole is not None:
+            raise KeyProblem(
+                f"stages.{i}.{entry.kind}",
+                f"{entry.config.needs_whole}, and strategy: fsdp divides the weights over the processes. Take ddp.",
+            )
 
 
 def json_schema() -> dict[str, Any]:

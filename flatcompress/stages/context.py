@@ -51,7 +51,8 @@ class RunContext:
     after the stage's. ``accumulate``: batches of an optimizer step of the running stage.
     ``memory_format``: as the recipe has it; ``laid``: what `layout` made of it. ``balanced``: batches
     have as many samples of each training domain. ``measuring``: how much
-    is measured (see `budget`), ``planned``: of what training; ``corrupted``: the corrupted parts as they are measured,
+    is measured (see `budget`), ``planned``: of what training; ``strategy``: ddp, or fsdp where several processes divide
+    the weights while they train (see `job.divided`); ``corrupted``: the corrupted parts as they are measured,
     once they were; ``statistics``: see `shipped`. ``spent``: where the running stage's time went, beside its training,
     in seconds; ``parts``: what of its own work is no step of the training.
     """
@@ -82,6 +83,7 @@ class RunContext:
     laid: str | None = None
     measuring: str = "full"
     planned: Planned = field(default_factory=Planned)
+    strategy: str = "ddp"
     corrupted: dict[str, Any] | None = None
     statistics: tuple[bytes, dict[str, Any]] | None = None
     spent: dict[str, float] = field(default_factory=dict)
@@ -120,13 +122,19 @@ class RunContext:
         return self.accelerator.device
 
     @property
+    def divides(self) -> bool:
+        """Whether training divides the weights over the processes; one alone has nothing to divide."""
+        return self.strategy == "fsdp" and self.accelerator.num_processes > 1
+
+    @property
     def layout(self) -> str:
         """``channels_last`` or ``contiguous``: how the model lies while it is trained and measured.
 
         UserError where the recipe asks for what the model's forward does not take.
         """
         if self.laid is None:
-            self.laid = layout.chosen(self.memory_format, self.model, self.data.input_shape, self.device)
+            wanted = "contiguous" if self.divides else self.memory_format  # parts are of contiguous weights
+            self.laid = layout.chosen(wanted, self.model, self.data.input_shape, self.device)
             if self.laid == "channels_last":
                 self.laid = self._tried(self.laid)
         return self.laid

@@ -22,7 +22,7 @@ from flatcompress.modules import evaluating
 from flatcompress.randomness import capture, restore
 from flatcompress.registry import Registry
 from flatcompress.stages.context import RunContext
-from flatcompress.stages.job import make_job, train
+from flatcompress.stages.job import divided, make_job, train
 from flatcompress.stages.keys import KeyProblem, TrainingKeys, coerce, flat_hyper
 from flatcompress.tasks.losses import CrossEntropy
 from flatcompress.training.batches import in_order
@@ -160,7 +160,8 @@ def separate(run: RunContext, config: TrainingKeys, row: Useful, callbacks: list
     drawn = capture()
     epochs = min(max(1, round(row.separating * config.epochs)), config.epochs)
     brief = config.model_copy(update={"select": "last", "patience": None})
-    train(run, make_job(run, brief, callbacks, epochs=epochs))
+    with divided(run):
+        train(run, make_job(run, brief, callbacks, epochs=epochs))
     found = slow_samples(*_outputs(run), run.seed)
     run.emit("useful", slow=len(found), of=len(cast(Any, run.data.train)), epochs=epochs)
     run.model.load_state_dict(begun)

@@ -39,6 +39,10 @@ QUICK_SECONDS = 0.1  # of loading, and of timing, the files that latencies are o
 class ExportConfig(StageKeys):
     """Write the ONNX file and prove that it is the model that was trained."""
 
+    @property
+    def needs_whole(self) -> str | None:
+        return None  # by then weights are whole again
+
     profile: str = Field("packed", description="file format; see `flatcompress list profiles`")
     target: str | None = Field(
         None, description="what the file is for: sets the profile, is checked; see `flatcompress list targets`"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from flatcompress.stages.averaging import Averaging
 from flatcompress.stages.callbacks import Heartbeat
 from flatcompress.stages.context import RunContext
 from flatcompress.stages.keys import TrainingKeys
-from flatcompress.training import layout, optimizers
+from flatcompress.training import fsdp, layout, optimizers
 from flatcompress.training.batches import evaluate
 from flatcompress.training.callback import Callback
 from flatcompress.training.job import Job
@@ -68,8 +68,11 @@ def make_job(
     ``extra``: tensors beside the model's parameters that the optimizer must know. ``as_shipped``: inside it the model
     is what the stage would hand on if the epoch were selected; every epoch is judged there.
     """
-    layout.put(run.model, run.layout)
-    model = run.accelerator.prepare(run.model)
+    if fsdp.is_divided(run.model):
+        model = run.model
+    else:
+        layout.put(run.model, run.layout)
+        model = run.accelerator.prepare(run.model)
     groups = parameter_groups(model, config.optimizer.weight_decay, scales, scale_lr)
     groups += [{"params": further, "weight_decay": 0.0}] if (further := list(extra)) else []
     optimizer = flat.create(
@@ -132,6 +135,21 @@ def _score(run: RunContext, model: nn.Module, as_shipped: Callable[[], AbstractC
         return evaluate(model, run.data.val, run.task, run.device, run.together, run.workers)[run.task.selects]
 
 
+@contextmanager
+def divided(run: RunContext, scales: Iterable[nn.Parameter] = ()) -> Iterator[None]:
+    """Inside, the weights of ``run.model`` are divided over the processes where the recipe wants it, then whole again.
+
+    The job and its callbacks are made inside: they see the parameters that are trained. Quantizers' ``scales`` stay
+    whole: they are few, and looked at outside of the network's forward.
+    """
+    if not run.divides:
+        yield
+        return
+    shell = fsdp.divide(run.model, scales)
+    yield
+    run.model = fsdp.gather(run.model, shell)
+
+
 def train(run: RunContext, job: Job) -> None:
     """Run the job; ``run.model`` is then the trained module, at its average or at the epoch that was selected."""
     give_back_memory()  # what came before was of other shapes; after it training has its own
@@ -142,7 +160,8 @@ def train(run: RunContext, job: Job) -> None:
     if not averages:
         restore_best(job)
     run.model = job.accelerator.unwrap_model(job.model, keep_fp32_wrapper=False)
-    layout.put(run.model, "contiguous")  # surgery, packing and checkpoints begin with what is there
+    if not fsdp.is_divided(run.model):
+        layout.put(run.model, "contiguous")  # surgery, packing and checkpoints begin with what is there
     if job.accelerator.num_processes > 1:  # running statistics are each process's own until now
         broadcast(list(run.model.buffers()))
     job.accelerator.free_memory()

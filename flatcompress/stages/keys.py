@@ -69,6 +69,11 @@ class StageKeys(BaseModel):
         """Epochs that the stage trains for; None when it does not train."""
         return None
 
+    @property
+    def needs_whole(self) -> str | None:
+        """What needs every process to have all weights while the stage trains; None where they may be divided."""
+        return "the stage ranks, cuts or masks weights by all of them"
+
 
 def _schedule(value: Any) -> Any:
     """A named schedule; in Python also a function of (step, total), or of an optimizer that makes a torch scheduler."""
@@ -85,6 +90,7 @@ def _schedule_name(value: Any) -> str:
 
 
 FROM_PYTHON = "python:"
+RUNS_ELSEWHERE = ("tram",)  # flat methods that call the network with weights of their own
 Schedule = Annotated[
     Any,
     PlainValidator(_schedule),
@@ -203,6 +209,16 @@ class TrainingKeys(StageKeys):
         """These keys with the epochs that ``max_steps`` leaves; the last may be cut short."""
         most = self.epochs if self.max_steps is None else math.ceil(self.max_steps / steps_per_epoch)
         return self if most >= self.epochs else self.model_copy(update={"epochs": most})
+
+    @property
+    def climbs_alone(self) -> str | None:
+        """Why the flat method cannot train divided weights; None where it can."""
+        method = self.flat_method()
+        if method in RUNS_ELSEWHERE:
+            return f"method {method!r} runs the network with other weights"
+        if method != "none" and self.perturb != "synced":
+            return f"method {method!r} climbs in every process by itself (perturb: per_replica; synced is possible)"
+        return None
 
     @property
     def hyper(self) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from flatcompress.stages.averaging import Averaging
 from flatcompress.stages.callbacks import BiasRounding, Distillation, FrozenBatchNorm, MaskedWeights
 from flatcompress.stages.context import RunContext
 from flatcompress.stages.flatness import log_map
-from flatcompress.stages.job import check_trainable, make_job, train
+from flatcompress.stages.job import check_trainable, divided, make_job, train
 from flatcompress.stages.measure import train_batches
 from flatcompress.stages.qat_callbacks import Conflict, GridPull, Oscillation, Point, ScaleSteps, Transform, in_turn
 from flatcompress.stages.qat_methods import conflict_mix, float_epochs
@@ -59,10 +59,11 @@ def _post_training(run: RunContext, config: QuantizeConfig, facts: Facts) -> Non
 
 
 def _train_float(run: RunContext, config: QuantizeConfig, facts: Facts) -> None:
-    callbacks: list[Callback] = [MaskedWeights(run.model)]
-    if config.freeze_bn:
-        callbacks.append(FrozenBatchNorm(run.model))
-    train(run, make_job(run, config, callbacks, epochs=float_epochs(config), eligible=lambda epoch: False))
+    with divided(run):
+        callbacks: list[Callback] = [MaskedWeights(run.model)]
+        if config.freeze_bn:
+            callbacks.append(FrozenBatchNorm(run.model))
+        train(run, make_job(run, config, callbacks, epochs=float_epochs(config), eligible=lambda epoch: False))
 
 
 def _train_quantized(run: RunContext, config: QuantizeConfig, teacher: nn.Module | None, facts: Facts) -> None:
@@ -87,7 +88,8 @@ def _train_quantized(run: RunContext, config: QuantizeConfig, teacher: nn.Module
     if before is not None:
         log_map(run, before, config.epochs)
     del given, before  # as large as a batch's activations, and training is where memory is short
-    train(run, qat_job(run, config, teacher))
+    with divided(run, quant.scale_parameters(run.model).values()):
+        train(run, qat_job(run, config, teacher))
     if not config.freeze_bn:
         shipped.estimate(run, trained)
     shipped.settle(run, config.tie_free)

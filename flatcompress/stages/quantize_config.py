@@ -157,6 +157,19 @@ class QuantizeConfig(TrainingKeys):
         return self.row.flat if self.flat is None else known_flat_method(self.flat, "flat")
 
     @property
+    def needs_whole(self) -> str | None:
+        if not self.epochs:
+            return None  # nothing is trained
+        inside = {
+            "perturb_point: quantized": (self.perturb_point or self.row.point) == "quantized",
+            "cage": bool(self.row.cage if self.cage is None else self.cage),
+            "dampen": self.dampen > 0,
+            "oscillation_threshold": self.oscillation_threshold is not None,
+        }
+        found = [key for key, given in inside.items() if given]
+        return f"{found[0]} works on weights outside of the network's forward" if found else self.climbs_alone
+
+    @property
     def from_post_training(self) -> bool:
         """Whether post-training quantization is done, alone or before the training."""
         return self.start == "post_training" or not self.epochs

@@ -13,7 +13,7 @@ from flatcompress.stages import emphasis as emphases
 from flatcompress.stages.averaging import Averaging
 from flatcompress.stages.callbacks import MaskedWeights
 from flatcompress.stages.context import RunContext
-from flatcompress.stages.job import check_trainable, make_job, train
+from flatcompress.stages.job import check_trainable, divided, make_job, train
 from flatcompress.stages.keys import AveragingKind, FlatKeys
 from flatcompress.stages.stage import Facts, Phase, Stage
 from flatcompress.training.callback import Callback
@@ -31,6 +31,10 @@ class TrainConfig(FlatKeys):
     def _known_emphasis(self) -> TrainConfig:
         self.emphasis = emphases.read(self.emphasis)
         return self
+
+    @property
+    def needs_whole(self) -> str | None:
+        return self.climbs_alone
 
     @property
     def emphasized(self) -> emphases.Row | None:
@@ -70,16 +74,18 @@ def _useful(run: RunContext, config: TrainConfig, facts: Facts) -> None:
     assert isinstance(row, emphases.Useful)
     with emphases.seen_more_often(run, facts["slow"], row.upsample):
         config = config.within(run.steps_per_epoch)  # longer epochs: max_steps leaves fewer of them
-        train(run, make_job(run, config, callbacks(run, config)))
+        with divided(run):
+            train(run, make_job(run, config, callbacks(run, config)))
 
 
 def _train(run: RunContext, config: TrainConfig, facts: Facts) -> None:
     row = config.emphasized
-    if not isinstance(row, emphases.ClassBalanced):
-        train(run, make_job(run, config, callbacks(run, config)))
-        return
-    weights = emphases.weighing(run, config, row)
-    train(run, replace(make_job(run, config, [weights, *callbacks(run, config)]), loss=weights))
+    with divided(run):
+        if not isinstance(row, emphases.ClassBalanced):
+            train(run, make_job(run, config, callbacks(run, config)))
+            return
+        weights = emphases.weighing(run, config, row)
+        train(run, replace(make_job(run, config, [weights, *callbacks(run, config)]), loss=weights))
 
 
 STAGE = Stage(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from flatcompress.errors import RunError
+from flatcompress.sharded import any_sharded, local, whole
 
 ADVICE = "Lower optimizer.lr or rho, raise the bits, or set on_divergence: skip or rollback."
 
@@ -46,7 +47,8 @@ def gradients_of(groups: Iterable[dict[str, Any]]) -> list[Tensor]:
 def finite(loss: Tensor, gradients: list[Tensor]) -> bool:
     """Are the loss and every gradient finite? All processes get the same answer."""
     parts = [loss.detach().float().reshape(())]
-    parts += [n.float().to(loss.device) for n in torch._foreach_norm(gradients)] if gradients else []
+    own = [local(gradient) for gradient in gradients]
+    parts += [n.float().to(loss.device) for n in torch._foreach_norm(own)] if own else []
     total = torch.stack(parts).sum()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         flag = (~torch.isfinite(total)).float()
@@ -56,20 +58,33 @@ def finite(loss: Tensor, gradients: list[Tensor]) -> bool:
 
 
 def parameters_finite(model: nn.Module) -> bool:
-    """Is every floating-point parameter finite?"""
-    return not any(True for _ in _bad_tensors(model.named_parameters()))
+    """Is every floating-point parameter finite? All processes get the same answer, also where they hold parts."""
+    good = not any(True for _ in _bad_tensors((name, local(p)) for name, p in model.named_parameters()))
+    return agreed(good) if any_sharded(model.parameters()) else good
+
+
+def agreed(good: bool) -> bool:
+    """Whether all processes say so."""
+    flag = torch.tensor(float(not good))
+    flag = flag.cuda() if torch.distributed.get_backend() == "nccl" else flag
+    torch.distributed.all_reduce(flag)
+    return not bool(flag)
 
 
 def find(model: nn.Module, x: Tensor, loss: float, step: int) -> dict[str, Any]:
     """Where the first value that is not finite arises, for batch ``x`` at the weights as they are.
 
     Looked for in this order: parameters (a quantizer's scale is named as such), the input, the layers' outputs in the
-    order of a forward, the loss, gradients from the loss backwards.
+    order of a forward, the loss, gradients from the loss backwards. Of a network whose weights are divided over the
+    processes the parameters alone are looked at.
     """
     finding: dict[str, Any] = {"step": step, "loss": str(loss), "what": "loss", "layer": None, "bits": None}
-    bad = next(_bad_tensors(model.named_parameters()), None)
+    named = ((name, whole(p.detach())) for name, p in model.named_parameters())
+    bad = next(_bad_tensors(named), None)
     if bad is not None:
         return finding | {"what": _kind(bad), "layer": bad, "bits": bits_of(model, bad)}
+    if any_sharded(model.parameters()):  # what follows is each process's own, and a forward needs them all
+        return finding
     if not bool(torch.isfinite(x).all()):
         return finding | {"what": "input batch"}
     name = _first_bad_output(model, x)

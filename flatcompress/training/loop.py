@@ -18,8 +18,10 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor
 
+from flatcompress import sharded
 from flatcompress.errors import Interrupted, RunError
 from flatcompress.randomness import capture, restore
+from flatcompress.sharded import any_sharded, whole_tree
 from flatcompress.training import divergence
 from flatcompress.training.batches import Feed, epoch_batches, worker_errors
 from flatcompress.training.devices import select
@@ -123,7 +125,10 @@ def _save_if_due(job: Job, epoch: int, done: int, step: int, stats: Means, base_
     if job.progress is None:
         return
     stop = job.progress.stop_requested  # asked once: several processes agree on the answer
-    if not stop and not job.progress.due(step):
+    due = job.progress.due(step)
+    if any_sharded(job.raw_model.parameters()):  # they put the state together, and their clocks differ
+        due = not divergence.agreed(not due)
+    if not stop and not due:
         return
     if divergence.parameters_finite(job.raw_model):  # else the next pass says so, and goes back
         job.progress.save(step, _state(job, epoch, done, stats, base_lrs))
@@ -132,7 +137,7 @@ def _save_if_due(job: Job, epoch: int, done: int, step: int, stats: Means, base_
 
 
 def _state(job: Job, epoch: int, done: int, stats: Means, base_lrs: list[float]) -> dict[str, Any]:
-    return {
+    state = {
         "epoch": epoch,
         "done": done,
         "stats": vars(stats),
@@ -147,6 +152,7 @@ def _state(job: Job, epoch: int, done: int, stats: Means, base_lrs: list[float])
         "recovery": asdict(job.state.recovery),
         **({} if job.accelerator.scaler is None else {"scaler": job.accelerator.scaler.state_dict()}),
     }
+    return whole_tree(state) if any_sharded(job.raw_model.parameters()) else state
 
 
 def _resume(job: Job, state: dict[str, Any] | None) -> tuple[int, int, Means]:
@@ -155,7 +161,7 @@ def _resume(job: Job, state: dict[str, Any] | None) -> tuple[int, int, Means]:
     if state is None:
         return job.first_epoch, 0, stats
     try:
-        job.raw_model.load_state_dict(state["model"])
+        sharded.load(job.raw_model, state["model"])
         job.optimizer.load_state_dict(state["optimizer"])
         for group, lr in zip(job.optimizer.param_groups, state["base_lrs"]):
             group["lr"] = lr
@@ -196,7 +202,7 @@ def restore_best(job: Job) -> None:
     """Put the best epoch's weights back; without one (nothing eligible, or select='last') nothing changes."""
     if job.state.best is not None:
         value, weights = job.state.best
-        job.raw_model.load_state_dict(weights)
+        sharded.load(job.raw_model, weights)
         job.emit("selected", **job.task.selected(value))
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from flatcompress.errors import UserError
 from flatcompress.flat.engine.context import Probe
+from flatcompress.sharded import local
 
 Closure = Callable[..., Any]
 
@@ -60,11 +61,11 @@ def evaluate(closure: Closure, params: Sequence[nn.Parameter], probe: Probe) -> 
             return Reading([], _loss(_call(closure, probe)))
     sentinel = min(params, key=lambda p: p.numel())
     mark = sentinel.grad = torch.zeros_like(sentinel)
-    version = mark._version
+    version = local(mark)._version
     with torch.enable_grad():
         loss = _loss(_call(closure, probe))
     _check_mark(sentinel, mark)
-    if sentinel.grad is mark and mark._version == version:
+    if sentinel.grad is mark and local(mark)._version == version:
         sentinel.grad = None
     gradients = [None if p.grad is None else _dense(p.grad) for p in params]
     for p in params:

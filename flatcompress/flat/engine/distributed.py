@@ -14,17 +14,23 @@ from torch.nn.parallel import DistributedDataParallel
 
 from flatcompress.errors import UserError
 from flatcompress.flat.engine.vectors import Vector
+from flatcompress.sharded import is_sharded
 
 
 class Replicas:
     """The processes that share a model, or one process alone.
 
-    Distributed means: the model is a DistributedDataParallel, or a process group was given. That torch.distributed
-    happens to be initialised decides nothing.
+    Distributed means: the model is a DistributedDataParallel, its parameters are divided (`fully_shard`), or a process
+    group was given. That torch.distributed happens to be initialised decides nothing. Gradients of divided parameters
+    are averaged within every backward pass, so all processes climb together: ``synced`` is all there is.
     """
 
     def __init__(self, model: nn.Module, group: Any = None) -> None:
         self.ddp = model if isinstance(model, DistributedDataParallel) else None
+        divided = next(filter(is_sharded, model.parameters()), None)
+        self.sharded = divided is not None
+        if divided is not None and group is None:
+            group = dist.group.WORLD
         self.group = group if group is not None else (self.ddp.process_group if self.ddp is not None else None)
         self.size = dist.get_world_size(self.group) if self.group is not None else 1
 
@@ -54,7 +60,9 @@ class Replicas:
         """
         if self.size == 1:
             return list(absent), finite
-        kinds = _by_kind(vector)
+        kinds = _by_kind([t for t in vector if not is_sharded(t)])  # the others were averaged by their backward pass
+        if not kinds:
+            return list(absent), finite
         flags = [float(not a) for a in absent] + [float(not finite)]
         for i, tensors in enumerate(kinds.values()):
             parts = [t.reshape(-1) for t in tensors]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from flatcompress import sharded
 from flatcompress.errors import UserError
 from flatcompress.flat.engine import vectors
 from flatcompress.flat.engine.closures import ZEROED, Closure, as_closures
@@ -49,6 +50,8 @@ class FlatOptimizer(Optimizer):
         self._names: dict[int, str] = {}
         self._buffers = Buffers(model)
         self._replicas = Replicas(model, settings.process_group)
+        if self._replicas.sharded:
+            self.settings = together(settings)
         mine = {id(p) for group in base.param_groups for p in group["params"]}
         self._left_out = [p for p in _parameters(self._buffers.walk()) if id(p) not in mine]
         self._building = True
@@ -122,11 +125,9 @@ class FlatOptimizer(Optimizer):
         self._stepping = True
         try:
             step = self.context()
-            with self._buffers.kept_on_error():
-                run = self._run(step, closures, second)
-            if run.finite:
-                self._apply(step, run)
-            else:
+            with sharded.mixing(step.params):
+                run = self._taken(step, closures, second)
+            if not run.finite:
                 self.memory = before
                 self.skipped += 1
         except BaseException:
@@ -189,6 +190,14 @@ class FlatOptimizer(Optimizer):
                 f"(first: {names.get(id(new[0]), 'unnamed')}), and the optimizer does not hold them. Make it after "
                 "prune(), quantize() and other changes of the model, or add_param_group them, or freeze them."
             )
+
+    def _taken(self, step: Step, closures: Sequence[Closure], second: Sequence[Closure]) -> Run:
+        """The passes, and the update unless one of them overflowed."""
+        with self._buffers.kept_on_error():
+            run = self._run(step, closures, second)
+        if run.finite:
+            self._apply(step, run)
+        return run
 
     def _run(self, step: Step, closures: Sequence[Closure], second: Sequence[Closure]) -> Run:
         """All passes of the step: once over all closures together, or once for each, averaged."""
@@ -282,6 +291,8 @@ class FlatOptimizer(Optimizer):
                 f"create {own['method']!r}, or load without its 'flat' entry to start the new method afresh"
             )
         self.base.load_state_dict({key: value for key, value in state_dict.items() if key != "flat"})
+        for p, values in self.base.state.items():
+            self.base.state[p] = {key: sharded.divided(v, p) if torch.is_tensor(v) else v for key, v in values.items()}
         self.memory = Memory()
         self.t = self.passes = self.skipped = 0
         if own is None:
@@ -290,7 +301,19 @@ class FlatOptimizer(Optimizer):
         params = [p for group in self.param_groups for p in group["params"]]
         self.memory.values = dict(own["values"])
         for key, slot in own["slots"].items():
-            self.memory.slots[key] = {int(j): t.to(params[int(j)].device, copy=True) for j, t in slot.items()}
+            like = {int(j): params[int(j)] for j in slot}
+            self.memory.slots[key] = {
+                int(j): sharded.divided(t.to(like[int(j)].device, copy=True), like[int(j)]) for j, t in slot.items()
+            }
+
+
+def together(settings: Settings) -> Settings:
+    """``settings`` for parameters that are divided: processes climb together. UserError with loss scaling."""
+    if settings.scaler is not None and settings.scaler.is_enabled():
+        raise UserError(
+            "loss scaling (fp16) does not go with parameters divided over processes; train in bf16 or fp32."
+        )
+    return replace(settings, perturb="synced")
 
 
 def _parameters(modules: Sequence[nn.Module]) -> list[nn.Parameter]:

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from flatcompress.sharded import any_sharded, apart, local, summed
+
 Vector = list[Tensor]
 Scalar = float | Tensor
 
@@ -35,6 +37,8 @@ def norms(vector: Sequence[Tensor]) -> list[Tensor]:
     """The l2 norm of every tensor, 0-dim each."""
     if not vector:
         return []
+    if any_sharded(vector):
+        return list(summed(lambda parts: _stacked(norms(parts)).square(), vector).sqrt().unbind())
     dtype = accumulate_dtype(vector)
     if any(t.dtype != dtype for t in vector):
         return [torch.linalg.vector_norm(t, dtype=dtype) for t in vector]
@@ -52,6 +56,8 @@ def dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     """The inner product over everything, 0-dim."""
     if not a:
         return torch.zeros(())
+    if any_sharded(a):
+        return summed(lambda x, y: _stacked([dot([one], [other]) for one, other in zip(x, y)]), a, b).sum()
     dtype = accumulate_dtype(a)
     parts = [torch.dot(x.reshape(-1).to(dtype), y.reshape(-1).to(dtype)) for x, y in zip(a, b)]
     return _stacked(parts).sum()
@@ -69,12 +75,12 @@ def scale(vector: Sequence[Tensor], factor: Scalar) -> Vector:
             return [t * factor.to(device=t.device, dtype=t.dtype) for t in vector]
         if len({t.dtype for t in vector}) == 1:
             factor = factor.to(vector[0].dtype)
-    return list(torch._foreach_mul(list(vector), factor)) if vector else []
+    return apart(lambda v: torch._foreach_mul(v, factor), vector) if vector else []
 
 
 def add(a: Sequence[Tensor], b: Sequence[Tensor], alpha: float = 1.0) -> Vector:
     """``a + alpha * b``."""
-    return list(torch._foreach_add(list(a), list(b), alpha=alpha)) if a else []
+    return apart(lambda x, y: torch._foreach_add(x, y, alpha=alpha), a, b) if a else []
 
 
 def add_(a: Sequence[Tensor], b: Sequence[Tensor], alpha: float = 1.0) -> None:
@@ -90,13 +96,22 @@ def sub(a: Sequence[Tensor], b: Sequence[Tensor], alpha: float = 1.0) -> Vector:
 
 def mul(a: Sequence[Tensor], b: Sequence[Tensor]) -> Vector:
     """The elementwise product."""
-    return list(torch._foreach_mul(list(a), list(b))) if a else []
+    return apart(torch._foreach_mul, a, b) if a else []
+
+
+def lerp_(a: Sequence[Tensor], b: Sequence[Tensor], share: float) -> None:
+    """``a += share * (b - a)`` in place, for vectors that are divided alike."""
+    if a:
+        torch._foreach_lerp_([local(t) for t in a], [local(t) for t in b], share)
 
 
 def copy_(target: Sequence[Tensor], source: Sequence[Tensor]) -> None:
     """Copy values into the same storage: nothing that holds the target notices but for its values."""
-    if target:
-        torch._foreach_copy_(list(target), list(source))
+    if not target:
+        return
+    if any_sharded(target):  # the copy of all at once does not know divided tensors
+        target, source = [local(t) for t in target], [local(t) for t in source]
+    torch._foreach_copy_(list(target), list(source))
 
 
 def clone(vector: Sequence[Tensor]) -> Vector:

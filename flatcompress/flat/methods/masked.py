@@ -20,6 +20,7 @@ from flatcompress.flat.engine.hyper import share
 from flatcompress.flat.engine.vectors import Vector
 from flatcompress.flat.methods.method import Method
 from flatcompress.randomness import mixed, spaced
+from flatcompress.sharded import whole
 
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 MASKS = ("fisher", "dynamic")
@@ -135,7 +136,7 @@ def _check_mask(mask: Any, every: int) -> None:
 
 def largest(scores: Sequence[Tensor], kept: float) -> Vector:
     """Boolean masks of the ``kept`` share of entries with the largest score, over all tensors together."""
-    flat = torch.cat([s.reshape(-1) for s in scores])
+    flat = torch.cat([whole(s).reshape(-1) for s in scores])
     count = round(kept * flat.numel())
     chosen = torch.zeros_like(flat, dtype=torch.bool)
     if count:
@@ -145,8 +146,8 @@ def largest(scores: Sequence[Tensor], kept: float) -> Vector:
 
 def regrown(masks: Sequence[Tensor], gradient: Sequence[Tensor], rate: float, seed: int) -> Vector:
     """Drop the live entries of smallest |gradient| (a share ``rate`` of them), grow as many dead ones at random."""
-    live = torch.cat([m.reshape(-1) for m in masks]).bool()
-    size = torch.cat([g.reshape(-1) for g in gradient]).abs()
+    live = torch.cat([whole(m).reshape(-1) for m in masks]).bool()
+    size = torch.cat([whole(g).reshape(-1) for g in gradient]).abs()
     count = min(int(rate * int(live.sum())), int((~live).sum()))
     if count:
         dropped = torch.topk(size.masked_fill(~live, math.inf), count, largest=False).indices

@@ -21,6 +21,7 @@ from flatcompress.flat.methods.method import Method
 from flatcompress.modules import logits_of
 from flatcompress.numerics import kl
 from flatcompress.randomness import RandomState
+from flatcompress.sharded import any_sharded
 
 TARGETS = ("ema", "previous")
 
@@ -106,7 +107,14 @@ def tram(
         elif target == "previous":
             step.store("target", vectors.clone(step.weights))
 
-    return Method(program, shape, remember=remember)
+    def check(step: Step) -> None:
+        if distance is None and isinstance(target, str) and any_sharded(step.params):
+            raise UserError(
+                f"tram with target={target!r} runs the model with other weights, and its parameters are divided over "
+                "processes. Give a module as the target, or distance(), or train with whole parameters."
+            )
+
+    return Method(program, shape, remember=remember, check=check)
 
 
 def _radius(step: Step, tap: Tap, target: Any, scale: float) -> Tensor | float:
