@@ -109,3 +109,28 @@ def mixing(tensors: Iterable[Tensor]) -> Iterator[None]:
 
     with implicit_replication():
         yield
+
+
+def broadcast_(tensors: Sequence[Tensor], group: Any = None) -> None:
+    """Give all processes the values of the first one, in place."""
+    source = 0 if group is None else dist.get_global_rank(group, 0)
+    for alike in by_kind(tensors).values():
+        flat = torch.cat([t.reshape(-1) for t in alike])
+        dist.broadcast(flat, source, group=group)
+        unflatten(flat, alike)
+
+
+def by_kind(tensors: Sequence[Tensor]) -> dict[tuple[torch.dtype, torch.device], list[Tensor]]:
+    """``tensors`` that fit into one message, together."""
+    kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for t in tensors:
+        kinds.setdefault((t.dtype, t.device), []).append(t)
+    return kinds
+
+
+def unflatten(flat: Tensor, tensors: Sequence[Tensor]) -> None:
+    """Write a message's values back into ``tensors``."""
+    start = 0
+    for t in tensors:
+        t.copy_(flat[start : start + t.numel()].view(t.shape))
+        start += t.numel()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from flatcompress.errors import UserError
-from flatcompress.sharded import any_sharded, whole
+from flatcompress.sharded import any_sharded, broadcast_, whole
 
 LEAST = 1_000_000  # parameters of a block that is gathered by itself; a smaller one is not worth a message
 
@@ -38,6 +38,7 @@ def divide(model: nn.Module, kept: Iterable[Tensor] = (), least: int = LEAST) ->
         model,
     ]:  # the last too lets go of its weights after a forward: epochs are judged
         fully_shard(block, ignored_params=ignored, reshard_after_forward=True)
+    model.register_forward_pre_hook(_same_buffers)
     return shell
 
 
@@ -56,6 +57,12 @@ def gather(model: nn.Module, shell: nn.Module) -> nn.Module:
 def is_divided(model: nn.Module) -> bool:
     """Whether parameters of ``model`` are divided over processes."""
     return any_sharded(model.parameters())
+
+
+def _same_buffers(model: nn.Module, inputs: Any) -> None:
+    """What DistributedDataParallel does before a forward too: all have the running statistics of the first process."""
+    with torch.no_grad():
+        broadcast_(list(model.buffers()))
 
 
 def _empty(parameter: nn.Parameter) -> nn.Parameter:

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from flatcompress.errors import UserError
 from flatcompress.flat.engine.vectors import Vector
-from flatcompress.sharded import is_sharded
+from flatcompress.sharded import broadcast_, by_kind, is_sharded, unflatten
 
 
 class Replicas:
@@ -47,11 +47,7 @@ class Replicas:
         """What DDP does at the first forward of a step and `alone` keeps it from doing: rank 0's buffers to all."""
         if self.ddp is None or self.group is None or self.size == 1 or not self.ddp.broadcast_buffers:
             return
-        source = dist.get_global_rank(self.group, 0)
-        for tensors in _by_kind(list(self.ddp.module.buffers())).values():
-            flat = torch.cat([t.reshape(-1) for t in tensors])
-            dist.broadcast(flat, source, group=self.group)
-            _unflatten(flat, tensors)
+        broadcast_(list(self.ddp.module.buffers()), self.group)
 
     def mean_(self, vector: Sequence[Tensor], absent: Sequence[bool], finite: bool = True) -> tuple[list[bool], bool]:
         """Average ``vector`` in place over the processes; a parameter is absent only if it is so everywhere.
@@ -60,7 +56,7 @@ class Replicas:
         """
         if self.size == 1:
             return list(absent), finite
-        kinds = _by_kind([t for t in vector if not is_sharded(t)])  # the others were averaged by their backward pass
+        kinds = by_kind([t for t in vector if not is_sharded(t)])  # the others were averaged by their backward pass
         if not kinds:
             return list(absent), finite
         flags = [float(not a) for a in absent] + [float(not finite)]
@@ -72,22 +68,8 @@ class Replicas:
             if i == 0:
                 told = flat[flat.numel() - len(flags) :].tolist()
                 flags = told
-            _unflatten(flat.div_(self.size), tensors)
+            unflatten(flat.div_(self.size), tensors)
         return [f == 0 for f in flags[:-1]], flags[-1] == 0
-
-
-def _by_kind(tensors: Sequence[Tensor]) -> dict[tuple[torch.dtype, torch.device], list[Tensor]]:
-    kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-    for t in tensors:
-        kinds.setdefault((t.dtype, t.device), []).append(t)
-    return kinds
-
-
-def _unflatten(flat: Tensor, tensors: Sequence[Tensor]) -> None:
-    start = 0
-    for t in tensors:
-        t.copy_(flat[start : start + t.numel()].view(t.shape))
-        start += t.numel()
 
 
 def unscale_(vector: Vector, scaler: Any) -> bool:
