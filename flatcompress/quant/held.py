@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from flatcompress.modules import evaluating
 from flatcompress.quant.layers import quantized_layers
 from flatcompress.quant.qat.rounding import BiasRounding
+from flatcompress.sharded import any_sharded
 
 
 @contextmanager
@@ -19,13 +20,16 @@ def held(model: nn.Module, biases: bool = True) -> Iterator[None]:
 
     Nothing that they come from may change inside: weights, scales, BatchNorm's statistics (``biases=False`` where these
     do). Results are the same bits. Where gradients are wanted everything is computed as ever. A network that is not
-    quantized is left alone. It takes as much memory as the weights.
+    quantized is left alone, and one whose weights are divided over processes. It takes as much memory as the weights.
 
     >>> net = nn.Linear(2, 1)
     >>> with held(net), torch.no_grad():
     ...     net(torch.ones(3, 2)).shape
     torch.Size([3, 1])
     """
+    if any_sharded(model.parameters()):  # these weights are whole within a forward alone
+        yield
+        return
     computed: list[tuple[nn.Module, str]] = [(layer, "quantized_weight") for layer in quantized_layers(model).values()]
     if biases:
         computed += [(m, "shift") for m in model.modules() if isinstance(m, BiasRounding) and m.enabled]

@@ -19,7 +19,7 @@ from flatcompress.plan import Plan
 from flatcompress.stages.budget import Planned
 from flatcompress.tasks import Task
 from flatcompress.training import layout
-from flatcompress.training.batches import fitting
+from flatcompress.training.batches import evaluate, fitting
 from flatcompress.training.callback import Callback
 from flatcompress.training.job import Progress, steps_per_epoch
 from flatcompress.training.mixing import Mixing
@@ -150,6 +150,11 @@ class RunContext:
     def together(self) -> int:
         """How many samples are evaluated at a time."""
         return fitting(self.data.input_shape, 512)
+
+    def evaluate(self, model: nn.Module, dataset: Any, task: Task | None = None) -> dict[str, float]:
+        """The metrics of ``model`` over ``dataset`` by name; several processes, which all ask, share the work."""
+        several = self.accelerator.num_processes > 1
+        return evaluate(model, dataset, task or self.task, self.device, self.together, self.workers, shared=several)
 
     @property
     def mixing(self) -> Mixing | None:

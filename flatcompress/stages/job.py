@@ -20,7 +20,6 @@ from flatcompress.stages.callbacks import Heartbeat
 from flatcompress.stages.context import RunContext
 from flatcompress.stages.keys import TrainingKeys
 from flatcompress.training import fsdp, layout, optimizers
-from flatcompress.training.batches import evaluate
 from flatcompress.training.callback import Callback
 from flatcompress.training.job import Job
 from flatcompress.training.loop import fit, restore_best
@@ -132,7 +131,7 @@ def _heartbeat(run: RunContext, config: TrainingKeys) -> Heartbeat:
 def _score(run: RunContext, model: nn.Module, as_shipped: Callable[[], AbstractContextManager[None]]) -> float:
     """The metric that selects, on the validation split."""
     with as_shipped(), run.part("validation"), quant.held(model):
-        return evaluate(model, run.data.val, run.task, run.device, run.together, run.workers)[run.task.selects]
+        return run.evaluate(model, run.data.val)[run.task.selects]
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from flatcompress.stages import budget, members, predictions
 from flatcompress.stages.context import RunContext
 from flatcompress.stages.reported import reported
 from flatcompress.training import layout
-from flatcompress.training.batches import evaluate, fitting, loader
+from flatcompress.training.batches import fitting, loader
 
 FULL = budget.Sizes(whole=256, each=64, layers=10**6, map=32)
 SHARPNESS_RHO = 0.05
@@ -44,10 +44,7 @@ def _row(run: RunContext, stage: str, method: str, seconds: float, passes: int, 
         "the cost in MACs could not be counted", lambda: graph.macs(twin, run.example().cpu()), {}
     )
     with quant.held(run.model):
-        scored = scores(
-            run,
-            lambda dataset, task: evaluate(run.model, dataset, task, run.device, run.together, run.workers),  # type: ignore[arg-type]
-        )
+        scored = scores(run, lambda dataset, task: run.evaluate(run.model, dataset, task))  # type: ignore[arg-type]
     row = {
         "stage": stage,
         "method": method,

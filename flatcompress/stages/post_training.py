@@ -11,7 +11,6 @@ from flatcompress.quant import ptq
 from flatcompress.registry import Registry
 from flatcompress.stages.context import RunContext
 from flatcompress.stages.measure import train_batches
-from flatcompress.training.batches import evaluate
 
 CALIBRATION_SAMPLES = 512
 TABLES: dict[str, Registry[Any]] = {  # key of the stage -> the table that its value is a row of
@@ -36,7 +35,7 @@ def quantize(
         task = run.task
 
         def points(model: nn.Module) -> float:
-            value = evaluate(model, run.data.val, task, run.device, run.together, run.workers)[task.selects]
+            value = run.evaluate(model, run.data.val)[task.selects]
             return (100 if task.metric.share else 1) * (value if task.metric.higher else -value)
 
         done, rounds = quant.within_drop(run.model, images, points, max_drop, weight_bits, **settings)

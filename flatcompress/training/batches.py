@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object, send_to_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -114,14 +115,37 @@ def evaluate(
     device: torch.device | str = "cpu",
     batch_size: int = 512,
     workers: int = 0,
+    shared: bool = False,
 ) -> dict[str, float]:
     """The task's metrics over ``dataset``, in eval mode, by name; every module's own mode is restored.
 
     ``workers`` processes load ahead where the images lie in files; what lies in memory is there sooner without them.
+    ``shared``: the processes of this training, which all call this, run a share of the samples each and get the metrics
+    of all of them.
     """
     with evaluating(model), worker_errors(workers):
+        if shared:
+            return task.measure(_in_shares(model, dataset, device, batch_size, workers))
         batches = in_order(dataset, batch_size, workers, pin_memory=torch.device(device).type == "cuda")
         return task.measure((model(x.to(device)), y.to(device)) for x, y in batches)
+
+
+def _in_shares(
+    model: nn.Module, dataset: Any, device: torch.device | str, batch_size: int, workers: int
+) -> Iterator[tuple[Any, Tensor]]:
+    """Outputs and targets of all samples in order, each batch run by one of the processes.
+
+    All run as many: a forward of a network that they share is a meeting of all of them.
+    """
+    rank, world, n = torch.distributed.get_rank(), torch.distributed.get_world_size(), len(dataset)
+    size = max(1, min(batch_size, -(-n // world)))
+    batches = [list(range(i, min(i + size, n))) for i in range(0, n, size)]
+    rounds = -(-len(batches) // world)
+    own = [batches[min(i * world + rank, len(batches) - 1)] for i in range(rounds)]
+    workers = workers if getattr(dataset, "on_disk", False) else 0
+    for i, (x, y) in enumerate(loader(dataset, own, workers)):
+        found = gather_object([send_to_device((model(x.to(device)), y), "cpu")])
+        yield from (send_to_device(pair, device) for pair in found[: len(batches) - i * world])
 
 
 def in_order(dataset: Any, batch_size: int, workers: int = 0, **options: Any) -> DataLoader:
