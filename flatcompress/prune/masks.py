@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from flatcompress.errors import UserError, unknown
-from flatcompress.modules import weight_of
+from flatcompress.modules import walked, weight_of
 from flatcompress.plan import Plan, Step
 from flatcompress.prune.dependency import axes
 from flatcompress.prune.dependency.survey import match
@@ -60,17 +60,23 @@ def masked_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]]:
             yield name, module, mask
 
 
+def _masked(model: nn.Module) -> list[tuple[nn.Module, Tensor]]:
+    """`masked_layers` without names, which take most of the time and are looked up in vain three times a step."""
+    found = ((module, module._buffers.get(NAME)) for module in walked(model) if module._buffers)
+    return [(module, mask) for module, mask in found if mask is not None]
+
+
 @torch.no_grad()
 def enforce_(model: nn.Module) -> None:
     """Zero every masked weight of ``model`` again, exactly; call after each optimizer step."""
-    for _, module, mask in masked_layers(model):
+    for module, mask in _masked(model):
         module.get_parameter("weight").masked_fill_(~mask, 0)
 
 
 @torch.no_grad()
 def mask_gradients_(model: nn.Module) -> None:
     """Zero the gradients of masked weights, so that norms, clipping and momentum do not see them."""
-    for _, module, mask in masked_layers(model):
+    for module, mask in _masked(model):
         gradient = module.get_parameter("weight").grad
         if gradient is not None:
             gradient.masked_fill_(~mask, 0)

@@ -48,7 +48,9 @@ def finite(loss: Tensor, gradients: list[Tensor]) -> bool:
     """Are the loss and every gradient finite? All processes get the same answer."""
     parts = [loss.detach().float().reshape(())]
     own = [local(gradient) for gradient in gradients]
-    parts += [n.float().to(loss.device) for n in torch._foreach_norm(own)] if own else []
+    for n in torch._foreach_norm(own) if own else ():
+        like = n.dtype == torch.float32 and n.device == loss.device  # asked, since conversions take longer than norms
+        parts.append(n if like else n.float().to(loss.device))
     total = torch.stack(parts).sum()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         flag = (~torch.isfinite(total)).float()

@@ -8,6 +8,7 @@ import torch
 from flatcompress import data
 from flatcompress.data import preview
 from flatcompress.data.corruptions import CORRUPTIONS, corrupt
+from flatcompress.data.embedded.rotated_digits import digits
 from flatcompress.errors import UserError
 
 SMALL_SHAPES = {"train_count": 48, "val_count": 24, "test_count": 24, "held_out_count": 36, "cache": False}
@@ -15,6 +16,14 @@ SMALL_SHAPES = {"train_count": 48, "val_count": 24, "test_count": 24, "held_out_
 
 def whole(images) -> torch.Tensor:
     return images.pixels(range(len(images)))
+
+
+def test_digits_are_scikit_learns():
+    from sklearn.datasets import load_digits
+
+    found, (images, labels) = load_digits(), digits()
+    assert torch.equal(images[:, 0], torch.from_numpy(found.images).float() / 16)
+    assert torch.equal(labels, torch.from_numpy(found.target))
 
 
 @pytest.mark.parametrize("held_out", ["0", "45", "75"])

@@ -7,9 +7,12 @@ of a digit are on one side of the split, so that no digit is in both training an
 from __future__ import annotations
 
 import functools
+import importlib.util
 import math
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,11 +31,17 @@ DOMAINS = tuple(map(str, ANGLES))
 @functools.cache
 def digits() -> tuple[Tensor, Tensor]:
     """Images float [1797, 1, 8, 8] in 0..1 and labels int64 [1797]."""
-    from sklearn.datasets import load_digits
+    rows = torch.from_numpy(np.loadtxt(_table(), delimiter=",", ndmin=2))
+    images = rows[:, :64].reshape(-1, 1, 8, 8).float().div(16)
+    return images, rows[:, 64].to(torch.int64)
 
-    data = load_digits()
-    images = torch.from_numpy(data.images).float().div(16).unsqueeze(1)
-    return images, torch.from_numpy(data.target).to(torch.int64)
+
+def _table() -> Path:
+    """scikit-learn's own file, a digit a line. Found and not imported: that would load scipy, a second and a half."""
+    found = importlib.util.find_spec("sklearn")
+    if found is None or not found.submodule_search_locations:
+        raise UserError("the digits come with scikit-learn, which is not installed: pip install scikit-learn.")
+    return Path(found.submodule_search_locations[0]) / "datasets" / "data" / "digits.csv.gz"
 
 
 @functools.lru_cache(maxsize=4)

@@ -5,20 +5,23 @@ The first pass of a step moves them as any training step would; later passes see
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from flatcompress.modules import walked
+
 
 @dataclass
-class _Slot:
-    module: nn.Module
-    name: str
-    tensor: Tensor | None
-    saved: Tensor | None
+class _Taken:
+    """Where every buffer was, and of those that are tensors what they held."""
+
+    slots: list[tuple[nn.Module, str, Tensor | None]]
+    tensors: list[Tensor]
+    saved: list[Tensor]
 
 
 @dataclass
@@ -32,79 +35,73 @@ class Buffers:
 
     model: nn.Module
     modules: list[nn.Module] = field(default_factory=list)
-    _spare: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    _spare: dict[tuple[int, str], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.walk()
 
     def walk(self) -> list[nn.Module]:
-        """Look up the modules anew, once a step; by hand, since ``modules()`` takes as long as the copies."""
-        waiting, found = [self.model], {}
-        while waiting:
-            module = waiting.pop()
-            if id(module) not in found:
-                found[id(module)] = module
-                waiting.extend(child for child in module._modules.values() if child is not None)
-        self.modules = list(found.values())
+        """Look up the modules anew, once a step."""
+        self.modules = walked(self.model)
         return self.modules
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
         """Inside, forwards may move buffers; afterwards, also after an exception, they are as they were. Nests."""
-        slots = self._snapshot()
+        taken = self._snapshot()
         try:
             yield
         finally:
-            self._restore(slots)
+            self._restore(taken)
 
     @contextmanager
     def kept_on_error(self) -> Iterator[None]:
         """Inside, buffers move as they like; an exception puts them back, so a failed step has not happened."""
-        slots = self._snapshot()
+        taken = self._snapshot()
         try:
             yield
         except BaseException:
-            self._restore(slots)
+            self._restore(taken)
             raise
-        self._keep(slots)
+        self._keep(taken)
 
-    def _snapshot(self) -> list[_Slot]:
-        slots = []
+    def _snapshot(self) -> _Taken:
+        taken = _Taken([], [], [])
         spare, self._spare = self._spare, {}  # an inner snapshot must not write over an outer one's copies
         for module in self.modules:
             for name, tensor in module._buffers.items():
-                saved = spare.get((id(module), name))
-                if tensor is not None and not _fits(saved, tensor):
+                taken.slots.append((module, name, tensor))
+                if tensor is None:
+                    continue
+                of, saved = spare.get((id(module), name), (None, None))
+                if saved is None or not (saved.shape == tensor.shape if of is tensor else _fits(saved, tensor)):
                     saved = torch.empty_like(tensor)
-                slots.append(_Slot(module, name, tensor, saved if tensor is not None else None))
-        _copy([s.saved for s in slots], [s.tensor for s in slots])
-        return slots
+                taken.tensors.append(tensor)
+                taken.saved.append(saved)
+        _copy(taken.saved, taken.tensors)
+        return taken
 
-    def _restore(self, slots: list[_Slot]) -> None:
-        known = {(id(s.module), s.name) for s in slots}
-        for module in self.modules:
-            for name in [n for n in module._buffers if (id(module), n) not in known]:
-                del module._buffers[name]
-        for slot in slots:
-            slot.module._buffers[slot.name] = slot.tensor
-        _copy([s.tensor for s in slots], [s.saved for s in slots])
-        self._keep(slots)
+    def _restore(self, taken: _Taken) -> None:
+        for module, name, tensor in taken.slots:
+            module._buffers[name] = tensor
+        if sum(len(module._buffers) for module in self.modules) != len(taken.slots):
+            known = {(id(module), name) for module, name, _ in taken.slots}
+            for module in self.modules:
+                for name in [n for n in module._buffers if (id(module), n) not in known]:
+                    del module._buffers[name]
+        _copy(taken.tensors, taken.saved)
+        self._keep(taken)
 
-    def _keep(self, slots: Sequence[_Slot]) -> None:
-        self._spare = {(id(s.module), s.name): s.saved for s in slots if s.saved is not None}
-
-
-def _fits(saved: Tensor | None, tensor: Tensor) -> bool:
-    return (
-        saved is not None
-        and saved.shape == tensor.shape
-        and saved.dtype == tensor.dtype
-        and saved.device == tensor.device
-    )
+    def _keep(self, taken: _Taken) -> None:
+        there = ((id(module), name) for module, name, tensor in taken.slots if tensor is not None)
+        self._spare = dict(zip(there, zip(taken.tensors, taken.saved)))
 
 
-def _copy(target: Sequence[Tensor | None], source: Sequence[Tensor | None]) -> None:
-    pairs = [(t, s) for t, s in zip(target, source) if t is not None and s is not None]
+def _fits(saved: Tensor, tensor: Tensor) -> bool:
+    return saved.shape == tensor.shape and saved.dtype == tensor.dtype and saved.device == tensor.device
+
+
+def _copy(target: list[Tensor], source: list[Tensor]) -> None:
     with torch.no_grad():
-        if pairs:
-            torch._foreach_copy_([t for t, _ in pairs], [s for _, s in pairs])
+        if target:
+            torch._foreach_copy_(target, source)
