@@ -7,7 +7,7 @@ quantization. Masked weights are exactly zero, and `enforce_` puts them back aft
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -60,25 +60,30 @@ def masked_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]]:
             yield name, module, mask
 
 
-def _masked(model: nn.Module) -> list[tuple[nn.Module, Tensor]]:
-    """`masked_layers` without names, which take most of the time and are looked up in vain three times a step."""
-    found = ((module, module._buffers.get(NAME)) for module in walked(model) if module._buffers)
-    return [(module, mask) for module, mask in found if mask is not None]
+def maskable(model: nn.Module) -> list[nn.Module]:
+    """The layers that a mask may be put on, for whoever looks every step; walking the model takes most of the time."""
+    return [module for module in walked(model) if isinstance(module, (_ConvNd, nn.Linear))]
 
 
 @torch.no_grad()
-def enforce_(model: nn.Module) -> None:
-    """Zero every masked weight of ``model`` again, exactly; call after each optimizer step."""
-    for module, mask in _masked(model):
-        module.get_parameter("weight").masked_fill_(~mask, 0)
+def enforce_(model: nn.Module, layers: Iterable[nn.Module] | None = None) -> None:
+    """Zero every masked weight of ``model`` again, exactly; call after each optimizer step.
+
+    ``layers``: what `maskable` gave, where that is known.
+    """
+    for module in maskable(model) if layers is None else layers:
+        mask = module._buffers.get(NAME)
+        if mask is not None:
+            module.get_parameter("weight").masked_fill_(~mask, 0)
 
 
 @torch.no_grad()
-def mask_gradients_(model: nn.Module) -> None:
+def mask_gradients_(model: nn.Module, layers: Iterable[nn.Module] | None = None) -> None:
     """Zero the gradients of masked weights, so that norms, clipping and momentum do not see them."""
-    for module, mask in _masked(model):
-        gradient = module.get_parameter("weight").grad
-        if gradient is not None:
+    for module in maskable(model) if layers is None else layers:
+        mask = module._buffers.get(NAME)
+        gradient = None if mask is None else module.get_parameter("weight").grad
+        if mask is not None and gradient is not None:
             gradient.masked_fill_(~mask, 0)
 
 

@@ -36,15 +36,19 @@ class MaskedWeights(Callback):
     """Weights that carry a mask stay exactly zero: their gradients are zeroed in every pass, their values each step."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
+        self.model, self.layers = model, masks.maskable(model)
+
+    def before_epoch(self, epoch: int) -> None:
+        """Look the layers up."""
+        self.layers = masks.maskable(self.model)
 
     def after_backward(self) -> None:
         """Zero the masked weights' gradients."""
-        masks.mask_gradients_(self.model)
+        masks.mask_gradients_(self.model, self.layers)
 
     def after_step(self, step: int) -> None:
         """Zero the masked weights."""
-        masks.enforce_(self.model)
+        masks.enforce_(self.model, self.layers)
 
 
 class FrozenBatchNorm(Callback):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 from accelerate import Accelerator
@@ -148,12 +149,12 @@ class Job:
         if twice:
             raise ValueError(f"two callbacks of a job are named {min(twice)!r}; each keeps its state under its name.")
 
-    @property
+    @cached_property  # asked every step, as the next
     def raw_model(self) -> nn.Module:
         """The module inside Accelerate's wrappers."""
         return self.accelerator.unwrap_model(self.model)
 
-    @property
+    @cached_property
     def steps_per_epoch(self) -> int:
         """Optimizer steps in one epoch of this process."""
         return steps_per_epoch(self.train, self.batch_size, self.accelerator)
