@@ -18,17 +18,23 @@ def option(parser: argparse.ArgumentParser) -> None:
 
 
 def seconds(
-    lines: str, against: Path, rounds: int, threads: int, here: Sequence[str] = (), there: Sequence[str] = ()
+    lines: str,
+    against: Path,
+    rounds: int,
+    threads: int,
+    here: Sequence[str] = (),
+    there: Sequence[str] = (),
+    warmup: int = 1,
 ) -> tuple[list[float], list[float]]:
     """What ``lines`` say they took with this checkout's source and with that of ``against``, ``rounds`` times each.
 
     lines: Python that prints a number of seconds for every line it reads, by what both commits have. here, there: its
-    arguments. The first round of both is left out. RuntimeError where a side ends.
+    arguments. The first ``warmup`` rounds of both are left out. RuntimeError where a side ends.
     """
     against = against.resolve()
     sides = [_started(lines, HERE, threads, here), _started(lines, against, threads, there)]
     try:
-        times = [[_asked(process) for process in sides] for _ in range(rounds + 1)][1:]
+        times = [[_asked(process) for process in sides] for _ in range(rounds + warmup)][warmup:]
     finally:
         for process in sides:
             process.kill()

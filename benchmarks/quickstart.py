@@ -1,6 +1,6 @@
 """The quickstart recipe over seeds and arithmetics: what each stage costs and keeps, wherever it is run.
 
-    python -m benchmarks.quickstart [--quick] [--check] [--seeds N]
+    python -m benchmarks.quickstart [--quick] [--check] [--seeds N] [--against CHECKOUT]
 
 Every seed is run twice, each time in a process of its own: with the processor's own instructions, and with the most
 generic code of torch, oneDNN and MKL (``GENERIC``), whose sums round differently. Mean and standard deviation over all
@@ -11,7 +11,9 @@ be added.
 Targets: at least half of the multiply-accumulates pruned, W4A4, exported accuracy within 2 points of the float
 model's on the test split and within 4 points on the held-out domain in every run, the multiply-accumulates of all runs
 within 15 % of one another, the file at least 8 times smaller than the float model's own ONNX file, every certificate
-holds.
+holds. With ``--against``, a folder with another commit's source (4004874), nothing but time is measured: both run their
+own quickstart, seed 0, each time in a process of its own, in turns, on one thread. Target: this one takes at most 0.8
+of the other's processor time, as the median of three pairs.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks._common import RESULTS, arguments, finish
+from benchmarks import _against
+from benchmarks._common import RESULTS, arguments, finish, ratio
 from flatcompress import Pipeline
 from flatcompress.environment import processor
 
@@ -37,6 +40,32 @@ QUICK = ["stages.0.train.epochs=3", "stages.1.prune.epochs=3", "stages.2.quantiz
 ACCURACIES = ("test", "held_out", "corrupted")
 GENERIC = {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_CBWR": "COMPATIBLE"}
 ARITHMETICS: dict[str, dict[str, str]] = {"native": {}, "generic": GENERIC}
+
+
+MOST = 0.8  # of the other checkout's processor time
+# What a side of --against runs: the whole program each time, as a user starts it.
+SIDE = """
+import resource, subprocess, sys, tempfile
+for line in sys.stdin:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-W", "ignore", "-m", "flatcompress", "run", "configs/quickstart.yaml"]
+        command += ["--set", f"output_dir={folder}", *sys.argv[1:]]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    print(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, flush=True)
+"""
+
+
+def against(options: argparse.Namespace) -> int:
+    """Time this checkout's quickstart and the other's; the exit code."""
+    given = [part for key in QUICK for part in ("--set", key)] if options.quick else []
+    rounds = 1 if options.quick else 3
+    here, there = _against.seconds(SIDE, options.against, rounds, 1, given, given, warmup=0)
+    share = ratio(here, there)
+    rows = [{"side": name, "seconds": statistics.median(of)} for name, of in (("here", here), ("there", there))]
+    missed = [f"the quickstart takes {share:.2f} of the other's processor time, target {MOST}"] if share > MOST else []
+    return finish("quickstart_against", rows, missed, options, share=share, here=here, there=there)
 
 
 def spread(values: Sequence[float]) -> str:
@@ -136,7 +165,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--one", nargs=2, metavar=("SEED", "ARITHMETIC"), help="one run here, as a line of JSON")
     own, rest = parser.parse_known_args(argv)
-    options = arguments(__doc__, rest)
+    options = arguments(__doc__, rest, _against.option)
+    if options.against is not None:
+        return against(options)
     if own.one:
         print(json.dumps(one_run(int(own.one[0]), own.one[1], QUICK if options.quick else [])))
         return 0
