@@ -16,7 +16,7 @@ from torch.fx import config as fx_config
 from torch.utils import _pytree as pytree
 
 from flatcompress.errors import UserError
-from flatcompress.graph import rewrite
+from flatcompress.graph import rewrite, still
 from flatcompress.graph.interface import Interface, arguments, bound
 from flatcompress.graph.remembered import Program
 
@@ -24,8 +24,13 @@ aten = torch.ops.aten
 _BLOCKS = ("wrap_with_set_grad_enabled", "wrap_with_autocast")
 
 
-def export(model: nn.Module, example: Any) -> tuple[torch.export.ExportedProgram, Interface]:
-    """``model`` in its present mode as an exported program, and its interface. UserError when it cannot be."""
+def export(
+    model: nn.Module, example: Any, without_symbols: bool = False
+) -> tuple[torch.export.ExportedProgram, Interface]:
+    """``model`` in its present mode as an exported program, and its interface. UserError when it cannot be.
+
+    without_symbols: try it with the example's sizes first, see `still`.
+    """
     name = type(model).__name__
     signature = inspect.signature(model.forward)
     args, kwargs = bound(signature, *arguments(example), name)
@@ -35,7 +40,9 @@ def export(model: nn.Module, example: Any) -> tuple[torch.export.ExportedProgram
         run = torch.export.export_for_training  # type: ignore[attr-defined]
     with _quiet(), _with_momentum(model):
         try:
-            program = run(model, args, kwargs, dynamic_shapes=_dynamic(signature, args, kwargs), strict=False)
+            program = run(model, args, kwargs, strict=False) if without_symbols else None
+            if program is None or not still.holds(program):
+                program = run(model, args, kwargs, dynamic_shapes=_dynamic(signature, args, kwargs), strict=False)
             if _writes_through_views(program):
                 program = program.run_decompositions({})
         except Exception as error:  # torch.export raises whatever it meets on its way

@@ -21,7 +21,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from flatcompress.errors import UserError
-from flatcompress.graph import exported, noise, remembered, rewrite
+from flatcompress.graph import exported, noise, remembered, rewrite, still
 from flatcompress.graph.interface import Interface, call, first_tensor, mapped, run_graph
 from flatcompress.graph.remodularize import Remodularizer
 from flatcompress.graph.runtime import HOLDER, installed_graph
@@ -42,8 +42,8 @@ def trace(model: nn.Module, example_input: Any) -> fx.GraphModule:
     - scaled_dot_product_attention is written out as matmul, mul, softmax, matmul, so that its inputs are visible
       (rounding then differs from the fused kernel in the last bits; everything else is equal bit for bit);
     - what only the training forward does (dropout, stochastic depth) is a module that eval() turns off;
-    - ``node.meta["val"]`` is a fake tensor (shape, dtype; the batch is symbolic), ``node.meta["path"]`` the module
-      the node came from.
+    - ``node.meta["val"]`` is a fake tensor (shape, dtype; the batch is symbolic, or the example's where nothing in
+      the forward reads a size, see `still`), ``node.meta["path"]`` the module the node came from.
 
     The graph takes and returns tensors, one or a tuple of them; ``interface_of(gm.graph)`` knows the model's own
     arguments and result. It is compared with the model in eval mode on ``example_input`` before it is returned.
@@ -72,7 +72,8 @@ def trace(model: nn.Module, example_input: Any) -> fx.GraphModule:
 
 def _first_that_repeats(model: nn.Module, example: Any) -> fx.GraphModule:
     """The graph of the training forward if eval() makes it the eval forward, else the graph of the eval forward."""
-    expected, key, problem = _eval_result(model, example), remembered.key_of(model, example), ""
+    watch = still.Watch()
+    expected, key, problem = _eval_result(model, example, watch), remembered.key_of(model, example), ""
     known = remembered.find(key)
     if known is not None:
         gm = _again(model, example, expected, known)
@@ -80,7 +81,7 @@ def _first_that_repeats(model: nn.Module, example: Any) -> fx.GraphModule:
             return gm
         remembered.forget(key)
     try:
-        found = _traced(model, example, training=True)
+        found = _traced(model, example, training=True, without_symbols=watch.still)
         gm, problem = _repeating(found[0], example, expected)
         if gm is not None:
             remembered.remember(key, found[1])
@@ -133,10 +134,10 @@ def _repeating(gm: fx.GraphModule, example: Any, expected: Any) -> tuple[fx.Grap
     return None, f"the training forward draws random numbers in {names}; traced in eval mode, so what"
 
 
-def _eval_result(model: nn.Module, example: Any) -> Any:
+def _eval_result(model: nn.Module, example: Any, watch: still.Watch) -> Any:
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), watch:
             return call(model, example)
     except UserError:
         raise
@@ -146,9 +147,11 @@ def _eval_result(model: nn.Module, example: Any) -> Any:
         raise UserError(f"{type(model).__name__} cannot be run on the example input ({what}).") from error
 
 
-def _traced(model: nn.Module, example: Any, training: bool) -> tuple[fx.GraphModule, remembered.Traced]:
+def _traced(
+    model: nn.Module, example: Any, training: bool, without_symbols: bool = False
+) -> tuple[fx.GraphModule, remembered.Traced]:
     """The graph of one mode, and what to remember of it."""
-    program, interface = exported.export(model.train(training), example)
+    program, interface = exported.export(model.train(training), example, without_symbols)
     kept = remembered.kept(program)
     return _modular(model, program, interface), remembered.Traced(kept, interface, training)
 

@@ -33,9 +33,9 @@ def exports(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     remembered._known.clear()
     seen, real = [], exported.export
 
-    def counted(model: nn.Module, example: object) -> object:
+    def counted(model: nn.Module, *given: object) -> object:
         seen.append(type(model).__name__)
-        return real(model, example)
+        return real(model, *given)
 
     monkeypatch.setattr(exported, "export", counted)
     yield seen
