@@ -228,6 +228,7 @@ class Pipeline:
             memory_format=recipe.memory_format,
             measuring=recipe.measure,
             strategy=recipe.strategy,
+            compiles=recipe.compile,
             planned=_planned(recipe, len(bundle.train)),
             recipe_hash=identity.digest(recipe),
             callbacks=self._callbacks,

@@ -144,6 +144,9 @@ class Recipe(Strict):
     memory_format: Literal["auto", "channels_last", "contiguous"] = Field(
         "auto", description="how images and weights lie while training; auto: channels last for depthwise nets on a CPU"
     )
+    compile: bool = Field(
+        False, description="training steps through torch.compile: needs a C++ compiler, or Triton on a GPU"
+    )
     strategy: Literal["ddp", "fsdp"] = Field(
         "ddp",
         description="several processes: each has all weights, or train and quantize divide weights, gradients and the "
@@ -219,6 +222,8 @@ def check_strategy(recipe: Recipe) -> None:
     """Refuse what divided weights do not allow, before anything runs."""
     if recipe.strategy != "fsdp":
         return
+    if recipe.compile:
+        raise KeyProblem("compile", "divided weights (strategy: fsdp) are trained without it. Leave it out.")
     if recipe.precision == "fp16":
         raise KeyProblem("precision", "fp16 scales losses, which does not go with strategy: fsdp. Take bf16 or no.")
     if recipe.memory_format == "channels_last":

@@ -15,6 +15,7 @@ from flatcompress.stages.context import RunContext
 from flatcompress.stages.measure import train_batches
 from flatcompress.training.batches import in_order
 from flatcompress.training.callback import Callback, Training
+from flatcompress.training.compiling import eager
 
 SWA_START = 0.5  # share of the epochs before SWA begins
 EMA_DECAY = 0.99  # about the last hundred steps: stages here are short
@@ -65,7 +66,7 @@ class Averaging(Callback):
         assert self.job is not None
         model, val, device = self.job.model, self.run.data.val, self.run.device
         summed = self.run.task.summed_loss
-        with self.as_shipped(), evaluating(model):
+        with eager(model), self.as_shipped(), evaluating(model):
             losses = [float(summed(model(x.to(device)), y.to(device))) for x, y in in_order(val, 512)]
         self.average.evaluate(sum(losses) / len(val))
 

@@ -52,9 +52,10 @@ class RunContext:
     ``memory_format``: as the recipe has it; ``laid``: what `layout` made of it. ``balanced``: batches
     have as many samples of each training domain. ``measuring``: how much
     is measured (see `budget`), ``planned``: of what training; ``strategy``: ddp, or fsdp where several processes divide
-    the weights while they train (see `job.divided`); ``corrupted``: the corrupted parts as they are measured,
-    once they were; ``statistics``: see `shipped`. ``spent``: where the running stage's time went, beside its training,
-    in seconds; ``parts``: what of its own work is no step of the training.
+    the weights while they train (see `job.divided`); ``compiles``: training steps go through torch.compile;
+    ``corrupted``: the corrupted parts as they are measured, once they were; ``statistics``: see `shipped`. ``spent``:
+    where the running stage's time went, beside its training, in seconds; ``parts``: what of its own work is no step of
+    the training.
     """
 
     model: nn.Module
@@ -84,6 +85,7 @@ class RunContext:
     measuring: str = "full"
     planned: Planned = field(default_factory=Planned)
     strategy: str = "ddp"
+    compiles: bool = False
     corrupted: dict[str, Any] | None = None
     statistics: tuple[bytes, dict[str, Any]] | None = None
     spent: dict[str, float] = field(default_factory=dict)

@@ -15,7 +15,7 @@ from flatcompress.stages import features_inside
 from flatcompress.stages.context import RunContext
 from flatcompress.stages.keys import TrainingKeys
 from flatcompress.stages.stage import stage_of
-from flatcompress.training import optimizers, schedules
+from flatcompress.training import compiling, optimizers, schedules
 
 
 def dry_run(run: RunContext, stages: Sequence[tuple[str, Any]]) -> None:
@@ -28,6 +28,8 @@ def dry_run(run: RunContext, stages: Sequence[tuple[str, Any]]) -> None:
     _check_output(run, model, example)
     assert run.layout  # a layout that the forward does not take is refused here
     _check_stages(run, stages)
+    if run.compiles:
+        compiling.check(run.device)
     for index, (kind, config) in enumerate(stages):
         try:
             stage_of(kind).dry_run(model, example, config)

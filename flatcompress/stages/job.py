@@ -21,6 +21,7 @@ from flatcompress.stages.context import RunContext
 from flatcompress.stages.keys import TrainingKeys
 from flatcompress.training import fsdp, layout, optimizers
 from flatcompress.training.callback import Callback
+from flatcompress.training.compiling import compiled, eager
 from flatcompress.training.job import Job
 from flatcompress.training.loop import fit, restore_best
 
@@ -130,7 +131,7 @@ def _heartbeat(run: RunContext, config: TrainingKeys) -> Heartbeat:
 
 def _score(run: RunContext, model: nn.Module, as_shipped: Callable[[], AbstractContextManager[None]]) -> float:
     """The metric that selects, on the validation split."""
-    with as_shipped(), run.part("validation"), quant.held(model):
+    with eager(model), as_shipped(), run.part("validation"), quant.held(model):
         return run.evaluate(model, run.data.val)[run.task.selects]
 
 
@@ -152,7 +153,8 @@ def divided(run: RunContext, scales: Iterable[nn.Parameter] = ()) -> Iterator[No
 def train(run: RunContext, job: Job) -> None:
     """Run the job; ``run.model`` is then the trained module, at its average or at the epoch that was selected."""
     give_back_memory()  # what came before was of other shapes; after it training has its own
-    fit(job)
+    with compiled(job.model) if run.compiles else nullcontext():
+        fit(job)
     averages = [callback for callback in job.callbacks if isinstance(callback, Averaging)]
     for average in averages:
         average.finish()

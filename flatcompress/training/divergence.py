@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from flatcompress.errors import RunError
 from flatcompress.sharded import any_sharded, local, whole
+from flatcompress.training.compiling import eager
 
 ADVICE = "Lower optimizer.lr or rho, raise the bits, or set on_divergence: skip or rollback."
 
@@ -142,7 +143,7 @@ def _first_bad_output(model: nn.Module, x: Tensor) -> str | None:
         if name:
             handles.append(watch(name, module))
     try:
-        with torch.no_grad(), torch.random.fork_rng():
+        with torch.no_grad(), torch.random.fork_rng(), eager(model):
             model(x)
     except RunError:  # a quantizer that refuses its own scale names itself
         pass

@@ -111,6 +111,7 @@ class BiasRounding(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
         self._enabled = bool(self.on)
 
+    @torch.compiler.disable
     @torch.no_grad()
     def shift(self) -> torch.Tensor:
         """rounded - exact folded bias, [C]: computed in double precision, as the writer does."""

@@ -91,6 +91,26 @@ class QuantizeWhole(torch.autograd.Function):
         return grad_v, grad_scale, None, None, None, None, None
 
 
+class QuantizeTraced(torch.autograd.Function):
+    """`Quantize` for a compiler, which joins operators by itself: nothing in place, and no look at numbers."""
+
+    @staticmethod
+    def forward(ctx: Any, v: torch.Tensor, scale: torch.Tensor, step: torch.Tensor, qn: int, qp: int, g: float) -> Any:
+        quantized = (v / step).round().clamp(-qn, qp) * step
+        ctx.save_for_backward(v, quantized, step)
+        ctx.range = qn, qp, g
+        return quantized
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        v, quantized, step = ctx.saved_tensors
+        qn, qp, g = ctx.range
+        inside = (v > step * -qn) & (v < step * qp)
+        residual = quantized - torch.where(inside, v, 0.0)
+        grad_scale = (grad * residual).sum_to_size(step.shape) / step * g
+        return torch.where(inside, grad, 0.0), grad_scale, None, None, None, None
+
+
 class _Ends:
     """Between which ends the gradient passes, and what of v is left where the rounding's residual counts."""
 

@@ -22,7 +22,7 @@ from torch import nn
 
 from flatcompress.errors import RunError, UserError
 from flatcompress.graph import ActivationSpec
-from flatcompress.quant.quantizers.function import Quantize, QuantizeWhole, flat, rectified
+from flatcompress.quant.quantizers.function import Quantize, QuantizeTraced, QuantizeWhole, flat, rectified
 
 MIN_BITS, MAX_BITS = 2, 8
 FLOOR = 1e-6  # a scale never acts below this share of where it started (positive-scale guard)
@@ -125,6 +125,8 @@ class StepQuantizer(nn.Module):
     def step(self) -> torch.Tensor:
         """The scale that acts: the learned one, kept positive. RunError when it is not finite; names the quantizer."""
         scale = self.scale.detach()
+        if torch.compiler.is_compiling():  # no look at numbers: it would break the graph at every quantizer
+            return torch.maximum(scale, self._floor())
         if scale.is_cuda:
             self._calls += 1
             if self._calls % _GUARD_INTERVAL:
@@ -168,9 +170,12 @@ class StepQuantizer(nn.Module):
         return self._apply_grid(v, most)
 
     def _apply_grid(self, v: torch.Tensor, most: float | None = None) -> torch.Tensor:
-        whole = self.scale.numel() == 1 and not v.is_cuda  # a rectifier's end on the grid is read from the device
+        traced = torch.compiler.is_compiling()
+        whole = self.scale.numel() == 1 and not v.is_cuda and not traced  # it reads a rectifier's end on the grid
         v = v if whole else rectified(v, most)
         given = v, self.scale, self.step(), self.qn, self.qp, self.gradient_scale(v)
+        if traced:
+            return QuantizeTraced.apply(*given)
         return QuantizeWhole.apply(*given, most) if whole else Quantize.apply(*given)
 
     def forward(self, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
