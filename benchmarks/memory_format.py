@@ -79,8 +79,8 @@ def network(name: str) -> nn.Module:
     return models.build(name, num_classes=CLASSES, input_shape=(3, side, side), seed=0)
 
 
-def step_of(name: str, form: str, quantized: bool) -> Callable[[], Any]:
-    """A training step of ``name``, float or W4A4, whose tensors lie as ``form`` says."""
+def step_of(name: str, form: str, quantized: bool, compiled: bool = False) -> Callable[[], Any]:
+    """A training step of ``name``, float or W4A4, whose tensors lie as ``form`` says; ``compiled`` as one graph."""
     model, side = network(name), NETWORKS[name]
     g = torch.Generator().manual_seed(0)
     x, y = torch.randn(BATCH, 3, side, side, generator=g), torch.randint(0, CLASSES, (BATCH,), generator=g)
@@ -90,6 +90,8 @@ def step_of(name: str, form: str, quantized: bool) -> Callable[[], Any]:
     layout.put(model, form)
     x = layout.laid(x, form)
     model.train()
+    if compiled:
+        model.compile(fullgraph=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9)
 
     def step() -> None:
