@@ -74,8 +74,9 @@ One epoch is a pass over {count} images and takes {training:.1f} s. Of the {besi
 - {sampled:.1f} s measure samples, the fewest that there are: sharpness, the map, corruption, the proof.
 
 With `measure: off`, which leaves of the last the proof, the share is {off:.2f}: a floor above half of so short
-a training. It consists of one trace by torch.export, one forward pass of the test set through the network and one
-through the file, and the passes that the network's scales and statistics come from.
+a training. It consists of the trial of all stages with torch.export's trace, of writing, loading and proving the files,
+of one forward pass of the test set through the network and one through each file, and of the passes that the network's
+scales and statistics come from.
 
 After {long} epochs the share is {far:.2f}. What is done once a run counts for little by then, `measure: quick` takes
 its quarter of the training, and validation and statistics come after each epoch. Ten batches, as many as {count} images

@@ -41,7 +41,7 @@ class Plain:
 
 @pytest.fixture(params=[True, False], ids=["narrowed", "own"])
 def measured_run(request, tmp_path):
-    """A run whose one corrupted part (all shades + 100) is measured on 32 of its 96 samples."""
+    """A run whose one corrupted part (all shades + 100) is measured on 16 of its 96 samples."""
     made = []
 
     def change(images, chunk):
@@ -65,7 +65,7 @@ def test_the_sheet_corrupts_what_is_measured_and_no_more(measured_run):
     assert pictures.sheet(run).startswith(b"\x89PNG")
     before = sum(made)
     measure(run, "train", "none", 0.0, 1, flatness=False)
-    assert sum(made) == before and (before == 32 or not narrowed)
+    assert sum(made) == before and (before == budget.FEWEST or not narrowed)
 
 
 def test_an_example_of_a_corruption_is_the_sample_that_was_judged(measured_run, monkeypatch):
@@ -79,7 +79,7 @@ def test_an_example_of_a_corruption_is_the_sample_that_was_judged(measured_run, 
     pictures.draw_examples(run, RunFolder(run.folder))
     rows = json.loads((run.folder / "examples.json").read_text())["pictures"]
     drawn = {row["index"]: int(row["image"]) for row in rows if row["part"] == "shade/3"}
-    spread = torch.linspace(0, COUNT - 1, 32).round().int().tolist()
+    spread = torch.linspace(0, COUNT - 1, budget.FEWEST).round().int().tolist()
     assert len(drawn) >= 4 and drawn == {i: spread[i] + 100 for i in drawn}
 
 

@@ -120,6 +120,9 @@ class Stopping:
 
     on_divergence, on_out_of_memory, max_rollbacks, stop_requested = "stop", "stop", 0, True
 
+    def due(self, step):
+        return False
+
     def save(self, step, state):
         pass
 
