@@ -25,7 +25,7 @@ from typing import Any
 from flatcompress.environment import process_is_alive
 from flatcompress.errors import UserError
 from flatcompress.search.halving import Point
-from flatcompress.search.space import Space
+from flatcompress.search.space import Parameter, Space
 from flatcompress.search.spec import Search
 
 CONNECT_SECONDS = 30
@@ -90,7 +90,7 @@ class Study:
         wanted = {k: getattr(self.search, k) for k in ("recipe", "objectives", "fidelities", "budgets")}
         if self.search.full_stages is not None:
             wanted["full_stages"] = self.search.full_stages
-        wanted["space"] = [(p.name, p.choices, p.range.model_dump()) for p in self.space.parameters]
+        wanted["space"] = [(p.name, p.choices, _range(p)) for p in self.space.parameters]
         mine = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()
         found = self.study.user_attrs.get("flatcompress")
         if found is None and not self.study.get_trials(deepcopy=False):
@@ -249,6 +249,11 @@ class Study:
         if self.search.sampler == "nsga2":
             return samplers.NSGAIISampler(seed=seed, population_size=max(4, min(50, self.search.n_trials // 4)))
         return samplers.RandomSampler(seed=seed)
+
+
+def _range(parameter: Parameter) -> dict[str, Any]:
+    """What a parameter may be, without what studies of earlier versions did not have: these go on."""
+    return parameter.range.model_dump(exclude={"together"} if parameter.range.together is None else None)
 
 
 def point(search: Search, number: int, measures: Mapping[str, float | None]) -> Point:

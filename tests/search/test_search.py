@@ -207,6 +207,12 @@ def test_a_study_is_taken_up_again_and_belongs_to_one_search(tmp_path, space):
         Study(search(tmp_path, budgets={"bytes": 1000}), space)
 
 
+def test_a_study_of_an_earlier_version_goes_on(tmp_path, space):
+    pytest.importorskip("optuna")
+    found = Study(search(tmp_path), space).study.user_attrs["flatcompress"]
+    assert found == "a7563510839e188e293db5f9844605c8419fbd539b113a069553afe94e8e0542"
+
+
 @pytest.mark.parametrize("sampler", ["tpe", "nsga2", "random"])
 def test_what_is_tried_next_depends_on_seed_and_results_alone(tmp_path, space, sampler):
     pytest.importorskip("optuna")
