@@ -200,12 +200,17 @@ def timed(files: dict[str, Path], rounds: int) -> dict[str, float]:
 
 
 def volumes(points: dict[str, Any]) -> dict[str, float]:
-    """Hypervolumes by hand, of the search, and by hand with the control, against bytes and ms, of one seed."""
+    """Hypervolumes against bytes and milliseconds, of one seed: by hand, of the search, by hand with the control, and of
+    as many points of the front as there are by hand, evenly along it.
+    """
     start = points["float ERM"]
     most = max(p["passes"] for n, p in points.items() if not n.startswith("trial-"))
     limits, found = {"bytes": start["bytes"], "ms": 2 * start["ms"]}, {}
-    search = {n for n in points if n.startswith("trial-")}
-    groups = {"hand": points.keys() - search - {CONTROL}, "search": search, "control": points.keys() - search}
+    search = [n for n in points if n.startswith("trial-")]
+    retuned = [n for n in points if n not in search]
+    hand = [n for n in retuned if n != CONTROL]
+    many = [search[round(i * (len(search) - 1) / max(1, len(hand) - 1))] for i in range(len(hand))]
+    groups = {"hand": hand, "search": search, "control": retuned, "as many": dict.fromkeys(many)}
     for cost, limit in limits.items():
         for who, names in groups.items():
             mine = [(points[n][cost] / limit, points[n]["robust"]) for n in names if points[n]["passes"] <= most]
