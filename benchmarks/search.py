@@ -200,8 +200,8 @@ def timed(files: dict[str, Path], rounds: int) -> dict[str, float]:
 
 
 def volumes(points: dict[str, Any]) -> dict[str, float]:
-    """Hypervolumes against bytes and milliseconds, of one seed: by hand, of the search, by hand with the control, and of
-    as many points of the front as there are by hand, evenly along it.
+    """Hypervolumes against bytes and milliseconds, of one seed: by hand, of the search, by hand with the control, and
+    of as many points of the front as there are by hand, evenly along it.
     """
     start = points["float ERM"]
     most = max(p["passes"] for n, p in points.items() if not n.startswith("trial-"))
