@@ -22,19 +22,23 @@ _CALLS: frozenset[Any] = frozenset(
         *(torch.conv1d, torch.conv2d, F.linear, F.batch_norm, F.pad, F.dropout, torch.flatten, torch.Tensor.flatten),
         *(F.relu, torch.relu, torch.relu_, F.hardtanh, F.relu6, F.silu, F.gelu, F.hardswish, torch.sigmoid),
         *(F.adaptive_avg_pool2d, F.avg_pool2d, torch.max_pool2d, F.max_pool2d, torch.Tensor.dim),
+        *(F.hardsigmoid, F.leaky_relu, F.elu, torch.tanh, torch.Tensor.tanh, torch.Tensor.sigmoid),
         *(torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.add_, torch.Tensor.__iadd__),
+        *(torch.mul, torch.Tensor.mul, torch.Tensor.__mul__, torch.mean, torch.Tensor.mean, torch.cat),
     }
 )
 _ELEMENTWISE = frozenset(
     {
         *(aten.relu.default, aten.relu_.default, aten.hardtanh.default, aten.hardtanh_.default, aten.relu6.default),
         *(aten.relu6_.default, aten.silu.default, aten.silu_.default, aten.gelu.default, aten.hardswish.default),
-        *(aten.hardswish_.default, aten.sigmoid.default, aten.dropout.default),
+        *(aten.hardswish_.default, aten.sigmoid.default, aten.dropout.default, aten.hardsigmoid.default),
+        *(aten.leaky_relu.default, aten.leaky_relu_.default, aten.elu.default, aten.tanh.default),
     }
 )
 _POOLS = frozenset({aten.adaptive_avg_pool2d.default, aten.avg_pool2d.default, aten.max_pool2d.default})
 _LAYERS = frozenset({aten.conv1d.default, aten.conv2d.default, aten.linear.default, aten.batch_norm.default})
 _SUMS = frozenset({aten.add.Tensor, aten.add_.Tensor})
+_OF_TWO = _SUMS | {aten.mul.Tensor}
 
 
 class Watch(TorchFunctionMode):
@@ -82,13 +86,15 @@ def _counts(node: fx.Node, samples: set[fx.Node]) -> bool:
 def _keeps(node: fx.Node, samples: set[fx.Node]) -> bool:
     """Whether an operator on ``samples`` gives a result for each sample, by itself, whatever their number."""
     nodes, first = node.all_input_nodes, node.args[0] if node.args else None
+    if node.target is aten.cat.default:
+        return all(n in samples for n in nodes) and len(node.args) > 1 and _behind(node.args[1], _rank(node))
     if first not in samples or not isinstance(first, fx.Node) or not isinstance(node.meta.get("val"), torch.Tensor):
         return False
     if node.target in _LAYERS:
         weight = node.args[1]
         fits = node.target in (aten.linear.default, aten.batch_norm.default) or _rank(first) == _rank(weight)
         return fits and not any(other in samples for other in nodes if other is not first)
-    if node.target in _SUMS:
+    if node.target in _OF_TWO:
         both = len(node.args) == 2 and node.args[1] in samples and not node.kwargs
         return both and _rank(first) == _rank(node.args[1])
     if nodes != [first]:
@@ -97,7 +103,15 @@ def _keeps(node: fx.Node, samples: set[fx.Node]) -> bool:
         return len(node.args) > 1 and int(node.args[1]) >= 1  # type: ignore[arg-type]
     if node.target is aten.pad.default:
         return len(node.args[1]) < 2 * _rank(first)  # type: ignore[arg-type]
+    if node.target is aten.mean.dim:
+        dims = node.args[1]
+        return isinstance(dims, list | tuple) and bool(dims) and all(_behind(dim, _rank(first)) for dim in dims)
     return node.target in _ELEMENTWISE or (node.target in _POOLS and _rank(first) == 4)
+
+
+def _behind(dim: Any, rank: int) -> bool:
+    """Whether a dimension of a result of ``rank`` is not that of the batch."""
+    return isinstance(dim, int) and (dim if dim >= 0 else dim + rank) >= 1
 
 
 def _rank(node: Any) -> int:

@@ -38,6 +38,8 @@ def pooled(self: Any, y: Tensor) -> Tensor:
 PLAIN: dict[str, nn.Module] = {
     "pool": Forward(pooled),
     "sum": Forward(lambda self, y: pooled(self, y + F.relu6(y))),
+    "gates": Forward(lambda self, y: pooled(self, y * torch.sigmoid(y.mean((2, 3), keepdim=True)))),
+    "rows": Forward(lambda self, y: torch.cat([y, F.leaky_relu(y)], 1).mean((-1, -2))),
     "in place": nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(True), nn.MaxPool2d(2), nn.Flatten()),
     "padding": nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(3, 4, 3), nn.Dropout(0.5), nn.Hardswish()),
     **{
@@ -48,7 +50,7 @@ READING: dict[str, nn.Module] = {
     "view": Forward(lambda self, y: y.view(y.shape[0], -1)),
     "reshape": Forward(lambda self, y: y.reshape(y.size(0), 4, -1)),
     "size of the batch": Forward(lambda self, y: y + y.size(0)),
-    "rows": Forward(lambda self, y: torch.cat([y, y], 1)),
+    "quarters": Forward(lambda self, y: torch.stack([y, y], 1)),
     "half": Forward(lambda self, y: y[:, :2]),
     "constant": Forward(lambda self, y: y + torch.zeros(1)),
     "zeros": Forward(lambda self, y: y + torch.zeros_like(y)),
@@ -130,7 +132,11 @@ def test_a_buffer_that_has_the_examples_batch_is_refused_as_ever() -> None:
 
 @pytest.mark.parametrize(
     "forward",
-    [lambda y: torch.flatten(y), lambda y: y.flatten(0, 1), lambda y: F.pad(y, (0, 0) * 3 + (0, 1)), lambda y: y + 3],
+    [
+        *(torch.flatten, lambda y: y.flatten(0, 1), lambda y: F.pad(y, (0, 0) * 3 + (0, 1)), lambda y: y + 3),
+        *(lambda y: torch.cat([y, y]), lambda y: torch.cat([y, y], -4), lambda y: y - y.mean((0, 2, 3), keepdim=True)),
+        *(lambda y: y * 2, lambda y: y * y[0], lambda y: y * y.mean((-4, 1), keepdim=True), torch.mean),
+    ],
 )
 def test_a_graph_that_does_something_to_the_batch_does_not_hold(forward: Callable[[Tensor], Tensor]) -> None:
     model = Forward(lambda self, y: forward(y))
