@@ -33,6 +33,9 @@ from flatcompress.environment import keep_freed_memory
 from flatcompress.training import layout
 
 BATCH, CLASSES = 32, 10
+LEARNING_RATE = (
+    1e-15  # at 1e-6 the scales of these untrained networks went to -1e9: what was timed was the guard's path
+)
 NETWORKS = {"mobilenet_v2": 96, "efficientnet_lite0": 96, "resnet20": 32}  # pixels of a side
 LEAST = {"mobilenet_v2": (1.2, 1.4), "efficientnet_lite0": (1.4, 2.0)}  # of channels last, of SAM against the other
 
@@ -92,7 +95,7 @@ def step_of(name: str, form: str, quantized: bool, compiled: bool = False) -> Ca
     model.train()
     if compiled:
         model.compile(fullgraph=True)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, momentum=0.9)
 
     def step() -> None:
         optimizer.zero_grad()
