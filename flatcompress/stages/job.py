@@ -68,11 +68,7 @@ def make_job(
     ``extra``: tensors beside the model's parameters that the optimizer must know. ``as_shipped``: inside it the model
     is what the stage would hand on if the epoch were selected; every epoch is judged there.
     """
-    if fsdp.is_divided(run.model):
-        model = run.model
-    else:
-        layout.put(run.model, run.layout)
-        model = run.accelerator.prepare(run.model)
+    model = _prepared(run)
     groups = parameter_groups(model, config.optimizer.weight_decay, scales, scale_lr)
     groups += [{"params": further, "weight_decay": 0.0}] if (further := list(extra)) else []
     optimizer = flat.create(
@@ -111,6 +107,15 @@ def make_job(
         resume=run.resume,
         context=run.phase,
     )
+
+
+def _prepared(run: RunContext) -> nn.Module:
+    """The model as the processes train it together."""
+    if fsdp.is_divided(run.model):
+        return run.model
+    layout.put(run.model, run.layout)
+    prepared: nn.Module = run.accelerator.prepare(run.model)
+    return prepared
 
 
 def _batching(run: RunContext) -> dict[str, Any]:
