@@ -199,6 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.worker:
         state = trained(options.worker, BATCH, options.into / "run")
         torch.save(state, options.into / f"{os.environ['RANK']}.pt")
+        dist.destroy_process_group()
         return 0
     names = list(ROWS)[:2] if options.quick else list(ROWS)
     rows = [row_of(name, options.launcher, PORT + i) for i, name in enumerate(names)]

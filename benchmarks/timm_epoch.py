@@ -3,7 +3,7 @@
     python -m benchmarks.timm_epoch --timm CHECKOUT --python PYTHON [--quick] [--check] [--threads 1]
 
 CHECKOUT: a folder with timm's source, whose ``train.py`` is run; PYTHON: the interpreter of an environment with timm
-and torchvision, which this project does not need. MobileNetV2 at 96 pixels and ResNet-18 at 64, 320 JPEG files of their
+and torchvision, which this project does not need. MobileNetV2 and ResNet-18 at 96 pixels, 320 JPEG files of their
 size in ten classes and 64 to validate on, batch 32, SGD with momentum, float32, no augmentation, no loading processes.
 Each side runs as a user runs it, for one epoch and for three, in turns; an epoch's seconds are half the difference of
 the processor time of the two, so that imports and starting count for nothing. ``sam``: ours with `method: sam`, two
@@ -32,7 +32,7 @@ from PIL import Image
 
 from benchmarks._common import arguments, finish
 
-NETWORKS = {"mobilenet_v2": ("mobilenetv2_100", 96), "resnet18": ("resnet18", 64)}  # ours: timm's, pixels of a side
+NETWORKS = {"mobilenet_v2": ("mobilenetv2_100", 96), "resnet18": ("resnet18", 96)}  # ours: timm's, pixels of a side
 COUNTS = {"train": 320, "val": 64}
 BATCH, EPOCHS = 32, (1, 3)
 CLASSES = 10

@@ -373,6 +373,15 @@ def _guarded(arguments: list[str] | None) -> int:
             error.show()  # type: ignore[attr-defined]
             return 2
         raise
+    finally:
+        _leave_processes()
+
+
+def _leave_processes() -> None:
+    """Several processes part; one that ended without could be aborted on its way out by a thread that still listens."""
+    dist = sys.modules.get("torch.distributed")  # not imported for this: most commands need no torch
+    if dist is not None and dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _is_usage(error: Exception) -> bool:

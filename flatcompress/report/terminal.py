@@ -106,7 +106,7 @@ class Progress:
             what, measures, since = self._doing
             cells.append(Text(f"measuring: {what}" if measures else what))
             cells.append(Text(self._time_left() or duration(self._clock() - since), style="dim"))
-        elif total:
+        elif total is not None and 0 < total < 1e9:  # a bar counts in whole cells
             cells += [
                 ProgressBar(total=total, completed=min(max(done, self._step or 0), total), width=24),
                 Text(f"epoch {done:.0f}/{total:.0f}"),

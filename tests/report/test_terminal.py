@@ -4,7 +4,7 @@ import io
 import random
 
 import fabricated_run
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -157,6 +157,8 @@ strange = st.fixed_dictionaries({"event": st.sampled_from(KINDS)}, optional=dict
 
 
 @given(st.lists(strange, max_size=6))
+@example([{"event": "stage", "epochs": -3.7e306}])
+@example([{"event": "stage", "epochs": 1e-300}])
 def test_a_strange_event_never_raises(events):
     progress = Progress(Console(file=io.StringIO(), width=80))
     for event in events:

@@ -47,6 +47,7 @@ def work(folder: Path) -> None:
         seen.clear()
         found.append((evaluate(model, Drawn(n), task, batch_size=batch, shared=True), list(seen)))
     torch.save(found, folder / f"{os.environ['RANK']}.pt")
+    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
