@@ -23,6 +23,7 @@ from flatcompress.errors import Interrupted, RunError, UserError
 from flatcompress.plan import apply_plan, load_weights
 from flatcompress.recipe import Recipe
 from flatcompress.recipe.resuming import first_changed_stage
+from flatcompress.sharded import any_process
 from flatcompress.stages import RunContext, pictures
 from flatcompress.stages.context import added
 from flatcompress.stages.reported import reported
@@ -112,10 +113,7 @@ class Session:
         """Did anybody ask to stop? All processes get the same answer, so that none waits for one that has left."""
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return self.stop.requested
-        flag = torch.tensor(float(self.stop.requested))
-        flag = flag.cuda() if torch.distributed.get_backend() == "nccl" else flag
-        torch.distributed.all_reduce(flag)
-        return bool(flag)
+        return any_process(self.stop.requested)
 
     # ------------------------------------------------------------------ events
 

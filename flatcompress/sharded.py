@@ -27,6 +27,19 @@ def any_sharded(tensors: Iterable[Any]) -> bool:
     return any(map(is_sharded, tensors))
 
 
+def is_divided(model: nn.Module) -> bool:
+    """Whether parameters of ``model`` are divided over processes."""
+    return any_sharded(model.parameters())
+
+
+def any_process(said: bool | Tensor) -> bool:
+    """Whether any process says so; all of them ask, and get the same answer."""
+    flag = torch.as_tensor(said, dtype=torch.float32)
+    flag = flag.cuda() if dist.get_backend() == "nccl" else flag
+    dist.all_reduce(flag)
+    return bool(flag)
+
+
 def local(tensor: Tensor) -> Tensor:
     """This process's part of ``tensor``, sharing its memory; ``tensor`` itself where it is whole."""
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined,no-any-return]
@@ -100,11 +113,8 @@ def apart(function: Callable[..., Iterable[Tensor]], *vectors: Sequence[Tensor])
 
 
 @contextmanager
-def mixing(tensors: Iterable[Tensor]) -> Iterator[None]:
+def mixing() -> Iterator[None]:
     """Inside, a whole tensor may meet a divided one: it is the same in every process."""
-    if not any_sharded(tensors):
-        yield
-        return
     from torch.distributed.tensor.experimental import implicit_replication
 
     with implicit_replication():

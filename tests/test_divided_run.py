@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from tiny import recipe
+from tiny import recipe, under_torchrun
 
 from flatcompress import Pipeline
 from flatcompress.errors import UserError
@@ -70,14 +68,7 @@ def work(folder: Path) -> None:
 def two(tmp_path_factory):
     """What both processes found."""
     folder = tmp_path_factory.mktemp("divided")
-    script = folder / "work.py"
-    script.write_text(f"from pathlib import Path\nfrom test_divided_run import work\nwork(Path({str(folder)!r}))\n")
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, str(script)], env=env, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
+    return under_torchrun(Path(__file__), folder)
 
 
 @pytest.mark.slow

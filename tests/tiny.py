@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 
@@ -34,3 +38,15 @@ def write(folder: Path, raw: dict[str, Any] | None = None) -> Path:
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump({"output_dir": str(folder / "runs"), **raw}, sort_keys=False))
     return path
+
+
+def under_torchrun(test: Path, folder: Path) -> list[Any]:
+    """What two processes that run ``work(folder)`` of the file ``test`` leave there as ``rank.pt``."""
+    script = folder / "work.py"
+    script.write_text(f"from pathlib import Path\nfrom {test.stem} import work\nwork(Path({str(folder)!r}))\n")
+    path = os.pathsep.join([str(test.parent), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(script)]
+    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]

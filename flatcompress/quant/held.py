@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from flatcompress.modules import evaluating
 from flatcompress.quant.layers import quantized_layers
 from flatcompress.quant.qat.rounding import BiasRounding
-from flatcompress.sharded import any_sharded
+from flatcompress.sharded import is_divided
 
 
 @contextmanager
@@ -27,7 +27,7 @@ def held(model: nn.Module, biases: bool = True) -> Iterator[None]:
     ...     net(torch.ones(3, 2)).shape
     torch.Size([3, 1])
     """
-    if any_sharded(model.parameters()):  # these weights are whole within a forward alone
+    if is_divided(model):  # these weights are whole within a forward alone
         yield
         return
     computed: list[tuple[nn.Module, str]] = [(layer, "quantized_weight") for layer in quantized_layers(model).values()]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from flatcompress import flat, quant
 from flatcompress.environment import give_back_memory
 from flatcompress.errors import UserError
+from flatcompress.sharded import is_divided
 from flatcompress.stages.averaging import Averaging
 from flatcompress.stages.callbacks import Heartbeat
 from flatcompress.stages.context import RunContext
@@ -111,7 +112,7 @@ def make_job(
 
 def _prepared(run: RunContext) -> nn.Module:
     """The model as the processes train it together."""
-    if fsdp.is_divided(run.model):
+    if is_divided(run.model):
         return run.model
     layout.put(run.model, run.layout)
     prepared: nn.Module = run.accelerator.prepare(run.model)
@@ -166,7 +167,7 @@ def train(run: RunContext, job: Job) -> None:
     if not averages:
         restore_best(job)
     run.model = job.accelerator.unwrap_model(job.model, keep_fp32_wrapper=False)
-    if not fsdp.is_divided(run.model):
+    if not is_divided(run.model):
         layout.put(run.model, "contiguous")  # surgery, packing and checkpoints begin with what is there
     if job.accelerator.num_processes > 1:  # running statistics are each process's own until now
         broadcast(list(run.model.buffers()))

@@ -90,7 +90,6 @@ def _schedule_name(value: Any) -> str:
 
 
 FROM_PYTHON = "python:"
-RUNS_ELSEWHERE = ("tram",)  # flat methods that call the network with weights of their own
 Schedule = Annotated[
     Any,
     PlainValidator(_schedule),
@@ -214,7 +213,7 @@ class TrainingKeys(StageKeys):
     def climbs_alone(self) -> str | None:
         """Why the flat method cannot train divided weights; None where it can."""
         method = self.flat_method()
-        if method in RUNS_ELSEWHERE:
+        if flat.METHODS[method].facts.elsewhere:
             return f"method {method!r} runs the network with other weights"
         if method != "none" and self.perturb != "synced":
             return f"method {method!r} climbs in every process by itself (perturb: per_replica; synced is possible)"

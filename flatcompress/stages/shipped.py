@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from flatcompress import onnx_export, quant
 from flatcompress.errors import UserError
 from flatcompress.modules import batchnorms
-from flatcompress.sharded import any_sharded
+from flatcompress.sharded import is_divided
 from flatcompress.stages import budget
 from flatcompress.stages.context import RunContext
 from flatcompress.stages.measure import train_batches
@@ -53,7 +53,7 @@ def _estimate(run: RunContext, batches: list[Tensor]) -> None:
     The epoch that is selected was often judged last, and then has these statistics already.
     """
     norms = batchnorms(run.model)
-    if any_sharded(run.model.parameters()):  # processes that see parts must not decide by them
+    if is_divided(run.model):  # processes that see parts must not decide by them
         quant.reestimate_batchnorm(run.model, batches)
         return
     key = _fingerprint(run.model, batches)

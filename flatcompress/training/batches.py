@@ -139,22 +139,27 @@ def _in_shares(
     """
     rank, world, n = torch.distributed.get_rank(), torch.distributed.get_world_size(), len(dataset)
     size = max(1, min(batch_size, -(-n // world)))
-    batches = [list(range(i, min(i + size, n))) for i in range(0, n, size)]
+    batches = _cut(n, size)
     rounds = -(-len(batches) // world)
     own = [batches[min(i * world + rank, len(batches) - 1)] for i in range(rounds)]
-    workers = workers if getattr(dataset, "on_disk", False) else 0
-    for i, (x, y) in enumerate(loader(dataset, own, workers)):
+    for i, (x, y) in enumerate(_ahead(dataset, own, workers)):
         found = gather_object([send_to_device((model(x.to(device)), y), "cpu")])
         yield from (send_to_device(pair, device) for pair in found[: len(batches) - i * world])
 
 
 def in_order(dataset: Any, batch_size: int, workers: int = 0, **options: Any) -> DataLoader:
     """Every sample once, in order; ``workers`` load a data set that is ``on_disk``."""
-    n = len(dataset)
-    workers = workers if getattr(dataset, "on_disk", False) else 0
-    return loader(
-        dataset, [list(range(i, min(i + batch_size, n))) for i in range(0, n, batch_size)], workers, **options
-    )
+    return _ahead(dataset, _cut(len(dataset), batch_size), workers, **options)
+
+
+def _cut(n: int, size: int) -> list[list[int]]:
+    """0 .. n - 1 in order, ``size`` at a time."""
+    return [list(range(i, min(i + size, n))) for i in range(0, n, size)]
+
+
+def _ahead(dataset: Any, batches: list[list[int]], workers: int, **options: Any) -> DataLoader:
+    """A `loader` whose ``workers`` are left out for a data set in memory."""
+    return loader(dataset, batches, workers if getattr(dataset, "on_disk", False) else 0, **options)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from flatcompress.errors import RunError
-from flatcompress.sharded import any_sharded, local, whole
+from flatcompress.sharded import any_process, is_divided, local, whole
 from flatcompress.training.compiling import eager
 
 ADVICE = "Lower optimizer.lr or rho, raise the bits, or set on_divergence: skip or rollback."
@@ -54,24 +54,14 @@ def finite(loss: Tensor, gradients: list[Tensor]) -> bool:
         parts.append(n if like else n.float().to(loss.device))
     total = torch.stack(parts).sum()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        flag = (~torch.isfinite(total)).float()
-        torch.distributed.all_reduce(flag)
-        return not bool(flag)
+        return not any_process(~torch.isfinite(total))
     return math.isfinite(float(total))
 
 
 def parameters_finite(model: nn.Module) -> bool:
     """Is every floating-point parameter finite? All processes get the same answer, also where they hold parts."""
     good = not any(True for _ in _bad_tensors((name, local(p)) for name, p in model.named_parameters()))
-    return agreed(good) if any_sharded(model.parameters()) else good
-
-
-def agreed(good: bool) -> bool:
-    """Whether all processes say so."""
-    flag = torch.tensor(float(not good))
-    flag = flag.cuda() if torch.distributed.get_backend() == "nccl" else flag
-    torch.distributed.all_reduce(flag)
-    return not bool(flag)
+    return not any_process(not good) if is_divided(model) else good
 
 
 def find(model: nn.Module, x: Tensor, loss: float, step: int) -> dict[str, Any]:
@@ -86,7 +76,7 @@ def find(model: nn.Module, x: Tensor, loss: float, step: int) -> dict[str, Any]:
     bad = next(_bad_tensors(named), None)
     if bad is not None:
         return finding | {"what": _kind(bad), "layer": bad, "bits": bits_of(model, bad)}
-    if any_sharded(model.parameters()):  # what follows is each process's own, and a forward needs them all
+    if is_divided(model):  # what follows is each process's own, and a forward needs them all
         return finding
     if not bool(torch.isfinite(x).all()):
         return finding | {"what": "input batch"}

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from flatcompress.errors import UserError
-from flatcompress.sharded import any_sharded, broadcast_, whole
+from flatcompress.sharded import broadcast_, whole
 
 LEAST = 1_000_000  # parameters of a block that is gathered by itself; a smaller one is not worth a message
 
@@ -33,10 +33,8 @@ def divide(model: nn.Module, kept: Iterable[Tensor] = (), least: int = LEAST) ->
     shell = copy.deepcopy(model, {id(p): _empty(p) for p in model.parameters()})
     stay = {id(p) for p in kept}
     ignored = {p for p in model.parameters() if id(p) in stay or not p.dim()}
-    for block in [
-        *_blocks(model, least),
-        model,
-    ]:  # the last too lets go of its weights after a forward: epochs are judged
+    # The model itself too lets go of its weights after a forward: epochs are judged by forwards alone.
+    for block in (*_blocks(model, least), model):
         fully_shard(block, ignored_params=ignored, reshard_after_forward=True)
     model.register_forward_pre_hook(_same_buffers)
     return shell
@@ -52,11 +50,6 @@ def gather(model: nn.Module, shell: nn.Module) -> nn.Module:
     for name, buffer in shell.named_buffers():
         buffer.copy_(buffers[name])
     return shell.train(model.training)
-
-
-def is_divided(model: nn.Module) -> bool:
-    """Whether parameters of ``model`` are divided over processes."""
-    return any_sharded(model.parameters())
 
 
 def _same_buffers(model: nn.Module, inputs: Any) -> None:

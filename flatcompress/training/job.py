@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from flatcompress.sharded import is_divided
 from flatcompress.tasks import Loss, Task, build
 from flatcompress.training.batches import epoch_batches
 from flatcompress.training.callback import Callback
@@ -153,6 +154,11 @@ class Job:
     def raw_model(self) -> nn.Module:
         """The module inside Accelerate's wrappers."""
         return self.accelerator.unwrap_model(self.model)
+
+    @cached_property
+    def divided(self) -> bool:
+        """Whether the processes have parts of the weights."""
+        return is_divided(self.raw_model)
 
     @cached_property
     def steps_per_epoch(self) -> int:

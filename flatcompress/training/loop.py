@@ -21,7 +21,6 @@ from torch import Tensor
 from flatcompress import sharded
 from flatcompress.errors import Interrupted, RunError
 from flatcompress.randomness import capture, restore
-from flatcompress.sharded import any_sharded, whole_tree
 from flatcompress.training import divergence
 from flatcompress.training.batches import Feed, epoch_batches, worker_errors
 from flatcompress.training.devices import select
@@ -126,8 +125,8 @@ def _save_if_due(job: Job, epoch: int, done: int, step: int, stats: Means, base_
         return
     stop = job.progress.stop_requested  # asked once: several processes agree on the answer
     due = job.progress.due(step)
-    if any_sharded(job.raw_model.parameters()):  # they put the state together, and their clocks differ
-        due = not divergence.agreed(not due)
+    if job.divided:  # they put the state together, and their clocks differ
+        due = sharded.any_process(due)
     if not stop and not due:
         return
     if divergence.parameters_finite(job.raw_model):  # else the next pass says so, and goes back
@@ -152,7 +151,7 @@ def _state(job: Job, epoch: int, done: int, stats: Means, base_lrs: list[float])
         "recovery": asdict(job.state.recovery),
         **({} if job.accelerator.scaler is None else {"scaler": job.accelerator.scaler.state_dict()}),
     }
-    return whole_tree(state) if any_sharded(job.raw_model.parameters()) else state
+    return sharded.whole_tree(state) if job.divided else state
 
 
 def _resume(job: Job, state: dict[str, Any] | None) -> tuple[int, int, Means]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -111,3 +113,22 @@ class Stateful(nn.Module):
 def stateful_batch(t: int) -> tuple[Tensor, Tensor]:
     g = torch.Generator().manual_seed(t)
     return torch.randn(6, 1, 5, 5, generator=g), torch.randint(0, 3, (6,), generator=g)
+
+
+def close(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float = 1e-6) -> None:
+    """The same tensors in both, up to ``tolerance``."""
+    assert a.keys() == b.keys()
+    for key in b:
+        torch.testing.assert_close(a[key], b[key], rtol=tolerance, atol=tolerance)
+
+
+def on_two(module: str, folder: Path) -> list:
+    """What two processes that run ``module.work(rank, folder)`` leave there as ``rank.pt``."""
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    code = f"import sys; from {module} import work; work(int(sys.argv[1]), {str(folder)!r})"
+    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    running = [subprocess.Popen([sys.executable, "-c", code, str(r)], env=env, stderr=subprocess.PIPE) for r in (0, 1)]
+    for process in running:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors.decode()[-3000:]
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]

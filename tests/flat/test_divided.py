@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from flat_problem import LIVELY, NAMES, adamw, halves, problem, sgd, values
+from flat_problem import LIVELY, NAMES, adamw, close, halves, on_two, problem, sgd, values
 from torch import nn
 
 from flatcompress import flat, sharded
@@ -110,20 +107,7 @@ def work(rank, folder):
 def two(tmp_path_factory):
     """Both processes' results, in one launch."""
     folder = tmp_path_factory.mktemp("gloo")
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    code = f"import sys; from test_divided import work; work(int(sys.argv[1]), {str(folder)!r})"
-    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    running = [subprocess.Popen([sys.executable, "-c", code, str(r)], env=env, stderr=subprocess.PIPE) for r in (0, 1)]
-    for process in running:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors.decode()[-3000:]
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
-
-
-def _close(a, b, tolerance=1e-6):
-    assert a.keys() == b.keys()
-    for key in b:
-        torch.testing.assert_close(a[key], b[key], rtol=tolerance, atol=tolerance)
+    return on_two("test_divided", folder)
 
 
 def _alone(name, base):
@@ -138,8 +122,8 @@ def _alone(name, base):
 @pytest.mark.parametrize("name", MET)
 def test_divided_parameters_train_as_whole_ones_and_go_on_from_a_checkpoint(two, name, base):
     straight, resumed = two[0][name, base]
-    _close(straight, _alone(name, base))
-    _close(resumed, straight, 1e-12)
+    close(straight, _alone(name, base))
+    close(resumed, straight, 1e-12)
 
 
 def test_every_process_ends_with_the_same_bits(two):
@@ -159,7 +143,7 @@ def test_what_stays_whole_is_trained_by_the_mean_gradient(two):
     _scaled(alone, lambda t: halves(alone, t))
     for whole, weights in (two[0]["kept"], two[1]["kept"]):
         assert whole
-        _close(weights, values(alone))
+        close(weights, values(alone))
 
 
 def test_averages_are_of_the_whole_weights(two):
@@ -170,7 +154,7 @@ def test_averages_are_of_the_whole_weights(two):
         optimizer.step(halves(model, t))
         average.update()
     average.copy_to(model)
-    _close(two[0]["averaged"], values(model))
+    close(two[0]["averaged"], values(model))
 
 
 def test_what_cannot_be_exact_is_refused(two):

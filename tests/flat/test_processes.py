@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from flat_problem import LIVELY, NAMES, halves, problem, sgd, values
+from flat_problem import LIVELY, NAMES, close, halves, on_two, problem, sgd, values
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -142,14 +139,7 @@ def work(rank, folder):
 def two(tmp_path_factory):
     """Both processes' results, in one launch."""
     folder = tmp_path_factory.mktemp("gloo")
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    code = f"import sys; from test_processes import work; work(int(sys.argv[1]), {str(folder)!r})"
-    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    running = [subprocess.Popen([sys.executable, "-c", code, str(r)], env=env, stderr=subprocess.PIPE) for r in (0, 1)]
-    for process in running:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors.decode()[-3000:]
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
+    return on_two("test_processes", folder)
 
 
 def _alone(name, chunks):
@@ -160,19 +150,14 @@ def _alone(name, chunks):
     return values(model)
 
 
-def _close(a, b, tolerance=1e-6):
-    for key in b:
-        torch.testing.assert_close(a[key], b[key], rtol=tolerance, atol=tolerance)
-
-
 @pytest.mark.parametrize("name", SYNCED)
 def test_synced_processes_equal_one_process_with_joint_micro_batches(two, name):
-    _close(two[0]["synced", name]["weights"], _alone(name, "joint"))
+    close(two[0]["synced", name]["weights"], _alone(name, "joint"))
 
 
 @pytest.mark.parametrize("name", PER_REPLICA)
 def test_replicas_equal_one_process_with_independent_micro_batches(two, name):
-    _close(two[0]["per_replica", name]["weights"], _alone(name, "independent"))
+    close(two[0]["per_replica", name]["weights"], _alone(name, "independent"))
 
 
 def test_replicas_hold_the_same_bits_weights_and_state(two):
@@ -190,13 +175,13 @@ def test_replicas_reduce_once_a_step(two):
 def test_overflow_in_one_process_skips_the_step_in_both(two):
     a, b = two[0]["scaled"], two[1]["scaled"]
     assert a["skipped"] == b["skipped"] == 1 and a["scale"] == b["scale"] == 128.0
-    _close(a["weights"], b["weights"], 0.0)
+    close(a["weights"], b["weights"], 0.0)
 
 
 def test_parameters_unused_in_one_process_or_all(two):
     a, b = two[0]["lopsided"], two[1]["lopsided"]
     assert a["idle"] and b["idle"]
-    _close(
+    close(
         {k: v for k, v in a["after"].items() if "running" not in k},
         {k: v for k, v in b["after"].items() if "running" not in k},
         0.0,

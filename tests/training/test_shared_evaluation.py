@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from tiny import under_torchrun
 from torch import nn
 
 from flatcompress import tasks
@@ -53,15 +52,7 @@ def work(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shared")
-    script = folder / "work.py"
-    lines = ["from pathlib import Path", "from test_shared_evaluation import work", f"work(Path({str(folder)!r}))"]
-    script.write_text("\n".join(lines))
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, str(script)], env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
+    return under_torchrun(Path(__file__), folder)
 
 
 @pytest.mark.parametrize("case", range(len(SIZES)))

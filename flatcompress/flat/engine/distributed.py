@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from flatcompress.errors import UserError
 from flatcompress.flat.engine.vectors import Vector
-from flatcompress.sharded import broadcast_, by_kind, is_sharded, unflatten
+from flatcompress.sharded import broadcast_, by_kind, is_divided, is_sharded, unflatten
 
 
 class Replicas:
@@ -27,9 +27,8 @@ class Replicas:
 
     def __init__(self, model: nn.Module, group: Any = None) -> None:
         self.ddp = model if isinstance(model, DistributedDataParallel) else None
-        divided = next(filter(is_sharded, model.parameters()), None)
-        self.sharded = divided is not None
-        if divided is not None and group is None:
+        self.sharded = is_divided(model)
+        if self.sharded and group is None:
             group = dist.group.WORLD
         self.group = group if group is not None else (self.ddp.process_group if self.ddp is not None else None)
         self.size = dist.get_world_size(self.group) if self.group is not None else 1

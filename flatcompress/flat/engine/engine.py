@@ -125,7 +125,7 @@ class FlatOptimizer(Optimizer):
         self._stepping = True
         try:
             step = self.context()
-            with sharded.mixing(step.params):
+            with sharded.mixing() if self._replicas.sharded else nullcontext():
                 run = self._taken(step, closures, second)
             if not run.finite:
                 self.memory = before

@@ -295,7 +295,7 @@ METHODS.add(
 METHODS.add("bsam", noisy.bsam, "Bayes by SAM: a Gaussian posterior with its own update", "2210.01620", bounds=_RADIUS)
 METHODS.add(
     "tram", trust.tram, "SAM whose radius is a trust-region distance", "2310.03646",
-    bounds={"scale": _NOT_NEGATIVE, "decay": _SHARE}, of_logits=True,
+    bounds={"scale": _NOT_NEGATIVE, "decay": _SHARE}, of_logits=True, elsewhere=True,
 )  # fmt: skip
 METHODS.add(
     "ggpo", noisy.ggpo, "noise on the frozen weights of LoRA layers, built from their norms", "2502.14538",

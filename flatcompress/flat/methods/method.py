@@ -74,12 +74,14 @@ class Facts:
 
     bounds: of hyper-parameters, by name. mix: how the returned gradient is made of the one at w and the perturbed one,
     as (share of the gradient at w, share of the perturbed one), or a function of the hyper-parameters that gives them,
-    None where it is not made of these two. of_logits: it takes the model's output for logits.
+    None where it is not made of these two. of_logits: it takes the model's output for logits. elsewhere: it runs the
+    model with weights of its own.
     """
 
     bounds: Mapping[str, Bounds] = field(default_factory=dict)
     mix: Mix | Callable[[Mapping[str, Any]], Mix | None] = (0.0, 1.0)
     of_logits: bool = False
+    elsewhere: bool = False
 
 
 @dataclass(frozen=True)
